@@ -1,0 +1,1 @@
+"""From a dataset source to batches: source -> manifest -> decoded cache -> batches -> views."""

@@ -1,0 +1,225 @@
+"""The decoded cache: every image as raw bytes in a memory map, so that decoding is paid once.
+
+Layout, in SCRATCH/moco-cache/DIGEST/: SPLIT.u8 (N x H x W x 3 bytes), SPLIT.digests (N x 16 bytes, blake2b of
+each image's pixels), SPLIT_label.npy, cache.json (shapes and a checksum per chunk). A cache is built in a
+folder of another name and renamed when complete; it is keyed by what it holds and never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from moco.data.decode import (
+    DIGEST_BYTES,
+    Chunk,
+    ChunkReport,
+    decode_chunk,
+    read_image,
+    resize_and_crop,
+    summarise,
+    write_at,
+)
+from moco.data.manifest import SPLITS
+from moco.data.sources import Dataset, Split
+from moco.data.squashfs import Say
+from moco.errors import UserError
+
+CHUNK = 1024  # images
+PROBLEMS_NAMED = 10
+CHECK_ALL_BELOW = 1 << 29  # bytes; larger files are checked by samples, so that a start stays under 2 s
+SAMPLED_CHUNKS = 8
+
+
+@dataclass
+class DecodedSplit:
+    """images: N x H x W x 3 uint8 (a read-only memory map). labels: N int64, or None. digests: N x 16 uint8."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    digests: np.ndarray
+
+
+@dataclass
+class Built:
+    """A complete cache in a folder that is not yet at its place, and what was learned while decoding."""
+
+    folder: Path
+    height: int
+    width: int
+    reports: dict[str, list[ChunkReport]]
+
+
+def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
+    """(height, width) after resizing: that of the first unlabelled image that can be read."""
+    if resize is not None:
+        return resize, resize
+    split = dataset.splits["unlabeled"]
+    if split.array is not None:
+        return split.array.shape[1], split.array.shape[2]
+    for path in (split.paths or [])[:100]:
+        try:
+            image = read_image(path, None, None)
+            return image.shape[0], image.shape[1]
+        except ValueError:
+            continue
+    raise UserError("unlabeled: none of the first 100 files is a readable image; check data.path")
+
+
+def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built:
+    """Decodes all images on all cores into a new folder below `parent`.
+
+    Raises UserError, naming the first images concerned, where any cannot be used; nothing is left behind.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    height, width = image_size(dataset, resize)
+    total = sum(map(len, dataset.splits.values())) * height * width * 3
+    if (free := shutil.disk_usage(parent).free) < total:
+        raise UserError(
+            f"{parent}: the decoded cache needs {total >> 20} MiB, {free >> 20} MiB are free; set runtime.scratch"
+        )
+    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+    try:
+        built = Built(folder, height, width, {})
+        for name, split in dataset.splits.items():
+            built.reports[name] = _decode_split(split, (height, width), resize, folder)
+            say(f"decoded {len(split)} images of {name}")
+        problems = [
+            f"{dataset.splits[name].image_name(i)} ({why})"
+            for name, reports in built.reports.items()
+            for report in reports
+            for i, why in report.problems
+        ]
+        if problems:
+            more = len(problems) - PROBLEMS_NAMED
+            raise UserError(
+                f"{len(problems)} image(s) cannot be used: {', '.join(problems[:PROBLEMS_NAMED])}"
+                + (f", and {more} more" if more > 0 else "")
+            )
+        _write_index(built, dataset)
+        return built
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{folder}: building the decoded cache failed: {error.strerror or error}") from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _decode_split(
+    split: Split, size: tuple[int, int], resize: int | None, folder: Path
+) -> list[ChunkReport]:
+    output = folder / f"{split.name}.u8"
+    with output.open("wb") as file:
+        file.truncate(len(split) * size[0] * size[1] * 3)
+    if split.array is not None:
+        reports = list(_copy_array(split.array, resize, output))
+    else:
+        paths = split.paths or []
+        chunks = [
+            Chunk(n, first, tuple(paths[first : first + CHUNK]), size, resize, str(output))
+            for n, first in enumerate(range(0, len(paths), CHUNK))
+        ]
+        workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, len(chunks)))
+        if len(chunks) == 1:
+            reports = [decode_chunk(chunks[0])]
+        else:
+            # Spawned, not forked: the parent has threads. The workers import numpy and PIL alone.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                reports = list(pool.map(decode_chunk, chunks))
+    (folder / f"{split.name}.digests").write_bytes(b"".join(report.digests for report in reports))
+    if split.labels is not None:
+        np.save(folder / f"{split.name}_label.npy", split.labels)
+    return reports
+
+
+def _copy_array(array: np.ndarray, resize: int | None, output: Path) -> Iterator[ChunkReport]:
+    for n, first in enumerate(range(0, len(array), CHUNK)):
+        part = np.ascontiguousarray(array[first : first + CHUNK])
+        if resize is not None:
+            part = np.stack([np.asarray(resize_and_crop(Image.fromarray(image), resize)) for image in part])
+        report = ChunkReport(n, first)
+        summarise(report, part)
+        write_at(str(output), first * part[0].nbytes, part)
+        yield report
+
+
+def _write_index(built: Built, dataset: Dataset) -> None:
+    index = {
+        name: {"shape": [len(dataset.splits[name]), built.height, built.width, 3], "crc": [r.crc for r in reports]}
+        for name, reports in built.reports.items()
+    }
+    (built.folder / "cache.json").write_text(json.dumps({"format": 1, "chunk": CHUNK, "splits": index}))
+
+
+def cache_folder(scratch: Path, digest: str) -> Path:
+    return scratch / "moco-cache" / digest[:24]
+
+
+def install(built: Built, digest: str, scratch: Path) -> Path:
+    """Moves a built cache to its place. Where another job was faster and its cache is sound, that one stays."""
+    place = cache_folder(scratch, digest)
+    with FileLock(f"{place}.lock"):
+        if place.exists() and damage(place) is None:
+            shutil.rmtree(built.folder)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(built.folder, place)
+    return place
+
+
+def damage(place: Path) -> str | None:
+    """None where the cache is complete and its checksums hold, else what is wrong with it."""
+    try:
+        index = json.loads((place / "cache.json").read_text())
+        for name in SPLITS:
+            entry = index["splits"][name]
+            count, *shape = entry["shape"]
+            row = int(np.prod(shape))
+            path = place / f"{name}.u8"
+            if path.stat().st_size != count * row:
+                return f"{path.name} has {path.stat().st_size} bytes, not {count * row}"
+            if (place / f"{name}.digests").stat().st_size != count * DIGEST_BYTES:
+                return f"{name}.digests has the wrong length"
+            if name != "unlabeled" and len(np.load(place / f"{name}_label.npy")) != count:
+                return f"{name}_label.npy has the wrong length"
+            chunks = range(len(entry["crc"]))
+            if count * row > CHECK_ALL_BELOW:
+                chunks = sorted(random.sample(chunks, SAMPLED_CHUNKS))  # type: ignore[assignment]
+            with path.open("rb") as file:
+                for chunk in chunks:
+                    file.seek(chunk * index["chunk"] * row)
+                    if zlib.crc32(file.read(index["chunk"] * row)) != entry["crc"][chunk]:
+                        return f"{path.name} has a wrong checksum in chunk {chunk}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def open_cache(place: Path) -> dict[str, DecodedSplit]:
+    """Memory maps of a sound cache, by split. Costs no memory until images are read."""
+    index = json.loads((place / "cache.json").read_text())
+    splits = {}
+    for name in SPLITS:
+        shape = tuple(index["splits"][name]["shape"])
+        labels = place / f"{name}_label.npy"
+        splits[name] = DecodedSplit(
+            np.memmap(place / f"{name}.u8", np.uint8, "r", shape=shape),
+            np.load(labels) if labels.exists() else None,
+            np.fromfile(place / f"{name}.digests", np.uint8).reshape(-1, DIGEST_BYTES),
+        )
+    return splits

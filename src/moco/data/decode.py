@@ -1,0 +1,112 @@
+"""Decodes image files into a flat file of bytes. Runs in worker processes, so it must not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+DIGEST_BYTES = 16
+WRONG_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive images of one split. `size`: (height, width) that every image must have in the end.
+
+    resize: edge in pixels to which the shorter side is brought before a square is cut from the centre.
+    """
+
+    index: int
+    first: int
+    paths: tuple[str, ...]
+    size: tuple[int, int]
+    resize: int | None
+    output: str
+
+
+@dataclass
+class ChunkReport:
+    """What was found in a chunk: checksum and digests of the pixels, channel sums, and problems by image."""
+
+    index: int
+    first: int
+    crc: int = 0
+    digests: bytes = b""
+    sums: tuple[int, int, int] = (0, 0, 0)
+    squares: tuple[int, int, int] = (0, 0, 0)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+
+def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
+    """Shorter side to `edge` (bilinear), then the centre square: torchvision's Resize and CenterCrop."""
+    width, height = image.size
+    if width <= height:
+        size = (edge, int(edge * height / width))
+    else:
+        size = (int(edge * width / height), edge)
+    image = image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image
+    left, top = round((size[0] - edge) / 2.0), round((size[1] - edge) / 2.0)
+    return image.crop((left, top, left + edge, top + edge))
+
+
+def read_image(path: str, size: tuple[int, int] | None, resize: int | None) -> np.ndarray:
+    """H x W x 3, uint8. Raises ValueError with the reason where the file is not such an image."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in WRONG_MODES:
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            found = (image.height, image.width)
+            if size is not None and resize is None and found != size:
+                raise ValueError(
+                    f"{found[1]}x{found[0]} pixels, not {size[1]}x{size[0]} as the first image "
+                    "(data.resize brings all to one size)"
+                )
+            rgb = image.convert("RGB")
+            return np.asarray(resize_and_crop(rgb, resize) if resize else rgb)
+    except FileNotFoundError:
+        raise ValueError("not found") from None
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Image.DecompressionBombError:
+        raise ValueError("declares an absurd size") from None
+    except (OSError, SyntaxError, EOFError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ValueError(reason) from None
+
+
+def summarise(report: ChunkReport, images: np.ndarray) -> None:
+    """Fills in checksum, digests and sums of N x H x W x 3 uint8."""
+    report.crc = zlib.crc32(images.data)
+    report.digests = b"".join(
+        hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images
+    )
+    counts = [np.bincount(images[..., c].reshape(-1), minlength=256).astype(np.int64) for c in range(3)]
+    values = np.arange(256, dtype=np.int64)
+    report.sums = tuple(int((n * values).sum()) for n in counts)  # type: ignore[assignment]
+    report.squares = tuple(int((n * values**2).sum()) for n in counts)  # type: ignore[assignment]
+
+
+def decode_chunk(chunk: Chunk) -> ChunkReport:
+    """Decodes a chunk and writes it at its place in the output file, which must exist."""
+    report = ChunkReport(chunk.index, chunk.first)
+    images = np.zeros((len(chunk.paths), *chunk.size, 3), np.uint8)
+    for i, path in enumerate(chunk.paths):
+        try:
+            images[i] = read_image(path, chunk.size, chunk.resize)
+        except ValueError as error:
+            report.problems.append((chunk.first + i, str(error)))
+    summarise(report, images)
+    write_at(chunk.output, chunk.first * images[0].nbytes, images)
+    return report
+
+
+def write_at(path: str, offset: int, images: np.ndarray) -> None:
+    """Writes the bytes of an array at an offset of an existing file."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(images.data)

@@ -1,0 +1,69 @@
+"""The manifest: what a dataset holds, by content. A DVC output that every later stage depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moco.errors import UserError
+
+FORMAT = 1
+SPLITS = ("unlabeled", "train", "val")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """count: images. pixels: sha256 over the digests of all images, in order. labels: sha256, or None."""
+
+    count: int
+    pixels: str
+    labels: str | None
+    per_class: list[int] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1]."""
+
+    source: dict[str, Any]
+    height: int
+    width: int
+    resize: int | None
+    classes: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    splits: dict[str, SplitSummary]
+    duplicates_train_val: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content. Where the content comes from plays no part: a folder and the squashfs
+        image made of it share one decoded cache."""
+        content = {"format": FORMAT, "size": [self.height, self.width], "classes": self.classes} | {
+            name: [split.count, split.pixels, split.labels] for name, split in self.splits.items()
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree.pop("format")
+        digest = tree.pop("digest")
+        tree["splits"] = {name: SplitSummary(**split) for name, split in tree["splits"].items()}
+        tree["mean"], tree["std"] = tuple(tree["mean"]), tuple(tree["std"])
+        manifest = Manifest(**tree)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run `moco data` (or `dvc repro data`) first") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a manifest of this version; run `moco data` again") from None
+    if manifest.digest != digest:
+        raise UserError(f"{path}: digest and content disagree; run `moco data` again")
+    return manifest

@@ -1,0 +1,136 @@
+"""Checks a dataset once, describes it in a manifest, and opens its decoded images for every later stage."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from moco.config import DataConfig
+from moco.data import cache
+from moco.data.cache import Built, DecodedSplit
+from moco.data.decode import DIGEST_BYTES
+from moco.data.manifest import Manifest, SplitSummary
+from moco.data.sources import Dataset, open_dataset
+from moco.data.squashfs import Say
+from moco.errors import UserError
+
+CLASSES_SHOWN = 5
+
+
+def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
+    """Opens and decodes the configured dataset, checks everything, leaves the decoded cache behind.
+
+    Raises UserError for whatever makes the data unusable; the cache of another dataset is never touched.
+    """
+    with open_dataset(config, scratch, say) as dataset:
+        _limit_labels(dataset, config.labelled)
+        classes = _check_labels(dataset, config.classes)
+        built = cache.build(dataset, config.resize, scratch / "moco-cache", say)
+        manifest = _describe(dataset, classes, config.resize, built)
+        place = cache.install(built, manifest.digest, scratch)
+    say(f"decoded cache: {place}")
+    if manifest.duplicates_train_val:
+        say(f"warning: {manifest.duplicates_train_val} image(s) of val also stand in train")
+    return manifest
+
+
+def open_decoded(
+    config: DataConfig, manifest: Manifest, scratch: Path, say: Say
+) -> dict[str, DecodedSplit]:
+    """The decoded images that the manifest describes; built here where this node has no sound cache.
+
+    Raises UserError where the source no longer holds what the manifest says.
+    """
+    place = cache.cache_folder(scratch, manifest.digest)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # One builder a node: a second job waits here and then finds the cache complete.
+    with FileLock(f"{place}.building"):
+        problem = cache.damage(place) if place.exists() else "not on this node"
+        if problem is not None:
+            say(f"decoded cache {place}: {problem}; building it")
+            found = prepare(config, scratch, say)
+            for name, split in manifest.splits.items():
+                if found.splits[name] != split or found.digest != manifest.digest:
+                    raise UserError(
+                        f"{name}: the dataset is not the one in the manifest any more; run `moco data` again"
+                    )
+    return cache.open_cache(place)
+
+
+def _limit_labels(dataset: Dataset, labelled: int | None) -> None:
+    """Keeps a fixed random choice of labelled train images; for trying how few labels suffice."""
+    train = dataset.splits["train"]
+    if labelled is None:
+        return
+    if labelled > len(train):
+        raise UserError(f"data.labelled: {labelled} wanted, train has {len(train)} images")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:labelled])
+    if train.paths is not None:
+        train.paths = [train.paths[i] for i in chosen]
+    if train.array is not None:
+        train.array = train.array[chosen]
+    assert train.labels is not None
+    train.labels = train.labels[chosen]
+
+
+def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
+    """Names of the classes. Raises UserError for labels out of range, naming split and row."""
+    train, val = dataset.splits["train"].labels, dataset.splits["val"].labels
+    assert train is not None and val is not None
+    for split in dataset.splits.values():
+        if not len(split):
+            raise UserError(f"{split.name}: the split is empty")
+    count = declared or (len(dataset.classes) if dataset.classes else int(train.max()) + 1)
+    for name, labels in (("train", train), ("val", val)):
+        bad = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(bad):
+            image = dataset.splits[name].image_name(int(bad[0]))
+            raise UserError(
+                f"{name}: {len(bad)} label(s) out of range, first {labels[bad[0]]} of {image}; "
+                f"{count} classes are expected: 0 to {count - 1} (data.classes)"
+            )
+    if declared is None and not dataset.classes:
+        empty = sorted(set(range(count)) - set(train.tolist()))
+        if empty:
+            shown = ", ".join(map(str, empty[:CLASSES_SHOWN]))
+            raise UserError(
+                f"train: {len(empty)} of {count} classes have no image ({shown}…): a label out of range? "
+                "If it is meant so, set data.classes"
+            )
+    if dataset.classes and len(dataset.classes) != count:
+        raise UserError(f"classes.txt names {len(dataset.classes)} classes, data.classes says {count}")
+    return dataset.classes or [str(label) for label in range(count)]
+
+
+def _describe(dataset: Dataset, classes: list[str], resize: int | None, built: Built) -> Manifest:
+    splits, seen = {}, {}
+    for name, reports in built.reports.items():
+        digests = b"".join(report.digests for report in reports)
+        seen[name] = {digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)}
+        labels = dataset.splits[name].labels
+        splits[name] = SplitSummary(
+            len(dataset.splits[name]),
+            hashlib.sha256(digests).hexdigest(),
+            None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
+            None if labels is None else np.bincount(labels, minlength=len(classes)).tolist(),
+        )
+    pool = built.reports["unlabeled"]
+    pixels = splits["unlabeled"].count * built.height * built.width
+    sums = np.array([report.sums for report in pool], dtype=object).sum(0)  # exact: Python's integers
+    squares = np.array([report.squares for report in pool], dtype=object).sum(0)
+    mean = [int(s) / pixels for s in sums]
+    std = [max(int(q) / pixels - m * m, 1.0) ** 0.5 for q, m in zip(squares, mean, strict=True)]
+    return Manifest(
+        source=dataset.origin,
+        height=built.height,
+        width=built.width,
+        resize=resize,
+        classes=classes,
+        mean=(mean[0] / 255, mean[1] / 255, mean[2] / 255),
+        std=(std[0] / 255, std[1] / 255, std[2] / 255),
+        splits=splits,
+        duplicates_train_val=len(seen["train"] & seen["val"]),
+    )

@@ -1,0 +1,184 @@
+"""Every kind of dataset, opened as the same thing: three splits of images, two of them with labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco.config import DataConfig
+from moco.data import squashfs
+from moco.data.generated import generate
+from moco.data.squashfs import Say
+from moco.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+
+
+@dataclass
+class Split:
+    """Images of one split: files (`paths`) or an array (N x H x W x 3, uint8), and int64 labels or None."""
+
+    name: str
+    paths: list[str] | None = None
+    array: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        items = self.paths if self.array is None else self.array
+        assert items is not None
+        return len(items)
+
+    def image_name(self, index: int) -> str:
+        """How a message calls the image: its path within the split's folder, or its number."""
+        return f"{self.name}/{Path(self.paths[index]).name}" if self.paths else f"{self.name}[{index}]"
+
+
+@dataclass
+class Dataset:
+    """`classes`: the names where the source has them. `origin`: what the manifest says of the source."""
+
+    splits: dict[str, Split]
+    classes: list[str] | None
+    origin: dict[str, Any]
+
+
+@contextmanager
+def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Dataset]:
+    """Opens the configured source read-only, and undoes mounts and copies at the end.
+
+    Raises UserError where the source is missing or its layout is wrong; pixels are checked on decoding.
+    """
+    path = Path(config.path)
+    with ExitStack() as stack:
+        if config.source == "generated":
+            folder = generate(config.generated, path, say)
+            if folder.suffix == ".sqsh":
+                yield _from_squashfs(stack, folder, config, scratch, say)
+            else:
+                yield contract_folder(folder, {"kind": "generated"})
+        elif config.source == "squashfs":
+            mounted = Path(config.mounted) if config.mounted else None
+            if mounted and (mounted / "unlabeled").is_dir():
+                say(f"dataset: using the folder {mounted}, which is already visible")
+                yield contract_folder(mounted, {"kind": "squashfs", "name": mounted.name})
+            else:
+                yield _from_squashfs(stack, path, config, scratch, say)
+        elif config.source == "folder":
+            yield contract_folder(path, {"kind": "folder", "name": path.name})
+        elif config.source == "classes":
+            yield class_tree(path)
+        else:
+            from moco.data.torchvision_sets import load_torchvision_set
+
+            yield load_torchvision_set(config.source, path, config.download)
+
+
+def _from_squashfs(
+    stack: ExitStack, image: Path, config: DataConfig, scratch: Path, say: Say
+) -> Dataset:
+    squashfs.check_image(image)
+    origin = {"kind": "squashfs", "name": image.name, "sha256": squashfs.sha256(image)}
+    if config.copy_to_scratch:
+        image = stack.enter_context(squashfs.local_copy(image, scratch, say))
+    root = stack.enter_context(squashfs.open_squashfs(image, scratch, say))
+    inner = root / "dataset"
+    return contract_folder(inner if inner.is_dir() else root, origin)
+
+
+def contract_folder(root: Path, origin: dict[str, Any]) -> Dataset:
+    """The original's layout: unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors."""
+    if not root.is_dir():
+        raise UserError(f"{root}: dataset folder not found; set data.path (and data.source) in params.yaml")
+    splits = {}
+    for name in ("unlabeled", "train", "val"):
+        split = Split(name, paths=_numbered_images(root / name))
+        if name != "unlabeled":
+            split.labels = read_labels(root / f"{name}_label_tensor.pt", len(split), name)
+        splits[name] = split
+    return Dataset(splits, _class_names(root), origin)
+
+
+def _numbered_images(folder: Path) -> list[str]:
+    """Paths of 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
+    found = {entry.name for entry in folder.iterdir()}
+    stray = sorted(name for name in found if not re.fullmatch(r"(0|[1-9][0-9]*)\.png", name))
+    if stray:
+        raise UserError(
+            f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them"
+        )
+    if not found:
+        raise UserError(f"{folder}: the split is empty; it needs at least 0.png")
+    names = [f"{i}.png" for i in range(len(found))]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(
+            f"{folder}: gap in the numbering: {missing[0]} is missing "
+            f"({len(found)} images, so 0.png to {len(found) - 1}.png are expected)"
+        )
+    return [str(folder / name) for name in names]
+
+
+def read_labels(path: Path, count: int, split: str) -> np.ndarray:
+    """int64 labels from a tensor file, loaded without unpickling anything but tensors."""
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; it holds the labels of {split}/") from None
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be loaded as a plain tensor: {reason}") from None
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
+        kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if hasattr(tensor, "dtype") else type(tensor)
+        raise UserError(f"{path}: expected an int64 tensor with one dimension, found {kind}")
+    if len(tensor) != count:
+        raise UserError(f"{path}: {len(tensor)} labels for {count} images in {split}/")
+    return tensor.numpy()
+
+
+def _class_names(root: Path) -> list[str] | None:
+    """Names from classes.txt in the dataset folder or beside it, one a line, in the order of the labels."""
+    for path in (root / "classes.txt", root.parent / "classes.txt"):
+        if path.is_file():
+            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return None
+
+
+def class_tree(root: Path) -> Dataset:
+    """A folder per class: train/NAME/…, val/NAME/…, and unlabeled/… (any depth; else train's images)."""
+    if not root.is_dir():
+        raise UserError(f"{root}: dataset folder not found; set data.path in params.yaml")
+    for name in ("train", "val"):
+        if not (root / name).is_dir():
+            raise UserError(f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/")
+    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    unknown = sorted(e.name for e in (root / "val").iterdir() if e.is_dir() and e.name not in classes)
+    if unknown:
+        raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/")
+    splits = {}
+    for name in ("train", "val"):
+        paths = [(label, p) for label, c in enumerate(classes) for p in _images_below(root / name / c)]
+        if not paths:
+            raise UserError(f"{root / name}: the split is empty; put images into a folder per class")
+        labels = np.array([label for label, _ in paths], np.int64)
+        splits[name] = Split(name, paths=[p for _, p in paths], labels=labels)
+    pool = _images_below(root / "unlabeled") or splits["train"].paths
+    return Dataset(
+        {"unlabeled": Split("unlabeled", paths=pool), **splits},
+        classes,
+        {"kind": "classes", "name": root.name},
+    )
+
+
+def _images_below(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())

@@ -1,0 +1,105 @@
+"""Opens a squashfs image without changing anything on the machine: mount it, or unpack it, and undo that."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moco.errors import UserError
+
+MAGIC = b"hsqs"
+Say = Callable[[str], None]
+
+
+def check_image(path: Path) -> None:
+    """Raises UserError unless the file looks like a squashfs image."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise UserError(f"{path}: dataset image not found; set data.path") from None
+    except OSError as error:
+        raise UserError(f"{path}: dataset image cannot be read: {error.strerror}") from None
+    if magic != MAGIC:
+        raise UserError(f"{path}: not a squashfs image (it begins with {magic!r}, not {MAGIC!r})")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
+    """A copy on node-local disk for as long as the context lasts, as the original's jobs made in /tmp."""
+    free, needed = shutil.disk_usage(scratch).free, path.stat().st_size
+    if free < needed:
+        raise UserError(
+            f"{scratch}: {free >> 20} MiB free, {path.name} needs {needed >> 20} MiB; "
+            "set runtime.scratch, or data.copy_to_scratch to false"
+        )
+    with tempfile.TemporaryDirectory(prefix="moco-copy-", dir=scratch) as folder:
+        say(f"copying {path} to {folder}")
+        yield Path(shutil.copyfile(path, Path(folder) / path.name))
+
+
+def _run(command: list[str]) -> str | None:
+    """None on success, else the reason."""
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not installed"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = (done.stderr or done.stdout).strip().splitlines()
+    return None if done.returncode == 0 else (output[-1] if output else f"exit code {done.returncode}")
+
+
+@contextmanager
+def open_squashfs(image: Path, scratch: Path, say: Say) -> Iterator[Path]:
+    """The root of the image as a folder: squashfuse, else the kernel's mount, else unpacked to `scratch`."""
+    check_image(image)
+    folder = Path(tempfile.mkdtemp(prefix="moco-squashfs-", dir=scratch))
+    undo: list[str] | None = None
+    reasons = []
+    try:
+        for name, mount, unmount in (
+            ("squashfuse", ["squashfuse", "-o", "ro", str(image), str(folder)], _fuse_unmount(folder)),
+            ("kernel mount", ["mount", "-t", "squashfs", "-o", "ro,loop", str(image), str(folder)],
+             ["umount", str(folder)]),
+        ):  # fmt: skip
+            reason = _run(mount)
+            if reason is None:
+                undo = unmount
+                say(f"dataset: {image} opened with {name} at {folder}")
+                break
+            reasons.append(f"{name}: {reason}")
+        else:
+            reason = _run(["unsquashfs", "-no-progress", "-force", "-dest", str(folder), str(image)])
+            if reason is not None:
+                raise UserError(
+                    f"{image}: cannot be opened ({'; '.join(reasons)}; unsquashfs: {reason}); "
+                    "install squashfuse or squashfs-tools, or check the file"
+                )
+            say(f"dataset: {image} unpacked to {folder} ({'; '.join(reasons)})")
+        yield folder
+    finally:
+        if undo is not None and (problem := _run(undo)) is not None:
+            say(f"warning: {folder} could not be unmounted: {problem}")
+        if undo is not None and not os.path.ismount(folder):
+            folder.rmdir()
+        elif undo is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fuse_unmount(folder: Path) -> list[str]:
+    for tool in ("fusermount3", "fusermount"):
+        if shutil.which(tool):
+            return [tool, "-u", str(folder)]
+    return ["umount", str(folder)]

@@ -1,0 +1,117 @@
+"""Momentum contrast: He et al. 2020 (MoCo, arXiv 1911.05722), Chen et al. 2020 (MoCo v2, arXiv 2003.04297).
+
+Shapes: B images in a batch, D the width of an embedding, K the length of the queue.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.model.encoder import feature_width
+
+
+class Contrast(NamedTuple):
+    """What one forward pass gives: the loss (scalar), the accuracy of picking the positive (scalar, no
+    gradient), and the keys (B' x D, unit length) that are to be enqueued once the step has been taken."""
+
+    loss: Tensor
+    accuracy: Tensor
+    keys: Tensor
+
+
+def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE with one positive per query and the queue as negatives (MoCo, equation 1).
+
+    queries, keys: B x D, unit length, row i of both from the same image. queue: K x D, unit length.
+    Returns the mean loss and the share of queries whose positive has the largest logit.
+    """
+    positive = (queries * keys).sum(1, keepdim=True)  # B x 1
+    negative = queries @ queue.T  # B x K
+    logits = torch.cat([positive, negative], 1).float() / temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    accuracy = (logits.detach().argmax(1) == 0).float().mean()
+    return F.cross_entropy(logits, target), accuracy
+
+
+def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
+    """Puts the projection in place of the last layer: linear (v1), or two layers with ReLU (v2)."""
+    width = feature_width(encoder)
+    linear = nn.Linear(width, dim)
+    encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
+    return encoder
+
+
+class MomentumContrast(nn.Module):
+    """A query encoder, its exponential moving average (the key encoder) and a queue of keys.
+
+    A step is: `contrast = model(a, b)`; `contrast.loss.backward()`; the optimizer's step;
+    `model.update(contrast.keys, momentum)`. The queue and the key encoder change only in `update`, in
+    place, after the backward pass: nothing has to be cloned (algorithm 1 of the paper has this order too).
+    """
+
+    queue: Tensor
+    cursor: Tensor
+
+    def __init__(
+        self, encoder: nn.Module, *, dim: int, queue_length: int, temperature: float, mlp: bool,
+        symmetric: bool, shuffle: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.query_encoder = with_head(encoder, dim, mlp)
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.shuffle = shuffle
+        self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def encode_keys(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Keys of a batch, B x D. The order is shuffled on the way in and restored on the way out, so
+        that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper)."""
+        if not self.shuffle:
+            return F.normalize(self.key_encoder(images).float(), dim=1)
+        # Drawn on the CPU: the same order on every device, and no wait for the device.
+        order = torch.randperm(len(images), generator=generator)
+        back = torch.argsort(order)
+        keys = self.key_encoder(images[order.to(images.device)])
+        return F.normalize(keys.float(), dim=1)[back.to(images.device)]
+
+    def encode_queries(self, images: Tensor) -> Tensor:
+        """Queries of a batch, B x D, unit length, with gradient."""
+        return F.normalize(self.query_encoder(images).float(), dim=1)
+
+    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Contrast:
+        """a, b: two views of the same B images, B x 3 x H x W each. `generator`: on the CPU, for shuffling.
+
+        Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
+        """
+        keys_b = self.encode_keys(b, generator)
+        loss, accuracy = info_nce(self.encode_queries(a), keys_b, self.queue, self.temperature)
+        if not self.symmetric:
+            return Contrast(loss, accuracy, keys_b)
+        keys_a = self.encode_keys(a, generator)
+        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys_a, self.queue, self.temperature)
+        return Contrast((loss + loss_b) / 2, (accuracy + accuracy_b) / 2, torch.cat([keys_b, keys_a]))
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, momentum: float) -> None:
+        """Moves the key encoder towards the query encoder (equation 2) and enqueues the keys."""
+        torch._foreach_lerp_(
+            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum
+        )
+        self.enqueue(keys)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrites the oldest keys; the queue is a ring, so neither length need divide the other."""
+        length = len(self.queue)
+        keys = keys[-length:]
+        places = (self.cursor + torch.arange(len(keys), device=keys.device)) % length
+        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
+        self.cursor.add_(len(keys)).remainder_(length)

@@ -1,0 +1,64 @@
+"""A residual network for small images on CPUs.
+
+This file imports nothing but torch: its text is copied into the `submission.py` that is handed in beside
+the weights, so that the weights can be loaded where this package is not installed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SmallBlock(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 shortcut, at half the resolution of the input.
+
+    The average pooling comes first, not a strided convolution: the backward pass of strided convolutions is
+    slow on CPUs (measured: the network trains 1.4 times faster with the pooling).
+    Input: N x `inputs` x H x W. Output: N x `outputs` x H/2 x W/2.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn_shortcut = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + self.bn_shortcut(self.shortcut(x)))  # type: ignore[no-any-return]
+
+
+class SmallResNet(nn.Module):
+    """Stem, one residual block per stage, global average, linear layer.
+
+    The stem keeps the resolution with stride 1 (images up to about 40 pixels) and halves it with stride 2.
+    Each stage halves the resolution; the first doubles the width of the stem, and so on.
+    Input: N x 3 x H x W. Output: N x `num_classes`. `feature_width` is the width before the linear layer.
+    """
+
+    def __init__(
+        self, num_classes: int, width: int = 24, stages: int = 4, stem_stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layers = nn.Sequential(
+            *(SmallBlock(width << stage, width << (stage + 1)) for stage in range(stages))
+        )
+        self.feature_width = width << stages
+        self.fc = nn.Linear(self.feature_width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]

@@ -1,0 +1,69 @@
+"""Presets: params.yaml as a documented default plus a few named changes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from moco.config import load, nearest
+from moco.errors import UserError
+from moco.training.checkpoints import write_text
+
+DEFAULT = "default"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def render(folder: Path, name: str) -> str:
+    """The text of params.yaml under a preset: default.yaml with the preset's values put in place.
+
+    Comments of the default stay. Raises UserError for an unknown preset or one with an unknown key.
+    """
+    known = names(folder)
+    if name not in known:
+        raise UserError(f"no preset '{name}' in {folder}{nearest(name, known)}; known: {', '.join(known)}")
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    tree = yaml.load((folder / f"{DEFAULT}.yaml").read_text(encoding="utf-8"))
+    if name != DEFAULT:
+        path = folder / f"{name}.yaml"
+        _merge(tree, yaml.load(path.read_text(encoding="utf-8")), path, "")
+    text = io.StringIO()
+    yaml.dump(tree, text)
+    return text.getvalue()
+
+
+def _merge(tree: Any, changes: Mapping[str, Any], path: Path, prefix: str) -> None:
+    for key, value in changes.items():
+        if key not in tree:
+            raise UserError(f"{path}: {prefix}{key}: unknown key{nearest(str(key), map(str, tree))}")
+        if isinstance(value, Mapping):
+            _merge(tree[key], value, path, f"{prefix}{key}.")
+        else:
+            tree[key] = value
+
+
+def switch(folder: Path, name: str, params: Path, force: bool) -> None:
+    """Writes params.yaml. Raises UserError where it holds changes that are in no preset, unless `force`."""
+    text = render(folder, name)
+    if params.exists() and not force:
+        current = params.read_text(encoding="utf-8")
+        if all(current != render(folder, known) for known in names(folder)):
+            raise UserError(
+                f"{params}: has changes of your own that switching would lose; commit or copy it, then add --force"
+            )
+    before = params.read_text(encoding="utf-8") if params.exists() else None
+    write_text(params, text)
+    try:
+        load(params)
+    except UserError:
+        if before is not None:
+            write_text(params, before)
+        raise

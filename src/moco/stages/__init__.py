@@ -1,0 +1,1 @@
+"""One module per stage; each is a function from its sections of the configuration to its files."""

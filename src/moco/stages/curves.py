@@ -1,0 +1,33 @@
+"""DVC's metrics and plots, written from the metric log."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from moco.tracking.metric_log import metric_history
+from moco.training.checkpoints import write_text
+
+
+def write_curve(log: Path, path: Path, metric: str) -> Path:
+    """A CSV file with a row per step at which `metric` was measured and a column per metric measured there."""
+    rows = {line["step"]: line["metrics"] for line in metric_history(log) if metric in line["metrics"]}
+    columns = sorted({name for row in rows.values() for name in row})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["step", *columns], lineterminator="\n")
+    writer.writeheader()
+    for step, row in sorted(rows.items()):
+        writer.writerow({"step": step, **row})
+    write_text(path, text.getvalue())
+    return path
+
+
+def write_metrics(log: Path, path: Path, extra: dict[str, float]) -> Path:
+    """A JSON file with the last value of every metric, and `extra`."""
+    last: dict[str, float] = {}
+    for line in metric_history(log):
+        last.update(line["metrics"])
+    write_text(path, json.dumps({**last, **extra}, indent=2, sort_keys=True) + "\n")
+    return path

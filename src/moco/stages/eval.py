@@ -1,0 +1,195 @@
+"""Stage `eval`: scores submission.py and model_sub.pth, and nothing else, as a stranger would."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moco.config import Config, flatten
+from moco.data.cache import DecodedSplit
+from moco.data.manifest import load_manifest
+from moco.data.prepare import open_decoded
+from moco.errors import UserError
+from moco.stages.figures import confusion_figure, reliability_figure
+from moco.stages.workspace import (
+    CLASSIFIER, MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder,
+)  # fmt: skip
+from moco.tracking.provenance import provenance
+from moco.tracking.run import Run
+from moco.training.checkpoints import load_weights, write_text
+from moco.training.numerics import choose_device, set_up
+
+
+@dataclass
+class Scores:
+    """labels, predicted: N int64. confidence: N, the probability of the prediction. top5: N booleans."""
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    top5: np.ndarray
+
+
+def run(config: Config) -> None:
+    """Raises UserError where the two files are missing or do not fit each other or the data."""
+    device = choose_device(config.runtime.device)
+    set_up(device, config.runtime.threads)
+    manifest = load_manifest(MANIFEST)
+    submission = load_submission(CLASSIFIER / "submission.py")
+    network = load_network(submission, CLASSIFIER / "model_sub.pth").to(device)
+    val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
+    params: dict[str, Any] = {}
+    for name in ("data", "pretrain", "train", "eval"):
+        params.update(flatten(getattr(config, name), name))
+    folder = open_run_folder("eval", run_key(params, manifest.digest))
+    with Run(folder.path, "eval", config.tracking, say) as record:
+        record.start(f"eval-{folder.path.name}", params, {**provenance(device), "data_digest": manifest.digest})
+        scores = score(network, submission.eval_transform, val, config.eval.batch_size, device)
+        results = summarise(scores, len(manifest.classes), config.eval.calibration_bins)
+        record.log({**results, **_upstream()}, 0)
+        for path in _write(scores, results, manifest.classes, config.eval.calibration_bins):
+            record.artifact(path)
+    folder.finish()
+    say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {REPORTS / 'eval'}")
+
+
+def load_submission(path: Path) -> ModuleType:
+    """Imports submission.py. Raises UserError where it is missing or lacks what the contract asks."""
+    spec = importlib.util.spec_from_file_location("submission", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"{path}: not found; run `moco train` (or `dvc repro train`) first")
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is a DVC output
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from None
+    finally:
+        sys.dont_write_bytecode = before
+    for name in ("get_model", "eval_transform", "team_id", "team_name", "email_address"):
+        if not hasattr(module, name):
+            raise UserError(f"{path}: has no {name}; run `moco train` again")
+    return module
+
+
+def load_network(submission: ModuleType, path: Path) -> nn.Module:
+    """get_model() with the weights of model_sub.pth, in evaluation mode."""
+    network: nn.Module = submission.get_model()
+    state = load_weights(path, "run `moco train` again")
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: does not fit submission.py: {reason}; run `moco train` again") from None
+    return network.eval()
+
+
+@torch.no_grad()
+def score(
+    network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, batch: int,
+    device: torch.device,
+) -> Scores:  # fmt: skip
+    """Predictions for every image, in order, batch by batch."""
+    assert split.labels is not None
+    parts = []
+    for first in range(0, len(split.images), batch):
+        images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
+        parts.append(network(torch.stack(images).to(device)).float().cpu())
+    logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
+    if labels.max() >= logits.shape[1]:
+        raise UserError(f"the classifier knows {logits.shape[1]} classes, val has labels up to {labels.max()}")
+    confidence, predicted = logits.softmax(1).max(1)
+    top5 = logits.topk(min(5, logits.shape[1]), 1).indices
+    return Scores(
+        split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy()
+    )
+
+
+def calibration(scores: Scores, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(images, mean confidence, accuracy) per bin of confidence; the bins divide [0, 1] evenly."""
+    which = np.minimum((scores.confidence * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    correct = scores.predicted == scores.labels
+    divisor = np.maximum(count, 1)
+    confidence = np.bincount(which, scores.confidence, bins) / divisor
+    return count, confidence, np.bincount(which, correct, bins) / divisor
+
+
+def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
+    """Accuracy (top 1, top 5, mean over classes) and expected calibration error (Guo et al. 2017)."""
+    correct = scores.predicted == scores.labels
+    count, confidence, accuracy = calibration(scores, bins)
+    present = np.bincount(scores.labels, minlength=classes)
+    recall = np.bincount(scores.labels, correct, classes)[present > 0] / present[present > 0]
+    return {
+        "val_accuracy": float(correct.mean()),
+        "val_top5_accuracy": float(scores.top5.mean()),
+        "val_mean_class_accuracy": float(recall.mean()),
+        "val_calibration_error": float((count * np.abs(confidence - accuracy)).sum() / count.sum()),
+        "val_mean_confidence": float(scores.confidence.mean()),
+    }
+
+
+def _upstream() -> dict[str, float]:
+    """Headline figures of the stages before, so that one row of MLflow's table shows the whole chain."""
+    found: dict[str, float] = {}
+    wanted = {
+        "pretrain": {"loss": "pretrain_loss", "knn_accuracy": "knn_accuracy", "minutes": "pretrain_minutes",
+                     "images_seen": "images_seen"},
+        "train": {"held_out_accuracy": "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
+    }  # fmt: skip
+    for stage, names in wanted.items():
+        path = REPORTS / stage / "metrics.json"
+        if path.is_file():
+            metrics = json.loads(path.read_text())
+            found.update({ours: metrics[theirs] for theirs, ours in names.items() if theirs in metrics})
+    return found
+
+
+def _write(scores: Scores, results: dict[str, float], classes: list[str], bins: int) -> list[Path]:
+    """metrics.json, predictions.csv, classes.csv, confusion.png and reliability.png."""
+    folder = REPORTS / "eval"
+    write_text(folder / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
+    rows = [
+        {"image": f"{i}", "actual": classes[a], "predicted": classes[p], "confidence": f"{c:.4f}"}
+        for i, (a, p, c) in enumerate(zip(scores.labels, scores.predicted, scores.confidence, strict=True))
+    ]
+    write_text(folder / "predictions.csv", _table(rows))
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (scores.labels, scores.predicted), 1)
+    truth, claimed, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    per_class = [
+        {
+            "class": name,
+            "images": int(truth[i]),
+            "recall": f"{right[i] / max(truth[i], 1):.4f}",
+            "precision": f"{right[i] / max(claimed[i], 1):.4f}",
+        }
+        for i, name in enumerate(classes)
+    ]
+    write_text(folder / "classes.csv", _table(per_class))
+    confusion_figure(confusion, classes, folder / "confusion.png")
+    reliability_figure(*calibration(scores, bins), folder / "reliability.png")
+    return [folder / name for name in (
+        "metrics.json", "predictions.csv", "classes.csv", "confusion.png", "reliability.png")]  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

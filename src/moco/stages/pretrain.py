@@ -1,0 +1,197 @@
+"""Stage `pretrain`: momentum contrast on the unlabelled images; writes the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moco.config import Config, PretrainConfig, flatten, nearest
+from moco.data.batches import EpochSampler, Fetcher
+from moco.data.cache import DecodedSplit
+from moco.data.manifest import Manifest, load_manifest
+from moco.data.prepare import open_decoded
+from moco.data.views import Views, recipe
+from moco.errors import UserError
+from moco.model.encoder import ENCODERS, Architecture
+from moco.stages.contrast import ContrastStep
+from moco.stages.curves import write_curve, write_metrics
+from moco.stages.encoder_file import save_encoder
+from moco.stages.workspace import (
+    ENCODER, HOUSEKEEPING, MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder,
+)  # fmt: skip
+from moco.tracking.provenance import provenance
+from moco.tracking.run import Run
+from moco.training import features
+from moco.training.checkpoints import CheckpointFolder, load_weights
+from moco.training.interrupt import watch_signals
+from moco.training.loop import Hooks, Length, LoopState, run_loop
+from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.training.progress import ProgressDisplay
+
+COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
+MAY_DIFFER = {"pretrain.epochs", "pretrain.minutes", *HOUSEKEEPING}  # when resuming from a named file
+MONITOR_BATCH = 512  # images
+
+
+@dataclass
+class Monitor:
+    """Held-out quality of the query encoder; ends a collapsed run."""
+
+    network: nn.Module
+    views: Views
+    train: DecodedSplit
+    config: PretrainConfig
+    classes: int
+    device: torch.device
+    precision: torch.dtype
+
+    def __post_init__(self) -> None:
+        assert self.train.labels is not None
+        kept, held = features.stratified_holdout(self.train.labels, self.config.holdout, self.config.seed)
+        if not len(held):
+            raise UserError("pretrain.holdout: no class has two labelled images; none can be held out")
+        self.kept, self.held = kept, held
+
+    def __call__(self) -> dict[str, float]:
+        head, self.network.fc = self.network.fc, nn.Identity()  # features are what enters the head
+        try:
+            found = features.extract(
+                self.network, self.train.images, self.views.plain, batch_size=MONITOR_BATCH,
+                device=self.device, precision=self.precision,
+            )  # fmt: skip
+        finally:
+            self.network.fc = head
+        assert self.train.labels is not None
+        labels = torch.from_numpy(self.train.labels)
+        spread = features.feature_std(found)
+        if not spread > COLLAPSED_STD:
+            raise UserError(
+                f"the features collapsed (standard deviation {spread:.4f}, healthy is near 1): lower pretrain.lr, "
+                "raise pretrain.queue or pretrain.momentum"
+            )
+        return {
+            "knn_accuracy": features.knn_accuracy(
+                found[self.kept], labels[self.kept], found[self.held], labels[self.held],
+                neighbours=self.config.knn_neighbours, classes=self.classes,
+            ),
+            "feature_std": spread,
+            "effective_rank": features.effective_rank(found),
+        }  # fmt: skip
+
+
+def run(config: Config, resume: Path | None = None) -> None:
+    """Trains, or continues the run of the same settings and data where one was interrupted.
+
+    resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input,
+    divergence and collapse; Interrupted after a signal, with the state saved.
+    """
+    section = config.pretrain
+    _check(section)
+    device = choose_device(config.runtime.device)
+    precision = choose_precision(section.precision, device)
+    set_up(device, config.runtime.threads)
+    manifest = load_manifest(MANIFEST)
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
+    params = flatten(section, "pretrain")
+    folder = open_run_folder("pretrain", run_key(params, manifest.digest))
+    checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
+
+    step = ContrastStep(section, _views(section, manifest, device), device, precision)
+    state = LoopState()
+    saved = _load(resume, params, manifest.digest) if resume else checkpoints.newest(say)
+    if saved is not None:
+        step.load_state(saved)
+        state = LoopState(**saved["loop"])
+
+    def save(state: LoopState) -> None:
+        content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
+        checkpoints.save(state.epoch, {**content, "loop": state.as_dict(), **step.state()})
+
+    pool = _pool(len(splits["unlabeled"].images), section)
+    with (
+        Run(folder.path, "pretrain", config.tracking, say) as record,
+        watch_signals() as stop,
+        ProgressDisplay("pretrain") as display,
+    ):
+        say(f"pretrain: {len(pool)} images on {device}, {str(precision).removeprefix('torch.')}; log: {record.path}")
+        record.start(
+            f"pretrain-{folder.path.name}",
+            {**flatten(config.data, "data"), **params},
+            {**provenance(device), "data_digest": manifest.digest},
+        )
+        if saved is not None:
+            record.resume(state.step)
+        monitor = Monitor(
+            step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
+        )
+        hooks = Hooks(
+            record.log, section.log_every, display, stop, monitor, section.monitor_every, save, section.checkpoint_every
+        )  # fmt: skip
+        sampler = EpochSampler(pool, section.batch_size, section.seed)
+        fetcher = Fetcher(splits["unlabeled"].images, pin=device.type == "cuda")
+        run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+        architecture = Architecture(section.encoder, section.stem, section.width, section.stages)
+        save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest)
+        report = REPORTS / "pretrain"
+        seen = {"images_seen": state.step * sampler.batch_size, "minutes": state.seconds / 60}
+        record.artifact(write_metrics(record.path, report / "metrics.json", seen))
+        record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
+        record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
+    folder.finish()
+    say(f"pretrain: encoder -> {ENCODER}")
+
+
+def _check(section: PretrainConfig) -> None:
+    """What one key alone does not tell."""
+    if section.encoder not in ENCODERS:
+        raise UserError(
+            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, ENCODERS)}; "
+            f"known: {', '.join(ENCODERS)}"
+        )
+    if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
+        raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
+    if section.batch_norm == "sync" and not torch.distributed.is_initialized():
+        raise UserError("pretrain.batch_norm: sync needs several processes; use plain or split")
+    if section.warmup >= 1:
+        raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
+
+
+def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
+    if manifest.height != manifest.width:
+        raise UserError(
+            f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square"
+        )
+    chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
+    return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
+
+
+def _pool(count: int, section: PretrainConfig) -> np.ndarray:
+    """Indices of the unlabelled images in use: all, or a random share."""
+    if section.subset == 1:
+        return np.arange(count)
+    size = max(2, round(section.subset * count))
+    return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
+
+
+def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
+    """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
+    saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
+    if not isinstance(saved, dict) or not {"params", "data", "loop", "model"} <= set(saved):
+        raise UserError(f"{path}: not a checkpoint of `moco pretrain`")
+    theirs = saved["params"]
+    different = [
+        f"{name} is {theirs.get(name)} there and {value} here"
+        for name, value in params.items()
+        if name not in MAY_DIFFER and theirs.get(name) != str(value)
+    ]
+    if saved["data"] != digest:
+        different.append("it was made from other data")
+    if different:
+        raise UserError(f"{path}: checkpoint of another configuration: {'; '.join(different)}")
+    say(f"continuing from {path}")
+    return saved

@@ -1,0 +1,57 @@
+"""Writes `submission.py`: the one file that a scorer needs beside `model_sub.pth`.
+
+The scorer's contract (the course's own, 2021): the module has `get_model()`, `eval_transform`, `team_id`,
+`team_name` and `email_address`; `model_sub.pth` is a bare state dict for what `get_model()` returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from moco.config import EvalConfig
+from moco.data.manifest import Manifest
+from moco.model import small_resnet
+from moco.model.encoder import Architecture
+
+HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch and torchvision alone.
+
+    model = get_model(); model.load_state_dict(torch.load("model_sub.pth", weights_only=True)); model.eval()
+    logits = model(eval_transform(image).unsqueeze(0))   # image: PIL, RGB
+"""
+'''
+
+
+def _model_source(architecture: Architecture, classes: int) -> tuple[str, str]:
+    """(import lines, definition of get_model with what it needs)."""
+    small = architecture.stem == "small"
+    if architecture.name == "small_resnet":
+        text = inspect.getsource(small_resnet)
+        text = text[text.index("from torch import Tensor, nn") :].split("\n", 1)[1].strip()
+        arguments = f"{classes}, {architecture.width}, {architecture.stages}, {1 if small else 2}"
+        return "from torch import Tensor, nn\nfrom torchvision import transforms", (
+            f"{text}\n\n\ndef get_model() -> nn.Module:\n    return SmallResNet({arguments})\n"
+        )
+    body = [f"    model = models.{architecture.name}(weights=None, num_classes={classes})"]
+    if small:
+        body += [
+            "    model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)",
+            "    model.maxpool = nn.Identity()",
+        ]
+    definition = "\n".join(["def get_model() -> nn.Module:", *body, "    return model"]) + "\n"
+    return "from torch import nn\nfrom torchvision import models, transforms", definition
+
+
+def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -> str:
+    """The text of submission.py for one architecture, data set and team."""
+    imports, model = _model_source(architecture, len(manifest.classes))
+    steps = []
+    if manifest.resize is not None:
+        steps = [f"transforms.Resize({manifest.resize})", f"transforms.CenterCrop({manifest.resize})"]
+    steps += ["transforms.ToTensor()", f"transforms.Normalize({manifest.mean!r}, {manifest.std!r})"]
+    transform = "".join(f"        {step},\n" for step in steps)
+    return (
+        f"{HEADER}\nfrom __future__ import annotations\n\n{imports}\n\n"
+        f"team_id = {config.team_id}\nteam_name = {config.team_name!r}\nemail_address = {config.email_address!r}\n"
+        f"class_names = {manifest.classes!r}\n\n"
+        f"eval_transform = transforms.Compose(\n    [\n{transform}    ]\n)\n\n\n{model}"
+    )

@@ -1,0 +1,38 @@
+"""The MLflow UI on localhost."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+from moco.config import TrackingConfig
+from moco.errors import UserError
+from moco.tracking.mlflow_sink import available, store_uri
+
+HOST = "127.0.0.1"
+
+
+def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
+    """Runs until stopped; returns MLflow's exit code. Raises UserError where it cannot start."""
+    if not available():
+        raise UserError("mlflow is not installed here; run this where it is")
+    uri = store_uri(config)
+    if uri.startswith(("http://", "https://")):
+        say(f"tracking.uri is a server: open {uri}")
+        return 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise UserError(f"port {port} is in use; choose another with --port") from None
+    say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
+    say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        return 0

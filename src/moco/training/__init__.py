@@ -1,0 +1,1 @@
+"""Training in general: one loop, schedules, checkpoints, numerics. Knows nothing of contrast."""

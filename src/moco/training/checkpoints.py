@@ -1,0 +1,125 @@
+"""Files of weights: written whole or not at all, loaded without unpickling anything but tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco.errors import UserError
+
+NAME = re.compile(r"checkpoint_(\d+)\.pth")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path beside `path` and renames the result over it.
+
+    Raises UserError where the disk is full or not writable; what stood at `path` before is then still there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def save_weights(path: Path, content: Any) -> None:
+    """Saves tensors in plain containers, atomically. Raises UserError where it cannot be written."""
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so
+            raise OSError(None, f"{str(error).splitlines()[0]} (disk full?)") from None
+
+    write_atomically(path, write)
+
+
+def load_weights(path: Path, hint: str) -> Any:
+    """Loads what save_weights wrote, onto the CPU. Raises UserError where the file is missing or damaged;
+    `hint` says what to do."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {hint}") from None
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class CheckpointFolder:
+    """checkpoint_EPOCH.pth files of one run with a digest beside each, in the format of sha256sum.
+
+    keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, epoch: int, content: dict[str, Any]) -> Path:
+        """Raises UserError where it cannot be written; earlier checkpoints are then untouched."""
+        path = self.folder / f"checkpoint_{epoch:03d}.pth"
+        record = path.with_suffix(".pth.sha256")
+        save_weights(path, content)
+        write_text(record, f"{_digest(path)}  {path.name}\n")
+        for old in self.paths()[: -self.keep]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".pth.sha256").unlink(missing_ok=True)
+        return path
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        found = [(int(m[1]), p) for p in self.folder.glob("*.pth") if (m := NAME.fullmatch(p.name))]
+        return [path for _, path in sorted(found)]
+
+    def newest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest sound checkpoint, or None. Damaged ones are named and passed over."""
+        for path in reversed(self.paths()):
+            record = path.with_suffix(".pth.sha256")
+            try:
+                sound = record.read_text().split()[0] == _digest(path)
+            except (OSError, IndexError):
+                sound = False
+            if sound:
+                say(f"continuing from {path}")
+                return load_weights(path, "delete it to start again")  # type: ignore[no-any-return]
+            say(f"warning: {path} is damaged (its digest does not match); using the one before")
+        return None
+
+    def clear(self) -> None:
+        for path in self.paths():
+            path.unlink()
+            path.with_suffix(".pth.sha256").unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Features of images and what they are worth: nearest neighbours, spread, rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.data.batches import gather
+from moco.training.numerics import autocast
+
+QUERY_BLOCK = 1024  # rows of the similarity matrix that are held at a time
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode for the length of the context; every module's own mode is restored afterwards."""
+    before = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield network
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@torch.no_grad()
+def extract(
+    network: nn.Module, images: np.ndarray, prepare: Callable[[Tensor], Tensor], *, batch_size: int,
+    device: torch.device, precision: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Outputs of the network in evaluation mode, N x D, fp32, on the CPU.
+
+    images: N x H x W x 3 uint8. prepare: turns a batch of them into the network's input.
+    """
+    parts = []
+    with eval_mode(network):
+        for first in range(0, len(images), batch_size):
+            batch = torch.from_numpy(gather(images, np.arange(first, min(first + batch_size, len(images)))))
+            with autocast(device, precision):
+                parts.append(network(prepare(batch)).float().cpu())
+    return torch.cat(parts)
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, neighbours: int,
+    classes: int, temperature: float = 0.1,
+) -> float:  # fmt: skip
+    """Share of queries whose class wins the weighted vote of the nearest bank features by cosine
+    (Wu et al. 2018, arXiv 1805.01978: votes weigh exp(similarity / temperature)).
+
+    bank: N x D, queries: M x D; never more than QUERY_BLOCK x N similarities at a time.
+    """
+    bank = F.normalize(bank, dim=1)
+    neighbours = min(neighbours, len(bank))
+    correct = 0
+    for part, truth in zip(queries.split(QUERY_BLOCK), labels.split(QUERY_BLOCK), strict=True):
+        similarity, nearest = (F.normalize(part, dim=1) @ bank.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(
+            1, bank_labels[nearest], torch.exp(similarity / temperature)
+        )
+        correct += int((votes.argmax(1) == truth).sum())
+    return correct / len(labels)
+
+
+def feature_std(features: Tensor) -> float:
+    """Mean standard deviation per dimension of unit-length features, times sqrt(D): about 1 when they are
+    spread evenly, 0 when all are the same (SimSiam, arXiv 2011.10566, section 4.1)."""
+    return float(F.normalize(features, dim=1).std(0).mean() * features.shape[1] ** 0.5)
+
+
+def effective_rank(features: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007) of the centred
+    features: the number of dimensions really in use."""
+    values = torch.linalg.svdvals(features - features.mean(0))
+    shares = values / values.sum().clamp(min=1e-12)
+    return float(torch.exp(-(shares * torch.log(shares.clamp(min=1e-12))).sum()))
+
+
+def stratified_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out) indices: about `share` of every class, at least one where it has two or more."""
+    rng = np.random.default_rng(seed)
+    held = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held.append(members[:count])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out

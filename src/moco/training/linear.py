@@ -1,0 +1,103 @@
+"""A linear classifier on features that were computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.config import TrainConfig
+from moco.training.schedules import lr_factor, scaled_lr
+
+
+@dataclass
+class LinearFit:
+    """weight (C x D) and bias (C) for features as they come; epoch: the one they are from, counted from 1;
+    accuracy: share of correct held-out images at that epoch; optimizer: its state then."""
+
+    weight: Tensor
+    bias: Tensor
+    epoch: int
+    accuracy: float
+    optimizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Shift and scale per dimension, D each, applied before the classifier and folded into it at the end."""
+
+    mean: Tensor
+    std: Tensor
+
+    def apply(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+    def fold(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the layer that does both steps at once; computed in float64."""
+        weight = layer.weight.detach().double() / self.std.double()
+        bias = layer.bias.detach().double() - weight @ self.mean.double()
+        return weight.float(), bias.float()
+
+
+def make_scaling(features: Tensor, kind: str) -> Scaling:
+    """`standardize`: zero mean and unit variance over the rows; `none`: the identity."""
+    width = features.shape[1]
+    if kind == "none":
+        return Scaling(torch.zeros(width), torch.ones(width))
+    return Scaling(features.mean(0), features.std(0).clamp(min=1e-6))
+
+
+def fit_linear(
+    views: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, classes: int, config: TrainConfig,
+    log: Callable[[dict[str, float], int], None], stop_after: int | None = None,
+) -> LinearFit:  # fmt: skip
+    """Trains by SGD and keeps the epoch that is best on the held-out images (the earlier on a tie).
+
+    views: V x N x D, the features of N images in V augmentations; every image of a batch takes one at random.
+    held: M x D. stop_after: train so many epochs, and keep the last whatever its accuracy.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    scaling = make_scaling(views.flatten(0, 1), config.feature_scaling)
+    views, held = scaling.apply(views), scaling.apply(held)
+    layer = nn.Linear(views.shape[2], classes)
+    with torch.no_grad():  # He et al. 2020, section 4.1: normal weights with std 0.01
+        layer.weight.normal_(0, 0.01, generator=generator)
+        layer.bias.zero_()
+    batch = min(config.batch_size, len(labels))
+    peak = scaled_lr(config.lr, batch)
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=peak, momentum=config.sgd_momentum, weight_decay=config.weight_decay
+    )
+    best: LinearFit | None = None
+    for epoch in range(1, (stop_after or config.epochs) + 1):
+        loss = _one_epoch(layer, optimizer, views, labels, batch, (epoch - 1) / config.epochs, config, generator, peak)
+        with torch.no_grad():
+            accuracy = float((layer(held).argmax(1) == held_labels).float().mean()) if len(held) else 0.0
+        log({"loss": loss, "held_out_accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}, epoch)
+        if best is None or accuracy > best.accuracy or epoch == stop_after:
+            best = LinearFit(*scaling.fold(layer), epoch, accuracy, optimizer.state_dict())
+    assert best is not None
+    return best
+
+
+def _one_epoch(
+    layer: nn.Linear, optimizer: torch.optim.Optimizer, views: Tensor, labels: Tensor, batch: int,
+    progress: float, config: TrainConfig, generator: torch.Generator, peak: float,
+) -> float:  # fmt: skip
+    factor = lr_factor(config.schedule, progress, config.warmup, config.milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = peak * factor
+    total = 0.0
+    order = torch.randperm(len(labels), generator=generator)
+    for chosen in order.split(batch):
+        view = torch.randint(len(views), (len(chosen),), generator=generator)
+        loss = F.cross_entropy(layer(views[view, chosen]), labels[chosen])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(chosen)
+    return total / len(labels)

@@ -1,0 +1,162 @@
+"""The one training loop. Callers supply the step; the loop supplies order, time, logging and interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco.data.batches import EpochSampler, Fetcher
+from moco.errors import UserError
+from moco.training.interrupt import Interrupted, StopFlag
+from moco.training.progress import Display
+
+Step = Callable[[np.ndarray, Tensor, float, int], dict[str, Any]]
+Log = Callable[[dict[str, float], int], None]
+
+
+@dataclass
+class LoopState:
+    """Where a run is. step: optimizer steps done. epoch: epochs finished. batch: batches done in the epoch
+    that is under way. seconds: wall-clock of the run so far, monitoring and saving included."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Length:
+    """When a run ends: after `epochs`, or after `minutes` of wall-clock, whichever comes first."""
+
+    epochs: int
+    minutes: float | None
+
+    def fraction(self, state: LoopState, batches_per_epoch: int) -> float:
+        """Progress in [0, 1]; 1 ends the run."""
+        done = state.step / (self.epochs * batches_per_epoch)
+        if self.minutes is not None:
+            done = max(done, state.seconds / (60 * self.minutes))
+        return min(done, 1.0)
+
+
+@dataclass
+class Hooks:
+    """What happens beside the steps. Every one of them may raise UserError to end the run.
+
+    monitor: called every `monitor_every` epochs and at the end; returns metrics. save: called every
+    `save_every` epochs, at the end and before an interruption ends the run.
+    """
+
+    log: Log
+    log_every: int
+    display: Display
+    stop: StopFlag
+    monitor: Callable[[], dict[str, float]]
+    monitor_every: int
+    save: Callable[[LoopState], None]
+    save_every: int
+
+
+def run_loop(
+    step: Step, sampler: EpochSampler, fetcher: Fetcher, length: Length, state: LoopState, hooks: Hooks
+) -> None:
+    """Trains until `length` is reached. `state` moves along; start with a saved one to continue a run.
+
+    step(indices, images, fraction, number) takes one optimizer step and returns metrics as tensors or
+    numbers; they are averaged and read from the device only when they are logged.
+    Raises Interrupted after a signal (the state is saved), UserError where the loss is not finite.
+    """
+    per_epoch = sampler.batches_per_epoch
+    clock = _Clock(state)
+    window = _Window(fetcher)
+    while length.fraction(state, per_epoch) < 1:
+        for indices, images in fetcher.batches(sampler.epoch(state.epoch, state.batch)):
+            fraction = length.fraction(state, per_epoch)
+            window.add(step(indices, images, fraction, state.step), len(indices))
+            state.step += 1
+            state.batch += 1
+            clock.read()
+            done = length.fraction(state, per_epoch)
+            if state.step % hooks.log_every == 0 or done >= 1:
+                _report(window, state, per_epoch, done, hooks)
+            if hooks.stop.signal is not None:
+                hooks.save(state)
+                raise Interrupted(hooks.stop.signal)
+            if done >= 1:
+                break
+        if state.batch >= per_epoch:
+            state.epoch, state.batch = state.epoch + 1, 0
+        last = length.fraction(state, per_epoch) >= 1
+        if last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0):
+            metrics = hooks.monitor()
+            hooks.log(metrics, state.step)
+            window.began += clock.read()  # the rate is that of training alone
+        last = length.fraction(state, per_epoch) >= 1
+        if last or (state.batch == 0 and state.epoch % hooks.save_every == 0):
+            hooks.save(state)
+            window.began += clock.read()
+
+
+class _Clock:
+    """Adds the time since the last reading to the state."""
+
+    def __init__(self, state: LoopState) -> None:
+        self.state, self.before = state, time.perf_counter()
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        now = time.perf_counter()
+        spent, self.before = now - self.before, now
+        self.state.seconds += spent
+        return spent
+
+
+class _Window:
+    """Metrics between two log lines."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self.fetcher = fetcher
+        self.clear()
+
+    def clear(self) -> None:
+        self.values: dict[str, list[Any]] = {}
+        self.images, self.began, self.waited = 0, time.perf_counter(), self.fetcher.waited
+
+    def add(self, metrics: dict[str, Any], images: int) -> None:
+        self.images += images
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+
+    def read(self) -> dict[str, float]:
+        result = {}
+        for name, values in self.values.items():
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            result[name] = torch.stack(tensors).mean().item() if tensors else sum(values) / len(values)
+        spent = time.perf_counter() - self.began
+        result["images_per_second"] = self.images / spent
+        result["data_wait_share"] = (self.fetcher.waited - self.waited) / spent
+        self.clear()
+        return result
+
+
+def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hooks: Hooks) -> None:
+    metrics = window.read()
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        raise UserError(
+            f"the loss became {metrics['loss']} near step {state.step}: training has diverged; lower the learning "
+            "rate or use precision fp32 (saved checkpoints are from before)"
+        )
+    epoch = state.epoch + state.batch / per_epoch
+    hooks.log({**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
+    hooks.display.update(done, metrics["images_per_second"], f"loss {metrics.get('loss', 0.0):.3f}")

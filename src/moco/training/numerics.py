@@ -1,0 +1,69 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
+
+import torch
+
+from moco.errors import UserError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"runtime.device: '{wanted}' cannot be used here: {reason}; try 'auto'") from None
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; elsewhere bf16 is slower than fp32."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if wanted != "auto":
+        if wanted == "fp16" and device.type != "cuda":
+            raise UserError("pretrain.precision: fp16 needs a CUDA GPU; use auto, bf16 or fp32")
+        return names[wanted]
+    if device.type == "cuda":
+        # Ampere (compute capability 8) is the first with bf16 units; a T4 (7.5) has fp16 alone.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for the forward pass; nothing where it is fp32."""
+    if precision is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, precision)
+
+
+def set_up(device: torch.device, threads: int) -> None:
+    """Threads on the CPU (0: as torch chooses); TensorFloat-32 and cuDNN's choice of kernels on CUDA."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True

@@ -1,0 +1,66 @@
+"""A progress bar on a terminal; a line now and then in a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+LINE_EVERY = 15.0  # seconds between two lines in a file
+LENGTH = 1000  # steps of the bar, whatever it counts
+
+
+class Display(Protocol):
+    """What the loop tells: `fraction` of the whole, `rate` in images/s, and a few words."""
+
+    def update(self, fraction: float, rate: float, words: str) -> None: ...
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, s = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+class ProgressDisplay:
+    """Context manager. Remaining time is that of the whole run at the speed of this part of it."""
+
+    def __init__(self, title: str, terminal: bool | None = None) -> None:
+        self.title = title
+        self.terminal = sys.stderr.isatty() if terminal is None else terminal
+        self.began, self.first, self.last_line = time.monotonic(), 0.0, 0.0
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> ProgressDisplay:
+        self.began = time.monotonic()
+        if self.terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=False)
+            self.bar.start()
+            self.bar.add_task(self.title, total=LENGTH, words="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, fraction: float, rate: float, words: str) -> None:
+        now = time.monotonic()
+        spent = now - self.began
+        if not self.first:
+            self.first = fraction  # a resumed run does not begin at 0
+        done = fraction - self.first
+        left = clock(spent / done * (1 - fraction)) if done > 0 else "-"
+        text = f"{fraction:4.0%} {rate:,.0f} images/s {left} left  {words}"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=fraction * LENGTH, words=text)
+        elif now - self.last_line >= LINE_EVERY or fraction >= 1:
+            self.last_line = now
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)

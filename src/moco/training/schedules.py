@@ -1,0 +1,40 @@
+"""Learning rates and momenta as functions of progress: 0 at the first step, 1 at the end of the run.
+
+Progress, not epochs: the same schedule then fits a run of a number of epochs and one of a number of minutes.
+"""
+
+from __future__ import annotations
+
+import math
+
+REFERENCE_BATCH = 256  # images; learning rates are given for this batch (Goyal et al. 2017, arXiv 1706.02677)
+
+
+def scaled_lr(lr: float, batch_size: int) -> float:
+    """The linear scaling rule: 0.03 per 256 images is 0.06 at a batch of 512."""
+    return lr * batch_size / REFERENCE_BATCH
+
+
+def lr_factor(
+    schedule: str, progress: float, warmup: float, milestones: tuple[float, ...], gamma: float = 0.1
+) -> float:
+    """What the peak learning rate is multiplied by.
+
+    warmup: share of the run with a linear rise from 0. `cosine` then falls to 0 (Loshchilov and Hutter 2017),
+    `step` is multiplied by gamma at each milestone (shares of the run), `constant` stays.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "cosine":
+        rest = (min(progress, 1.0) - warmup) / max(1.0 - warmup, 1e-12)
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    if schedule == "step":
+        return float(gamma ** sum(progress >= milestone for milestone in milestones))
+    return 1.0
+
+
+def key_momentum(base: float, schedule: str, progress: float) -> float:
+    """Momentum of the key encoder: constant, or rising to 1 by a cosine (BYOL, arXiv 2006.07733)."""
+    if schedule == "cosine":
+        return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return base

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moco.errors import UserError
+from moco.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from moco.config import Config
@@ -133,12 +133,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except Exception as error:
-        number = getattr(error, "signal", None)  # moco.training.interrupt.Interrupted, without importing it
-        if type(error).__name__ != "Interrupted" or number is None:
-            raise
+    except Interrupted as error:
         typer.echo(f"{error}; the state is saved, the same command continues", err=True)
-        sys.exit(128 + number)
+        sys.exit(128 + error.signal)
 
 
 if __name__ == "__main__":

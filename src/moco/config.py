@@ -6,6 +6,7 @@ that DVC tracks and MLflow shows is the whole truth. Units and sources of values
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -258,10 +259,8 @@ class _Reader:
 
     def plain(self, hint: type[Any], value: Any, key: str) -> Any:
         if hint is float and isinstance(value, str):
-            try:  # PyYAML reads 1e-4 (no dot) as text
+            with contextlib.suppress(ValueError):  # PyYAML reads 1e-4 (no dot) as text
                 value = float(value)
-            except ValueError:
-                pass
         if hint is float and type(value) is int:
             value = float(value)
         if type(value) is not hint or (hint is float and not abs(value) < float("inf")):

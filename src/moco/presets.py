@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from moco.config import load, nearest
 from moco.errors import UserError
-from moco.training.checkpoints import write_text
+from moco.files import write_text
 
 DEFAULT = "default"
 

@@ -51,7 +51,8 @@ def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -
     transform = "".join(f"        {step},\n" for step in steps)
     return (
         f"{HEADER}\nfrom __future__ import annotations\n\n{imports}\n\n"
-        f"team_id = {config.team_id}\nteam_name = {config.team_name!r}\nemail_address = {config.email_address!r}\n"
+        f"team_id = {config.team_id}\nteam_name = {config.team_name!r}\n"
+        f"email_address = {config.email_address!r}\n"
         f"class_names = {manifest.classes!r}\n\n"
         f"eval_transform = transforms.Compose(\n    [\n{transform}    ]\n)\n\n\n{model}"
     )

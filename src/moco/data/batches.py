@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+Ready = queue.Queue[tuple[np.ndarray, Tensor] | BaseException | None]
+
+
 class EpochSampler:
     """Batches of indices; the order is a function of the seed and the epoch alone, so that it can be
     taken up anywhere. The last batch of an epoch is left out when it is not full."""
@@ -42,7 +45,7 @@ class Fetcher:
 
     def batches(self, indices: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(indices, uint8 images B x H x W x 3) for each batch of indices."""
-        ready: queue.Queue[tuple[np.ndarray, Tensor] | BaseException | None] = queue.Queue(self.ahead)
+        ready: Ready = queue.Queue(self.ahead)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(indices, ready, stop), daemon=True)
         thread.start()
@@ -64,9 +67,7 @@ class Fetcher:
                 except queue.Empty:
                     thread.join(0.01)
 
-    def _fill(
-        self, indices: Iterator[np.ndarray], ready: queue.Queue, stop: threading.Event
-    ) -> None:  # fmt: skip
+    def _fill(self, indices: Iterator[np.ndarray], ready: Ready, stop: threading.Event) -> None:
         try:
             for chosen in indices:
                 if stop.is_set():

@@ -35,8 +35,7 @@ from moco.data.decode import (
 )
 from moco.data.manifest import SPLITS
 from moco.data.sources import Dataset, Split
-from moco.data.squashfs import Say
-from moco.errors import UserError
+from moco.errors import Say, UserError
 
 CHUNK = 1024  # images
 PROBLEMS_NAMED = 10
@@ -119,9 +118,7 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
         raise
 
 
-def _decode_split(
-    split: Split, size: tuple[int, int], resize: int | None, folder: Path
-) -> list[ChunkReport]:
+def _decode_split(split: Split, size: tuple[int, int], resize: int | None, folder: Path) -> list[ChunkReport]:
     output = folder / f"{split.name}.u8"
     with output.open("wb") as file:
         file.truncate(len(split) * size[0] * size[1] * 3)
@@ -160,7 +157,10 @@ def _copy_array(array: np.ndarray, resize: int | None, output: Path) -> Iterator
 
 def _write_index(built: Built, dataset: Dataset) -> None:
     index = {
-        name: {"shape": [len(dataset.splits[name]), built.height, built.width, 3], "crc": [r.crc for r in reports]}
+        name: {
+            "shape": [len(dataset.splits[name]), built.height, built.width, 3],
+            "crc": [r.crc for r in reports],
+        }
         for name, reports in built.reports.items()
     }
     (built.folder / "cache.json").write_text(json.dumps({"format": 1, "chunk": CHUNK, "splits": index}))
@@ -178,7 +178,7 @@ def install(built: Built, digest: str, scratch: Path) -> Path:
             shutil.rmtree(built.folder)
         else:
             shutil.rmtree(place, ignore_errors=True)
-            os.replace(built.folder, place)
+            built.folder.rename(place)
     return place
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -45,10 +46,8 @@ class ChunkReport:
 def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
     """Shorter side to `edge` (bilinear), then the centre square: torchvision's Resize and CenterCrop."""
     width, height = image.size
-    if width <= height:
-        size = (edge, int(edge * height / width))
-    else:
-        size = (int(edge * width / height), edge)
+    portrait = width <= height
+    size = (edge, int(edge * height / width)) if portrait else (int(edge * width / height), edge)
     image = image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image
     left, top = round((size[0] - edge) / 2.0), round((size[1] - edge) / 2.0)
     return image.crop((left, top, left + edge, top + edge))
@@ -82,9 +81,7 @@ def read_image(path: str, size: tuple[int, int] | None, resize: int | None) -> n
 def summarise(report: ChunkReport, images: np.ndarray) -> None:
     """Fills in checksum, digests and sums of N x H x W x 3 uint8."""
     report.crc = zlib.crc32(images.data)
-    report.digests = b"".join(
-        hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images
-    )
+    report.digests = b"".join(hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images)
     counts = [np.bincount(images[..., c].reshape(-1), minlength=256).astype(np.int64) for c in range(3)]
     values = np.arange(256, dtype=np.int64)
     report.sums = tuple(int((n * values).sum()) for n in counts)  # type: ignore[assignment]
@@ -107,6 +104,6 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
 
 def write_at(path: str, offset: int, images: np.ndarray) -> None:
     """Writes the bytes of an array at an offset of an existing file."""
-    with open(path, "r+b") as file:
+    with Path(path).open("r+b") as file:
         file.seek(offset)
         file.write(images.data)

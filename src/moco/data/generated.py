@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -21,8 +20,7 @@ import torch
 from PIL import Image
 
 from moco.config import GeneratedConfig
-from moco.data.squashfs import Say
-from moco.errors import UserError
+from moco.errors import Say, UserError
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots")
@@ -35,24 +33,20 @@ CHROMA = 0.08  # largest distance of a channel from gray
 
 def _uniform(rng: np.random.Generator, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
     """Single precision throughout: half the time of numpy's default."""
-    return rng.random(shape, dtype=np.float32) * np.float32(high - low) + np.float32(low)
+    return np.asarray(rng.random(shape, dtype=np.float32) * np.float32(high - low) + np.float32(low))
 
 
 def _colour(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Muted colours: any brightness, little chroma, so that colour jitter leaves little to recognise."""
     lightness = _uniform(rng, 0.1, 0.9, (*shape[:-1], 1))
-    return np.clip(lightness + _uniform(rng, -CHROMA, CHROMA, shape), 0, 1)
+    return np.asarray(np.clip(lightness + _uniform(rng, -CHROMA, CHROMA, shape), 0, 1))
 
 
 def _inside(shape: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Whether (u, v), in units of the object's radius, lies in the shape. shape: B x 1 x 1."""
     triangle = np.maximum(v - 0.5, np.maximum(-0.5 * v + 0.866 * u, -0.5 * v - 0.866 * u) - 0.5)
-    arms = np.minimum(
-        np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.38), np.maximum(np.abs(u) - 0.38, np.abs(v) - 1.0)
-    )
-    distance = np.choose(
-        shape, [np.hypot(u, v) - 0.9, np.maximum(np.abs(u), np.abs(v)) - 0.8, triangle * 0.8, arms]
-    )
+    arms = np.minimum(np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.38), np.maximum(np.abs(u) - 0.38, np.abs(v) - 1.0))
+    distance = np.choose(shape, [np.hypot(u, v) - 0.9, np.maximum(np.abs(u), np.abs(v)) - 0.8, triangle * 0.8, arms])
     return np.asarray(distance < 0)
 
 
@@ -68,7 +62,7 @@ def _background(rng: np.random.Generator, n: int, grid: np.ndarray) -> np.ndarra
     a, b = _colour(rng, (2, n, 1, 1, 3))
     angle = _uniform(rng, 0, 2 * np.pi, (n, 1, 1))
     slope = (np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) * 0.7 + 0.5
-    image = a + (b - a) * np.clip(slope, 0, 1)[..., None]
+    image: np.ndarray = a + (b - a) * np.clip(slope, 0, 1)[..., None]
     for _ in range(3):
         centre = _uniform(rng, -0.5, 0.5, (2, n, 1, 1))
         width = _uniform(rng, 0.05, 0.25, (n, 1, 1))
@@ -150,8 +144,8 @@ def generate(config: GeneratedConfig, parent: Path, say: Say) -> Path:
                 image = Path(work) / "student_dataset.sqsh"
                 pack(Path(work) / "dataset", image)
                 shutil.rmtree(Path(work) / "dataset")
-            os.chmod(work, 0o755)
-            os.rename(work, place)
+            Path(work).chmod(0o755)
+            Path(work).rename(place)
             Path(work).mkdir()  # the context manager removes it
     except OSError as error:
         if not result.exists():  # else another process was faster

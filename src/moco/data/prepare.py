@@ -14,8 +14,7 @@ from moco.data.cache import Built, DecodedSplit
 from moco.data.decode import DIGEST_BYTES
 from moco.data.manifest import Manifest, SplitSummary
 from moco.data.sources import Dataset, open_dataset
-from moco.data.squashfs import Say
-from moco.errors import UserError
+from moco.errors import Say, UserError
 
 CLASSES_SHOWN = 5
 
@@ -37,9 +36,7 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
     return manifest
 
 
-def open_decoded(
-    config: DataConfig, manifest: Manifest, scratch: Path, say: Say
-) -> dict[str, DecodedSplit]:
+def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say) -> dict[str, DecodedSplit]:
     """The decoded images that the manifest describes; built here where this node has no sound cache.
 
     Raises UserError where the source no longer holds what the manifest says.

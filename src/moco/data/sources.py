@@ -15,8 +15,8 @@ import torch
 from moco.config import DataConfig
 from moco.data import squashfs
 from moco.data.generated import generate
-from moco.data.squashfs import Say
-from moco.errors import UserError
+from moco.errors import Say, UserError
+from moco.files import sha256
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
@@ -80,11 +80,9 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             yield load_torchvision_set(config.source, path, config.download)
 
 
-def _from_squashfs(
-    stack: ExitStack, image: Path, config: DataConfig, scratch: Path, say: Say
-) -> Dataset:
+def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: Path, say: Say) -> Dataset:
     squashfs.check_image(image)
-    origin = {"kind": "squashfs", "name": image.name, "sha256": squashfs.sha256(image)}
+    origin = {"kind": "squashfs", "name": image.name, "sha256": sha256(image)}
     if config.copy_to_scratch:
         image = stack.enter_context(squashfs.local_copy(image, scratch, say))
     root = stack.enter_context(squashfs.open_squashfs(image, scratch, say))
@@ -112,9 +110,7 @@ def _numbered_images(folder: Path) -> list[str]:
     found = {entry.name for entry in folder.iterdir()}
     stray = sorted(name for name in found if not re.fullmatch(r"(0|[1-9][0-9]*)\.png", name))
     if stray:
-        raise UserError(
-            f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them"
-        )
+        raise UserError(f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them")
     if not found:
         raise UserError(f"{folder}: the split is empty; it needs at least 0.png")
     names = [f"{i}.png" for i in range(len(found))]

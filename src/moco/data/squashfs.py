@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moco.errors import UserError
+from moco.errors import Say, UserError
 
 MAGIC = b"hsqs"
-Say = Callable[[str], None]
 
 
 def check_image(path: Path) -> None:
@@ -28,14 +26,6 @@ def check_image(path: Path) -> None:
         raise UserError(f"{path}: dataset image cannot be read: {error.strerror}") from None
     if magic != MAGIC:
         raise UserError(f"{path}: not a squashfs image (it begins with {magic!r}, not {MAGIC!r})")
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

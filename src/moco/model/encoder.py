@@ -41,13 +41,9 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     """A network with randomly set weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
     small_stem = architecture.stem == "small"
     if architecture.name == "small_resnet":
-        return SmallResNet(
-            num_outputs, architecture.width, architecture.stages, 1 if small_stem else 2
-        )
+        return SmallResNet(num_outputs, architecture.width, architecture.stages, 1 if small_stem else 2)
     # A zero-initialised last BatchNorm of each block (Goyal et al. 2017) is not used by MoCo; neither here.
-    network: nn.Module = torchvision.models.get_model(
-        architecture.name, weights=None, num_classes=num_outputs
-    )
+    network: nn.Module = torchvision.models.get_model(architecture.name, weights=None, num_classes=num_outputs)
     if small_stem:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -57,9 +53,8 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
 
 def feature_width(network: nn.Module) -> int:
     """Width of what enters the last layer."""
-    head = network.fc
-    first = next(module for module in head.modules() if isinstance(module, nn.Linear))
-    return first.in_features
+    head = network.get_submodule("fc")
+    return next(module for module in head.modules() if isinstance(module, nn.Linear)).in_features
 
 
 def strip_head(network: nn.Module) -> nn.Module:
@@ -71,9 +66,7 @@ def strip_head(network: nn.Module) -> nn.Module:
 def body_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state dict that do not belong to the last layer, cloned and contiguous."""
     return {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in state.items()
-        if not name.startswith("fc.")
+        name: value.detach().cpu().contiguous().clone() for name, value in state.items() if not name.startswith("fc.")
     }
 
 

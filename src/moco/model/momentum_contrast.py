@@ -102,9 +102,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def update(self, keys: Tensor, momentum: float) -> None:
         """Moves the key encoder towards the query encoder (equation 2) and enqueues the keys."""
-        torch._foreach_lerp_(
-            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum
-        )
+        torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
         self.enqueue(keys)
 
     @torch.no_grad()

@@ -43,16 +43,12 @@ class SmallResNet(nn.Module):
     Input: N x 3 x H x W. Output: N x `num_classes`. `feature_width` is the width before the linear layer.
     """
 
-    def __init__(
-        self, num_classes: int, width: int = 24, stages: int = 4, stem_stride: int = 1
-    ) -> None:
+    def __init__(self, num_classes: int, width: int = 24, stages: int = 4, stem_stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.layers = nn.Sequential(
-            *(SmallBlock(width << stage, width << (stage + 1)) for stage in range(stages))
-        )
+        self.layers = nn.Sequential(*(SmallBlock(width << stage, width << (stage + 1)) for stage in range(stages)))
         self.feature_width = width << stages
         self.fc = nn.Linear(self.feature_width, num_classes)
         for module in self.modules():

@@ -28,9 +28,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         means = self.running_mean.repeat(splits, 1)  # S x C, one row a part
         variances = self.running_var.repeat(splits, 1)
         parts = [
-            F.batch_norm(
-                part, means[i], variances[i], self.weight, self.bias, True, self.momentum or 0.1, self.eps
-            )
+            F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum or 0.1, self.eps)
             for i, part in enumerate(x.tensor_split(splits))
         ]
         with torch.no_grad():

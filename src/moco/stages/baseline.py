@@ -21,13 +21,13 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
+from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head
 from moco.stages.train import classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
 from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
 from moco.training import features
-from moco.training.checkpoints import write_text
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_loop
 from moco.training.numerics import autocast, choose_device, choose_precision, set_up
@@ -44,7 +44,7 @@ class SupervisedStep:
         self, network: nn.Module, labels: Tensor, views: Views, section: BaselineConfig, batch_size: int,
         device: torch.device, precision: torch.dtype,
     ) -> None:  # fmt: skip
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.labels, self.views, self.section = labels, views, section
         self.device, self.precision = device, precision
         self.peak_lr = scaled_lr(section.lr, batch_size)

@@ -41,11 +41,9 @@ def build_model(config: PretrainConfig) -> MomentumContrast:
 class ContrastStep:
     """Callable for the loop. All randomness of a step is a function of the seed and the step's number."""
 
-    def __init__(
-        self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype
-    ) -> None:
+    def __init__(self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype) -> None:
         self.config, self.views, self.device, self.precision = config, views, device, precision
-        self.model = build_model(config).to(device, memory_format=torch.channels_last)
+        self.model = build_model(config).to(device).to(memory_format=torch.channels_last)
         self.peak_lr = scaled_lr(config.lr, config.batch_size)
         self.optimizer = torch.optim.SGD(
             self.model.query_encoder.parameters(),
@@ -56,9 +54,7 @@ class ContrastStep:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
-    def __call__(
-        self, indices: np.ndarray, images: Tensor, fraction: float, number: int
-    ) -> dict[str, Any]:
+    def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
         config = self.config
         generator = torch.Generator().manual_seed((config.seed << 40) + number)
         factor = lr_factor(config.schedule, fraction, config.warmup, config.milestones)

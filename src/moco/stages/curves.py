@@ -7,8 +7,8 @@ import io
 import json
 from pathlib import Path
 
+from moco.files import write_text
 from moco.tracking.metric_log import metric_history
-from moco.training.checkpoints import write_text
 
 
 def write_curve(log: Path, path: Path, metric: str) -> Path:

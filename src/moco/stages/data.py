@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moco.config import DataConfig, RuntimeConfig
 from moco.data.prepare import prepare
+from moco.files import write_text
 from moco.stages.workspace import MANIFEST, say, scratch_folder
-from moco.training.checkpoints import write_text
 
 
 def run(config: DataConfig, runtime: RuntimeConfig) -> None:

@@ -23,13 +23,20 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
+from moco.files import write_text
 from moco.stages.figures import confusion_figure, reliability_figure
 from moco.stages.workspace import (
-    CLASSIFIER, MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder,
+    CLASSIFIER,
+    MANIFEST,
+    REPORTS,
+    open_run_folder,
+    run_key,
+    say,
+    scratch_folder,
 )  # fmt: skip
 from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
-from moco.training.checkpoints import load_weights, write_text
+from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, set_up
 
 
@@ -113,9 +120,7 @@ def score(
         raise UserError(f"the classifier knows {logits.shape[1]} classes, val has labels up to {labels.max()}")
     confidence, predicted = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices
-    return Scores(
-        split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy()
-    )
+    return Scores(split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy())
 
 
 def calibration(scores: Scores, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

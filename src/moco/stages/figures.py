@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from moco.training.checkpoints import write_atomically
+from moco.files import write_atomically
 
 NAMES_UP_TO = 40  # classes; with more, names would not be readable
 NUMBERS_UP_TO = 20

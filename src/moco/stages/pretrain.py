@@ -22,7 +22,14 @@ from moco.stages.contrast import ContrastStep
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.workspace import (
-    ENCODER, HOUSEKEEPING, MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder,
+    ENCODER,
+    HOUSEKEEPING,
+    MANIFEST,
+    REPORTS,
+    open_run_folder,
+    run_key,
+    say,
+    scratch_folder,
 )  # fmt: skip
 from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
@@ -127,7 +134,13 @@ def run(config: Config, resume: Path | None = None) -> None:
         if saved is not None:
             record.resume(state.step)
         monitor = Monitor(
-            step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
+            step.model.query_encoder,
+            step.views,
+            splits["train"],
+            section,
+            len(manifest.classes),
+            device,
+            precision,
         )
         hooks = Hooks(
             record.log, section.log_every, display, stop, monitor, section.monitor_every, save, section.checkpoint_every
@@ -163,9 +176,7 @@ def _check(section: PretrainConfig) -> None:
 
 def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
     if manifest.height != manifest.width:
-        raise UserError(
-            f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square"
-        )
+        raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
     chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
     return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
 

@@ -18,17 +18,25 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
+from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, load_body, strip_head
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import load_encoder
 from moco.stages.workspace import (
-    CLASSIFIER, ENCODER, MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder,
+    CLASSIFIER,
+    ENCODER,
+    MANIFEST,
+    REPORTS,
+    open_run_folder,
+    run_key,
+    say,
+    scratch_folder,
 )  # fmt: skip
 from moco.submission import render
 from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
 from moco.training import features
-from moco.training.checkpoints import save_weights, write_text
+from moco.training.checkpoints import save_weights
 from moco.training.linear import LinearFit, fit_linear
 from moco.training.numerics import choose_device, set_up
 
@@ -55,13 +63,23 @@ def run(config: Config) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
-    params = {**flatten(config.data, "data"), **flatten(config.pretrain, "pretrain"), **flatten(section, "train")}
+    params = {
+        **flatten(config.data, "data"),
+        **flatten(config.pretrain, "pretrain"),
+        **flatten(section, "train"),
+    }
     folder = open_run_folder("train", run_key(params, manifest.digest))
     with Run(folder.path, "train", config.tracking, say) as record:
         say(f"train: features of {len(splits['train'].images)} labelled images on {device}")
         record.start(f"train-{folder.path.name}", params, {**provenance(device), "data_digest": manifest.digest})
         fit, results = classify(
-            strip_head(network), splits, _views(manifest, device), section, len(manifest.classes), device, record.log
+            strip_head(network),
+            splits,
+            _views(manifest, device),
+            section,
+            len(manifest.classes),
+            device,
+            record.log,
         )
         _assert_frozen(network, weights)
         record.log(results, fit.epoch)
@@ -91,7 +109,7 @@ def classify(
     The epoch is chosen on a held-out part of train; with `refit` the layer is then trained on all of train
     for so many epochs. val is measured once, at the end, and decides nothing.
     """
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
 
     def outputs(images: np.ndarray, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         return features.extract(network, images, prepare, batch_size=FEATURE_BATCH, device=device)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import TrackingConfig
+from moco.files import write_text
 from moco.tracking.metric_log import finite, read_events
-from moco.training.checkpoints import write_text
 
 BATCH = 500  # metrics a request; MLflow allows 1,000
 STATE = "mlflow.json"

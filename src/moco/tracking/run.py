@@ -8,10 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from moco.config import TrackingConfig
-from moco.data.squashfs import Say
+from moco.errors import Interrupted, Say
 from moco.tracking.metric_log import MetricLog, finite
 from moco.tracking.mlflow_sink import MlflowSink, available
-from moco.training.interrupt import Interrupted
 
 EVERY = 10.0  # seconds between two deliveries to MLflow
 PATIENCE = 120.0  # seconds that the end of a run waits for the last delivery
@@ -71,8 +70,8 @@ class Run:
                 self.problem = f"no answer within {PATIENCE:.0f} s"
         if self.problem is not None:
             self.say(
-                f"warning: MLflow at {self.sink.uri} did not take everything ({self.problem}); nothing is lost: "
-                f"it is in {self.path}, and `moco sync` brings it there"
+                f"warning: MLflow at {self.sink.uri} did not take everything ({self.problem}); "
+                f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"
             )
 
     def _deliver(self) -> None:

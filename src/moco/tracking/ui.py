@@ -31,7 +31,18 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
             raise UserError(f"port {port} is in use; choose another with --port") from None
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
     try:
         return subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:

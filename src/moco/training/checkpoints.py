@@ -1,51 +1,17 @@
-"""Files of weights: written whole or not at all, loaded without unpickling anything but tensors."""
+"""Files of weights, loaded without unpickling anything but tensors."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moco.errors import UserError
+from moco.errors import Say, UserError
+from moco.files import sha256, write_atomically, write_text
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path beside `path` and renames the result over it.
-
-    Raises UserError where the disk is full or not writable; what stood at `path` before is then still there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 def save_weights(path: Path, content: Any) -> None:
@@ -72,14 +38,6 @@ def load_weights(path: Path, hint: str) -> Any:
         raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class CheckpointFolder:
     """checkpoint_EPOCH.pth files of one run with a digest beside each, in the format of sha256sum.
 
@@ -94,7 +52,7 @@ class CheckpointFolder:
         path = self.folder / f"checkpoint_{epoch:03d}.pth"
         record = path.with_suffix(".pth.sha256")
         save_weights(path, content)
-        write_text(record, f"{_digest(path)}  {path.name}\n")
+        write_text(record, f"{sha256(path)}  {path.name}\n")
         for old in self.paths()[: -self.keep]:
             old.unlink(missing_ok=True)
             old.with_suffix(".pth.sha256").unlink(missing_ok=True)
@@ -105,12 +63,12 @@ class CheckpointFolder:
         found = [(int(m[1]), p) for p in self.folder.glob("*.pth") if (m := NAME.fullmatch(p.name))]
         return [path for _, path in sorted(found)]
 
-    def newest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+    def newest(self, say: Say) -> dict[str, Any] | None:
         """The newest sound checkpoint, or None. Damaged ones are named and passed over."""
         for path in reversed(self.paths()):
             record = path.with_suffix(".pth.sha256")
             try:
-                sound = record.read_text().split()[0] == _digest(path)
+                sound = record.read_text().split()[0] == sha256(path)
             except (OSError, IndexError):
                 sound = False
             if sound:

@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state. `signal`: the signal's number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.signal = number
-
-
 class StopFlag:
     """`signal` is None until one of the watched signals arrives."""
 

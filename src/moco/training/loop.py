@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.errors import UserError
-from moco.training.interrupt import Interrupted, StopFlag
+from moco.errors import Interrupted, UserError
+from moco.training.interrupt import StopFlag
 from moco.training.progress import Display
 
 Step = Callable[[np.ndarray, Tensor, float, int], dict[str, Any]]
@@ -154,8 +154,8 @@ def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hook
     metrics = window.read()
     if not math.isfinite(metrics.get("loss", 0.0)):
         raise UserError(
-            f"the loss became {metrics['loss']} near step {state.step}: training has diverged; lower the learning "
-            "rate or use precision fp32 (saved checkpoints are from before)"
+            f"the loss became {metrics['loss']} near step {state.step}: training has diverged; lower the "
+            "learning rate or use precision fp32 (saved checkpoints are from before)"
         )
     epoch = state.epoch + state.batch / per_epoch
     hooks.log({**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 Ready = queue.Queue[tuple[np.ndarray, Tensor] | BaseException | None]
 
 

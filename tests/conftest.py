@@ -1,0 +1,105 @@
+"""Tiny real datasets and a way to run the command line as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> None:
+    """The suite runs beside other things; tiny tensors gain nothing from more threads."""
+    torch.set_num_threads(2)
+
+
+def write_dataset(
+    root: Path, *, unlabeled: int = 40, train: int = 20, val: int = 10, size: int = 32, classes: int = 5, seed: int = 0
+) -> Path:
+    """The contract's layout with images of noise, a little brighter by class. Returns the folder."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("unlabeled", unlabeled), ("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        labels = torch.arange(count) % classes
+        for i in range(count):
+            image = rng.integers(0, 160, (size, size, 3)) + int(labels[i]) * 15
+            Image.fromarray(image.astype(np.uint8)).save(root / split / f"{i}.png")
+        if split != "unlabeled":
+            torch.save(labels, root / f"{split}_label_tensor.pt")
+    return root
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "dataset")
+
+
+def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
+    """The default preset, shrunk to run in seconds on `dataset`; changes are given as section__key=value."""
+    params = yaml.safe_load((ROOT / "presets" / "default.yaml").read_text())
+    params["data"].update(source="folder", path="dataset", mounted="", classes=5)
+    params["pretrain"].update(
+        width=4, stages=2, dim=16, queue=24, epochs=2, batch_size=8, log_every=1, monitor_every=1, holdout=0.4,
+        knn_neighbours=3, precision="fp32", warmup=0.0, checkpoint_every=1,
+    )  # fmt: skip
+    params["train"].update(epochs=3, batch_size=8, views=1, holdout=0.4)
+    params["eval"].update(batch_size=4)
+    params["baseline"].update(epochs=2, minutes=None, batch_size=4, monitor_every=1)
+    params["runtime"].update(device="cpu", threads=1, scratch="scratch")
+    params["tracking"].update(uri="")
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        params[section][key] = value
+    return params
+
+
+@pytest.fixture
+def project(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny dataset and parameters, made the current one."""
+    monkeypatch.chdir(tmp_path)
+    write_params(tmp_path)
+    return tmp_path
+
+
+def write_params(project: Path, **changes: object) -> None:
+    (project / "params.yaml").write_text(yaml.safe_dump(tiny_params(**changes), sort_keys=False))
+
+
+Moco = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def moco(project: Path) -> Moco:
+    """Runs `moco ARGS` in `project` as a process of its own."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "moco.cli", *arguments],
+            cwd=project, capture_output=True, text=True, check=False, timeout=240,
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
+
+    return run
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 1, no traceback, and the last line is one error that contains all the words."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -82,15 +82,21 @@ Moco = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def moco(project: Path) -> Moco:
-    """Runs `moco ARGS` in `project` as a process of its own."""
+def moco(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Moco:
+    """Runs `moco ARGS` in `project`, through the entry point of the command but in this process: importing
+    torch takes longer than a tiny stage."""
+    from moco.cli import main
 
-    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "moco.cli", *arguments],
-            cwd=project, capture_output=True, text=True, check=False, timeout=240,
-            env={**os.environ, **(env or {})},
-        )  # fmt: skip
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["moco", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        output, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(["moco", *arguments], code, output, errors)
 
     return run
 

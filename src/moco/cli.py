@@ -28,7 +28,7 @@ PRESETS = Path("presets")
 
 
 def _load(path: Path) -> Config:
-    from moco.config import load
+    from moco.params import load
 
     return load(path)
 

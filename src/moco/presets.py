@@ -9,9 +9,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from moco.config import load, nearest
 from moco.errors import UserError
 from moco.files import write_text
+from moco.params import load, nearest
 
 DEFAULT = "default"
 
@@ -28,13 +28,16 @@ def render(folder: Path, name: str) -> str:
     known = names(folder)
     if name not in known:
         raise UserError(f"no preset '{name}' in {folder}{nearest(name, known)}; known: {', '.join(known)}")
+    default = (folder / f"{DEFAULT}.yaml").read_text(encoding="utf-8")
+    if name == DEFAULT:
+        return default
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
-    tree = yaml.load((folder / f"{DEFAULT}.yaml").read_text(encoding="utf-8"))
-    if name != DEFAULT:
-        path = folder / f"{name}.yaml"
-        _merge(tree, yaml.load(path.read_text(encoding="utf-8")), path, "")
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    tree = yaml.load(default)
+    path = folder / f"{name}.yaml"
+    _merge(tree, yaml.load(path.read_text(encoding="utf-8")), path, "")
     text = io.StringIO()
     yaml.dump(tree, text)
     return text.getvalue()

@@ -49,11 +49,12 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
         if problem is not None:
             say(f"decoded cache {place}: {problem}; building it")
             found = prepare(config, scratch, say)
-            for name, split in manifest.splits.items():
-                if found.splits[name] != split or found.digest != manifest.digest:
-                    raise UserError(
-                        f"{name}: the dataset is not the one in the manifest any more; run `moco data` again"
-                    )
+            if found.digest != manifest.digest:
+                changed = [name for name, split in manifest.splits.items() if found.splits[name] != split]
+                raise UserError(
+                    f"{', '.join(changed) or 'classes or image size'}: the dataset is not the one in the manifest "
+                    "any more; run `moco data` again"
+                )
     return cache.open_cache(place)
 
 

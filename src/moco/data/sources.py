@@ -107,7 +107,10 @@ def _numbered_images(folder: Path) -> list[str]:
     """Paths of 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
-    found = {entry.name for entry in folder.iterdir()}
+    try:
+        found = {entry.name for entry in folder.iterdir()}
+    except OSError as error:  # a damaged image or a lost network share
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
     stray = sorted(name for name in found if not re.fullmatch(r"(0|[1-9][0-9]*)\.png", name))
     if stray:
         raise UserError(f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them")
@@ -144,7 +147,11 @@ def _class_names(root: Path) -> list[str] | None:
     """Names from classes.txt in the dataset folder or beside it, one a line, in the order of the labels."""
     for path in (root / "classes.txt", root.parent / "classes.txt"):
         if path.is_file():
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+            return [line.strip() for line in lines if line.strip()]
     return None
 
 

@@ -31,6 +31,7 @@ def check_image(path: Path) -> None:
 @contextmanager
 def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
     """A copy on node-local disk for as long as the context lasts, as the original's jobs made in /tmp."""
+    scratch.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(scratch).free, path.stat().st_size
     if free < needed:
         raise UserError(
@@ -47,7 +48,7 @@ def _run(command: list[str]) -> str | None:
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    output = (done.stderr or done.stdout).strip().splitlines()
+    output = [line for line in (done.stderr or done.stdout).strip().splitlines() if "dmesg" not in line]
     return None if done.returncode == 0 else (output[-1] if output else f"exit code {done.returncode}")
 
 
@@ -55,6 +56,7 @@ def _run(command: list[str]) -> str | None:
 def open_squashfs(image: Path, scratch: Path, say: Say) -> Iterator[Path]:
     """The root of the image as a folder: squashfuse, else the kernel's mount, else unpacked to `scratch`."""
     check_image(image)
+    scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="moco-squashfs-", dir=scratch))
     undo: list[str] | None = None
     reasons = []

@@ -137,7 +137,8 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return images.mul_(factor).add_(gray(images) * (1 - factor)).clamp_(0, 1)
+    luminance = gray(images)  # before the images are scaled in place
+    return images.mul_(factor).add_(luminance * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:

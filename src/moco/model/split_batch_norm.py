@@ -27,15 +27,17 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None
         means = self.running_mean.repeat(splits, 1)  # S x C, one row a part
         variances = self.running_var.repeat(splits, 1)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        # As nn.BatchNorm2d: without a momentum, the average over all batches so far.
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         parts = [
-            F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum or 0.1, self.eps)
+            F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, momentum, self.eps)
             for i, part in enumerate(x.tensor_split(splits))
         ]
         with torch.no_grad():
             self.running_mean.copy_(means.mean(0))
             self.running_var.copy_(variances.mean(0))
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
         return torch.cat(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco.config import Config, PretrainConfig, flatten, nearest
+from moco.config import Config, PretrainConfig, flatten
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
@@ -18,6 +19,7 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.model.encoder import ENCODERS, Architecture
+from moco.params import nearest
 from moco.stages.contrast import ContrastStep
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
@@ -107,7 +109,6 @@ def run(config: Config, resume: Path | None = None) -> None:
     params = flatten(section, "pretrain")
     folder = open_run_folder("pretrain", run_key(params, manifest.digest))
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
-
     step = ContrastStep(section, _views(section, manifest, device), device, precision)
     state = LoopState()
     saved = _load(resume, params, manifest.digest) if resume else checkpoints.newest(say)
@@ -119,13 +120,7 @@ def run(config: Config, resume: Path | None = None) -> None:
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
         checkpoints.save(state.epoch, {**content, "loop": state.as_dict(), **step.state()})
 
-    pool = _pool(len(splits["unlabeled"].images), section)
-    with (
-        Run(folder.path, "pretrain", config.tracking, say) as record,
-        watch_signals() as stop,
-        ProgressDisplay("pretrain") as display,
-    ):
-        say(f"pretrain: {len(pool)} images on {device}, {str(precision).removeprefix('torch.')}; log: {record.path}")
+    with Run(folder.path, "pretrain", config.tracking, say) as record:
         record.start(
             f"pretrain-{folder.path.name}",
             {**flatten(config.data, "data"), **params},
@@ -134,29 +129,36 @@ def run(config: Config, resume: Path | None = None) -> None:
         if saved is not None:
             record.resume(state.step)
         monitor = Monitor(
-            step.model.query_encoder,
-            step.views,
-            splits["train"],
-            section,
-            len(manifest.classes),
-            device,
-            precision,
+            step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
         )
-        hooks = Hooks(
-            record.log, section.log_every, display, stop, monitor, section.monitor_every, save, section.checkpoint_every
-        )  # fmt: skip
-        sampler = EpochSampler(pool, section.batch_size, section.seed)
-        fetcher = Fetcher(splits["unlabeled"].images, pin=device.type == "cuda")
-        run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+        seen = _train(section, splits["unlabeled"].images, step, state, monitor, save, record)
         architecture = Architecture(section.encoder, section.stem, section.width, section.stages)
         save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest)
-        report = REPORTS / "pretrain"
-        seen = {"images_seen": state.step * sampler.batch_size, "minutes": state.seconds / 60}
-        record.artifact(write_metrics(record.path, report / "metrics.json", seen))
+        report, summary = REPORTS / "pretrain", {"images_seen": seen, "minutes": state.seconds / 60}
+        record.artifact(write_metrics(record.path, report / "metrics.json", summary))
         record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
         record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
     folder.finish()
     say(f"pretrain: encoder -> {ENCODER}")
+
+
+def _train(
+    section: PretrainConfig, images: np.ndarray, step: ContrastStep, state: LoopState, monitor: Monitor,
+    save: Callable[[LoopState], None], record: Run,
+) -> int:  # fmt: skip
+    """Runs the loop to its end; returns the number of images seen."""
+    pool = _pool(len(images), section)
+    precision = str(step.precision).removeprefix("torch.")
+    say(f"pretrain: {len(pool)} images on {step.device}, {precision}; log: {record.path}")
+    sampler = EpochSampler(pool, section.batch_size, section.seed)
+    fetcher = Fetcher(images, pin=step.device.type == "cuda")
+    with watch_signals() as stop, ProgressDisplay("pretrain") as display:
+        hooks = Hooks(
+            record.log, section.log_every, display, stop, monitor, section.monitor_every, save,
+            section.checkpoint_every,
+        )  # fmt: skip
+        run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+    return state.step * sampler.batch_size
 
 
 def _check(section: PretrainConfig) -> None:

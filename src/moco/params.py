@@ -1,0 +1,122 @@
+"""Reads params.yaml into the sections of `moco.config`; every mistake is one line with its place.
+
+Every key must be present in the file and known: a missing one would be a value that nobody sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from moco.config import Config
+from moco.errors import UserError
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' where a known word is close, else ''."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+class _Reader:
+    """Turns a parsed YAML tree into dataclasses; errors name file, line and key."""
+
+    def __init__(self, path: Path, lines: dict[str, int]) -> None:
+        self.path, self.lines = path, lines
+
+    def fail(self, key: str, problem: str) -> typing.NoReturn:
+        parent = key
+        while parent and parent not in self.lines:
+            parent = parent.rpartition(".")[0]
+        place = f"{self.path}:{self.lines[parent]}" if parent else str(self.path)
+        raise UserError(f"{place}: {key}: {problem}")
+
+    def section(self, kind: type[Any], value: Any, key: str) -> Any:
+        if not isinstance(value, dict):
+            self.fail(key or "(top)", "expected a section of keys")
+        hints = typing.get_type_hints(kind, include_extras=True)
+        prefix = f"{key}." if key else ""
+        for name in value:
+            if name not in hints:
+                self.fail(f"{prefix}{name}", f"unknown key{nearest(str(name), hints)}")
+        missing = [name for name in hints if name not in value]
+        if missing:
+            wanted = ", ".join(missing)
+            self.fail(key or "(top)", f"missing: {wanted}; copy it from presets/default.yaml")
+        return kind(**{name: self.value(hint, value[name], prefix + name) for name, hint in hints.items()})
+
+    def value(self, hint: Any, value: Any, key: str) -> Any:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            return self.section(typing.cast(type[Any], hint), value, key)
+        if origin is Annotated:
+            result = self.value(arguments[0], value, key)
+            problem = arguments[1].problem(result)
+            return self.fail(key, f"{value} {problem}") if problem else result
+        if origin in (types.UnionType, typing.Union):
+            return None if value is None else self.value(arguments[0], value, key)
+        if origin is Literal:
+            if value not in arguments:
+                choices = ", ".join(map(str, arguments))
+                self.fail(key, f"'{value}' is not one of {choices}{nearest(str(value), arguments)}")
+            return value
+        if origin is tuple:
+            return self.tuple(arguments, value, key)
+        return self.plain(hint, value, key)
+
+    def tuple(self, arguments: tuple[Any, ...], value: Any, key: str) -> Any:
+        if not isinstance(value, list):
+            self.fail(key, f"expected a list, found {value!r}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) != len(arguments):
+            self.fail(key, f"expected a list of {len(arguments)} numbers, found {len(value)}")
+        result = tuple(self.value(hint, item, key) for hint, item in zip(arguments, value, strict=True))
+        if len(arguments) == 2 and result[0] > result[1]:
+            self.fail(key, f"{value}: the smaller number comes first")
+        return result
+
+    def plain(self, hint: type[Any], value: Any, key: str) -> Any:
+        if hint is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):  # PyYAML reads 1e-4 (no dot) as text
+                value = float(value)
+        if hint is float and type(value) is int:
+            value = float(value)
+        if type(value) is not hint or (hint is float and not abs(value) < float("inf")):
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+            self.fail(key, f"expected {names[hint]}, found {value!r}")
+        return value
+
+
+def _lines(node: yaml.Node, key: str = "") -> dict[str, int]:
+    """Line of every key of the tree, by its dotted name."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for name, child in node.value:
+            dotted = f"{key}.{name.value}" if key else str(name.value)
+            lines[dotted] = name.start_mark.line + 1
+            lines.update(_lines(child, dotted))
+    return lines
+
+
+def load(path: Path) -> Config:
+    """Reads and checks a parameter file. Raises UserError, one line, for anything that is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run this in the project's folder or pass --params") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = f"{path}:{line + 1}" if line is not None else str(path)
+        raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', error)}") from None
+    config: Config = _Reader(path, _lines(node) if node else {}).section(Config, tree, "")
+    return config

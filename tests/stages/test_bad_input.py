@@ -1,0 +1,210 @@
+"""What users get wrong: one clear line each, exit code 1, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import Moco, assert_one_line_error, tiny_params, write_dataset, write_params
+
+
+def edit_params(project: Path, edit: Callable[[dict[str, dict[str, object]]], None]) -> None:
+    params = tiny_params()
+    edit(params)
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("pretrain", "tempreature", 0.2, ("pretrain.tempreature", "unknown key", "temperature")),
+        ("pretrain", "epochs", "many", ("pretrain.epochs", "whole number", "'many'")),
+        ("pretrain", "epochs", 0, ("pretrain.epochs", "at least 1")),
+        ("pretrain", "batch_size", 2.5, ("pretrain.batch_size", "whole number")),
+        ("pretrain", "lr", "fast", ("pretrain.lr", "a number")),
+        ("pretrain", "lr", float("nan"), ("pretrain.lr", "a number")),
+        ("pretrain", "schedule", "cosin", ("pretrain.schedule", "did you mean 'cosine'")),
+        ("pretrain", "crop_scale", [1.0, 0.2], ("pretrain.crop_scale", "smaller number comes first")),
+        ("pretrain", "crop_scale", 0.2, ("pretrain.crop_scale", "a list")),
+        ("pretrain", "crop_scale", [0.2], ("pretrain.crop_scale", "2 numbers")),
+        ("pretrain", "encoder", "resnet5", ("pretrain.encoder", "did you mean 'resnet50'")),
+        ("pretrain", "batch_norm", "sync", ("pretrain.batch_norm", "several processes")),
+        ("train", "refit", "yes please", ("train.refit", "true or false")),
+        ("runtime", "device", "gpu", ("runtime.device", "auto")),
+    ],
+)  # fmt: skip
+def test_wrong_parameter_names_the_key_and_the_remedy(
+    moco: Moco, project: Path, section: str, key: str, value: object, words: tuple[str, ...]
+) -> None:
+    assert moco("data").returncode == 0
+    edit_params(project, lambda params: params[section].__setitem__(key, value))
+    assert_one_line_error(moco("pretrain"), *words)
+
+
+def test_unknown_key_names_file_and_line(moco: Moco, project: Path) -> None:
+    edit_params(project, lambda params: params["train"].__setitem__("epoch", 3))
+    lines = (project / "params.yaml").read_text().splitlines()
+    assert_one_line_error(moco("train"), f"params.yaml:{lines.index('  epoch: 3') + 1}: train.epoch")
+
+
+def test_missing_key_and_section_and_file(moco: Moco, project: Path) -> None:
+    edit_params(project, lambda params: params["train"].pop("epochs"))
+    assert_one_line_error(moco("data"), "train", "missing: epochs", "presets/default.yaml")
+    edit_params(project, lambda params: params.pop("eval"))
+    assert_one_line_error(moco("data"), "missing: eval")
+    (project / "params.yaml").write_text("data: [unclosed\n")
+    assert_one_line_error(moco("data"), "params.yaml:", "YAML")
+    (project / "params.yaml").unlink()
+    assert_one_line_error(moco("data"), "params.yaml", "not found")
+
+
+def test_number_with_an_exponent_and_no_dot_is_a_number(moco: Moco, project: Path) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("weight_decay: 0.001\n", "weight_decay: 1e-3\n"))
+    assert moco("data").returncode == 0
+
+
+def test_stages_out_of_order_say_what_to_run_first(moco: Moco, project: Path) -> None:
+    assert_one_line_error(moco("pretrain"), "models/manifest.json", "moco data")
+    assert moco("data").returncode == 0
+    assert_one_line_error(moco("train"), "models/encoder.pth", "moco pretrain")
+    assert_one_line_error(moco("eval"), "submission.py", "moco train")
+
+
+def break_dataset(project: Path, what: str) -> None:
+    data = project / "dataset"
+    if what == "missing":
+        shutil.rmtree(data)
+    elif what == "labels short":
+        torch.save(torch.arange(19) % 5, data / "train_label_tensor.pt")
+    elif what == "label out of range":
+        torch.save(torch.tensor([0] * 9 + [5]), data / "val_label_tensor.pt")
+    elif what == "truncated":
+        path = data / "unlabeled/7.png"
+        path.write_bytes(path.read_bytes()[:300])
+    elif what == "not an image":
+        (data / "train/3.png").write_text("hello")
+    elif what == "gap":
+        (data / "unlabeled/5.png").unlink()
+    elif what == "mixed sizes":
+        Image.new("RGB", (40, 32)).save(data / "val/2.png")
+    elif what == "empty split":
+        for path in (data / "val").iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("missing", ("dataset", "not found", "data.path")),
+        ("labels short", ("train_label_tensor.pt", "19 labels for 20 images")),
+        ("label out of range", ("val/9.png", "5", "0 to 4")),
+        ("truncated", ("unlabeled/7.png", "truncated")),
+        ("not an image", ("train/3.png", "not an image")),
+        ("gap", ("unlabeled", "5.png is missing")),
+        ("mixed sizes", ("val/2.png", "40x32")),
+        ("empty split", ("val", "empty")),
+    ],
+)
+def test_broken_dataset_is_named_and_nothing_is_lost(
+    moco: Moco, project: Path, what: str, words: tuple[str, ...]
+) -> None:
+    assert moco("data").returncode == 0
+    manifest = (project / "models/manifest.json").read_bytes()
+    caches = sorted((project / "scratch/moco-cache").iterdir())
+    break_dataset(project, what)
+    assert_one_line_error(moco("data"), *words)
+    assert (project / "models/manifest.json").read_bytes() == manifest
+    assert sorted((project / "scratch/moco-cache").iterdir()) == caches, "no remains, no loss"
+
+
+def test_encoder_of_another_architecture_is_refused(moco: Moco, project: Path) -> None:
+    for stage in ("data", "pretrain"):
+        assert moco(stage).returncode == 0
+    content = torch.load(project / "models/encoder.pth", weights_only=True)
+    content["weights"].pop("conv1.weight")
+    torch.save(content, project / "models/encoder.pth")
+    assert_one_line_error(moco("train"), "models/encoder.pth", "conv1.weight")
+    torch.save({"weights": content["weights"]}, project / "models/encoder.pth")
+    assert_one_line_error(moco("train"), "not an encoder file")
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch payload-ran",)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("data", "dataset/train_label_tensor.pt"),
+        ("train", "models/encoder.pth"),
+        ("eval", "models/classifier/model_sub.pth"),
+    ],
+)
+def test_weights_that_would_run_code_are_refused(moco: Moco, project: Path, stage: str, file: str) -> None:
+    """Fault 13."""
+    for earlier in ("data", "pretrain", "train"):
+        assert moco(earlier).returncode == 0
+    torch.save(Payload(), project / file)
+    assert_one_line_error(moco(stage), Path(file).name)
+    assert not (project / "payload-ran").exists()
+
+
+def test_classifier_that_does_not_fit_its_submission_is_refused(moco: Moco, project: Path) -> None:
+    for stage in ("data", "pretrain", "train"):
+        assert moco(stage).returncode == 0
+    path = project / "models/classifier/model_sub.pth"
+    state = torch.load(path, weights_only=True)
+    torch.save({"layer": state["fc.weight"]}, path)
+    assert_one_line_error(moco("eval"), "model_sub.pth", "does not fit")
+    path.write_bytes(b"PK")
+    assert_one_line_error(moco("eval"), "model_sub.pth", "damaged")
+    (path.parent / "submission.py").write_text("team_id = 1\n")
+    assert_one_line_error(moco("eval"), "submission.py", "get_model")
+
+
+def test_dataset_that_vanishes_after_decoding_does_not_matter(moco: Moco, project: Path) -> None:
+    """Unmounted during a run: the decoded cache is complete by then."""
+    assert moco("data").returncode == 0
+    shutil.rmtree(project / "dataset")
+    assert moco("pretrain").returncode == 0
+    shutil.rmtree(project / "scratch")
+    assert_one_line_error(moco("train"), "dataset", "not found")
+
+
+def test_dataset_that_changed_since_the_manifest_is_refused(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    shutil.rmtree(project / "dataset")
+    shutil.rmtree(project / "scratch")
+    write_dataset(project / "dataset", seed=1)
+    assert_one_line_error(moco("pretrain"), "unlabeled", "run `moco data` again")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk_while_saving_keeps_the_last_checkpoint(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    (project / "runs").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(project / "runs")]
+    subprocess.run(mount, check=True)
+    try:
+        write_params(project, pretrain__width=16, pretrain__keep_checkpoints=20, pretrain__epochs=30)
+        done = moco("pretrain")
+        assert_one_line_error(done, "checkpoint_", "cannot be written")
+        left = sorted(path.name for path in (project / "runs").glob("pretrain/*/*"))
+        assert not [name for name in left if name.startswith(".")], "no temporary files"
+        whole = [name for name in left if name.endswith(".pth")]
+        assert whole
+        for name in whole:
+            (path,) = (project / "runs").glob(f"pretrain/*/{name}")
+            torch.load(path, weights_only=True)
+    finally:
+        subprocess.run(["umount", str(project / "runs")], check=True)

@@ -1,0 +1,134 @@
+"""Interrupted pretraining goes on where it stopped, to the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import Moco, assert_one_line_error, write_params
+from moco.tracking.metric_log import metric_history
+
+
+def start(project: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "moco.cli", "pretrain"], cwd=project, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def wait_for_steps(project: Path, count: int) -> None:
+    """Until the newest metric log has `count` lines of metrics."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        logs = sorted((project / "runs/pretrain").glob("*/metrics.jsonl"))
+        if logs and logs[-1].read_text().count('"loss"') >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("training did not start")
+
+
+def losses(log: Path) -> list[float]:
+    return [line["metrics"]["loss"] for line in metric_history(log) if "loss" in line["metrics"]]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Moco, project: Path, name: str) -> None:
+    write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=100)
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    undisturbed = (project / "models/encoder.pth").read_bytes()
+    (project / "models/encoder.pth").unlink()
+    (project / "runs").rename(project / "runs-undisturbed")
+
+    number = getattr(signal, name)
+    process = start(project)
+    wait_for_steps(project, 7)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "the same command continues" in errors
+    assert not (project / "models/encoder.pth").exists()
+
+    done = moco("pretrain")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stderr
+    assert (project / "models/encoder.pth").read_bytes() == undisturbed
+    (log,) = (project / "runs/pretrain").glob("*/metrics.jsonl")
+    steps = [line["step"] for line in metric_history(log) if "loss" in line["metrics"]]
+    assert steps == list(range(1, 61)), "every step once"
+    (whole,) = (project / "runs-undisturbed/pretrain").glob("*/metrics.jsonl")
+    losses = [
+        [line["metrics"]["loss"] for line in metric_history(path) if "loss" in line["metrics"]] for path in (log, whole)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=1)
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    undisturbed = (project / "models/encoder.pth").read_bytes()
+    (project / "runs").rename(project / "runs-undisturbed")
+    process = start(project)
+    wait_for_steps(project, 18)
+    process.kill()
+    process.communicate()
+    done = moco("pretrain")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stderr
+    assert (project / "models/encoder.pth").read_bytes() == undisturbed
+    (log,) = (project / "runs/pretrain").glob("*/metrics.jsonl")
+    steps = [line["step"] for line in metric_history(log) if "loss" in line["metrics"]]
+    assert steps == list(range(1, 61)), "repeated steps count once"
+
+
+def test_a_changed_setting_starts_another_run(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    write_params(project, pretrain__temperature=0.3)
+    done = moco("pretrain")
+    assert done.returncode == 0 and "continuing" not in done.stderr
+    assert len(list((project / "runs/pretrain").iterdir())) == 2
+
+
+def test_a_finished_run_is_not_continued_but_repeated(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    for _ in range(2):
+        done = moco("pretrain")
+        assert done.returncode == 0 and "continuing" not in done.stderr
+    assert len(list((project / "runs/pretrain").iterdir())) == 2
+
+
+def test_resume_takes_a_named_checkpoint_and_more_epochs(moco: Moco, project: Path) -> None:
+    """Fault 5: the original's --resume, with the epoch taken from the checkpoint."""
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
+    write_params(project, pretrain__epochs=4)
+    done = moco("pretrain", "--resume", str(checkpoint))
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((project / "reports/pretrain/metrics.json").read_text())["images_seen"]
+    assert seen == 4 * 5 * 8
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_name(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
+    write_params(project, pretrain__width=6)
+    assert_one_line_error(
+        moco("pretrain", "--resume", str(checkpoint)), "another configuration", "pretrain.width is 4 there and 6 here"
+    )
+
+
+def test_a_truncated_checkpoint_named_by_the_user_is_one_line(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert_one_line_error(moco("pretrain", "--resume", str(checkpoint)), "checkpoint_002.pth", "damaged")

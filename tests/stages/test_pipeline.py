@@ -1,0 +1,156 @@
+"""The main path on a tiny dataset: every stage as a command, and what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Moco, assert_one_line_error, write_params
+
+# A scorer that knows nothing of this project: submission.py, model_sub.pth and the dataset folder.
+SCORER = """
+import sys, torch
+from pathlib import Path
+from PIL import Image
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "moco":
+            raise ImportError("the scorer has no moco")
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, sys.argv[1])
+from submission import get_model, eval_transform, team_id, team_name, email_address
+model = get_model()
+model.load_state_dict(torch.load(Path(sys.argv[1]) / "model_sub.pth", weights_only=True))
+model.eval()
+data = Path(sys.argv[2])
+labels = torch.load(data / "val_label_tensor.pt", weights_only=True)
+right = 0
+with torch.no_grad():
+    for first in range(0, len(labels), int(sys.argv[3])):
+        part = range(first, min(first + int(sys.argv[3]), len(labels)))
+        images = [eval_transform(Image.open(data / "val" / f"{i}.png").convert("RGB")) for i in part]
+        right += int((model(torch.stack(images)).argmax(1) == labels[list(part)]).sum())
+print(right, len(labels))
+"""
+
+
+def run_all(moco: Moco, *stages: str) -> None:
+    for stage in stages:
+        done = moco(stage)
+        assert done.returncode == 0, f"{stage}: {done.stderr}"
+
+
+def outside_score(project: Path, batch: int) -> tuple[int, int]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCORER, "models/classifier", "dataset", str(batch)],
+        cwd=project, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    right, total = done.stdout.split()
+    return int(right), int(total)
+
+
+def test_every_stage_runs_and_leaves_what_it_promises(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train", "baseline", "eval")
+    metrics = {
+        stage: json.loads((project / "reports" / stage / "metrics.json").read_text())
+        for stage in ("pretrain", "train", "baseline", "eval")
+    }
+    assert metrics["pretrain"]["images_seen"] == 2 * 5 * 8
+    assert 0 <= metrics["pretrain"]["knn_accuracy"] <= 1
+    assert metrics["eval"]["val_top5_accuracy"] == 1.0, "five classes: the top five are all"
+    assert metrics["baseline"]["random_val_accuracy"] >= 0
+    with (project / "reports/pretrain/loss.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 11))
+    with (project / "reports/eval/predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 10
+    best = list((project / "models/classifier").glob("model_best_*_*.pth"))
+    assert len(best) == 1
+    content = torch.load(best[0], weights_only=True)
+    assert {"weights", "optimizer", "epoch", "held_out_accuracy"} <= set(content)
+    table = moco("report")
+    assert table.returncode == 0
+    for words in ("random weights", "labels alone", "this pipeline", "moco ui"):
+        assert words in table.stdout
+
+
+def test_a_scorer_that_knows_only_the_contract_gets_the_same_accuracy(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train", "eval")
+    right, total = outside_score(project, batch=4)
+    ours = json.loads((project / "reports/eval/metrics.json").read_text())["val_accuracy"]
+    assert right == round(ours * total)
+    assert json.loads((project / "reports/train/metrics.json").read_text())["val_accuracy"] == pytest.approx(ours)
+
+
+def test_frozen_weights_go_into_the_classifier_bit_for_bit(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    encoder = torch.load(project / "models/encoder.pth", weights_only=True)["weights"]
+    classifier = torch.load(project / "models/classifier/model_sub.pth", weights_only=True)
+    assert set(classifier) - set(encoder) == {"fc.weight", "fc.bias"}
+    for name, value in encoder.items():
+        assert torch.equal(classifier[name], value), name
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_labels_of_val_change_nothing_but_the_report(moco: Moco, project: Path, refit: bool) -> None:
+    """Fault 7: the epoch is chosen on train; other val labels must give the same classifier."""
+    write_params(project, train__refit=refit)
+    run_all(moco, "data", "pretrain", "train")
+    before = (project / "models/classifier/model_sub.pth").read_bytes()
+    labels = torch.load(project / "dataset/val_label_tensor.pt")
+    torch.save((labels + 1) % 5, project / "dataset/val_label_tensor.pt")
+    run_all(moco, "data", "train")
+    assert (project / "models/classifier/model_sub.pth").read_bytes() == before
+
+
+def test_same_settings_give_the_same_weights_to_the_bit(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    names = ("models/encoder.pth", "models/classifier/model_sub.pth")
+    first = [(project / name).read_bytes() for name in names]
+    shutil.rmtree(project / "runs")
+    shutil.rmtree(project / "models")
+    run_all(moco, "data", "pretrain", "train")
+    assert first == [
+        (project / name).read_bytes() for name in ("models/encoder.pth", "models/classifier/model_sub.pth")
+    ]
+
+
+def test_backbone_runs_once_however_many_epochs(moco: Moco, project: Path) -> None:
+    """Fault 12: 50 times the epochs on cached features must not take 50 times the time."""
+    run_all(moco, "data", "pretrain")
+    write_params(project, train__epochs=600)
+    run_all(moco, "train")
+    with (project / "reports/train/epochs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 600
+
+
+@pytest.mark.parametrize("loss", ["asymmetric", "symmetric"])
+def test_split_batch_norm_leaves_weights_that_load_anywhere(moco: Moco, project: Path, loss: str) -> None:
+    """Fault 2, through the files: torchvision's own network takes the weights strictly."""
+    write_params(
+        project,
+        pretrain__encoder="resnet18", pretrain__batch_norm="split", pretrain__splits=2, pretrain__shuffle=True,
+        pretrain__loss=loss, pretrain__epochs=1, pretrain__augmentation="v1", pretrain__schedule="step",
+        pretrain__subset=0.5,
+    )  # fmt: skip
+    run_all(moco, "data", "pretrain", "train")
+    done = moco("eval")
+    assert done.returncode == 0, done.stderr
+    assert outside_score(project, batch=4)[1] == 10
+
+
+def test_eval_does_not_write_beside_the_classifier(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    before = sorted(path.name for path in (project / "models/classifier").iterdir())
+    run_all(moco, "eval")
+    assert sorted(path.name for path in (project / "models/classifier").iterdir()) == before
+
+
+def test_report_without_results_says_what_to_do(moco: Moco) -> None:
+    assert_one_line_error(moco("report"), "dvc repro")

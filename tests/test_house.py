@@ -1,0 +1,159 @@
+"""The house rules: imports in one direction, small files, DVC's dependencies, documentation."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT
+
+SOURCE = ROOT / "src"
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+# A module may import from its own level's package and from every level below.
+LEVELS = [
+    {"moco", "moco.errors"},
+    {"moco.files", "moco.config"},
+    {"moco.params"},
+    {"moco.data", "moco.model"},
+    {"moco.training", "moco.submission", "moco.presets"},
+    {"moco.tracking"},
+    {"moco.stages"},
+    {"moco.cli"},
+]
+# These decide nothing about a stage's outputs: they carry values, messages, records and whole files.
+CARRIERS = {
+    "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
+    "moco.training", "moco.data", "moco.model", "moco.stages.workspace", "moco.training.progress",
+    "moco.training.interrupt",
+}  # fmt: skip
+# What these find is in the manifest, by content; later stages refuse any other content.
+BEHIND_THE_MANIFEST = {
+    f"moco.data.{name}"
+    for name in ("cache", "decode", "generated", "manifest", "prepare", "sources", "squashfs", "torchvision_sets")
+}
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def package(module: str) -> str:
+    """'moco.data' for 'moco.data.cache', 'moco.cli' for 'moco.cli'."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(module: str) -> set[str]:
+    """Modules of this project that a module imports, wherever in its text (lazy imports too)."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moco"):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+    return found
+
+
+def closure(module: str) -> set[str]:
+    todo, seen = [module], set()
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo.extend(imports(current))
+    return seen
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    for other in imports(module):
+        same = package(other) == package(module)
+        assert same or level[package(other)] < level[package(module)], f"{module} imports {other}"
+
+
+def test_data_and_model_do_not_know_each_other() -> None:
+    for module in MODULES:
+        others = {package(other) for other in imports(module)}
+        if package(module) == "moco.model":
+            assert others <= {"moco.model"}, f"{module}: the model knows neither files nor settings"
+        if package(module) == "moco.data":
+            assert "moco.model" not in others, module
+
+
+def test_only_tracking_imports_mlflow() -> None:
+    for module, path in MODULES.items():
+        if package(module) != "moco.tracking":
+            assert not re.search(r"^\s*(import|from) mlflow", path.read_text(), re.M), module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "tests").rglob("*.py")))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_dvc_stage_depends_on_exactly_the_code_it_runs(stage: str) -> None:
+    modules = closure(f"moco.stages.{stage}") - CARRIERS
+    modules = {module for module in modules if package(module) != "moco.tracking"}
+    if stage != "data":
+        modules -= BEHIND_THE_MANIFEST
+    needed = {str(MODULES[module].relative_to(ROOT)) for module in modules}
+    declared = {path for path in STAGES[stage]["deps"] if path.startswith("src/")}
+    assert declared == needed
+
+
+def test_every_public_thing_has_a_docstring() -> None:
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), module
+        for node in tree.body:
+            public = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+            assert not public or ast.get_docstring(node) or len(node.body) <= 6, f"{module}.{node.name}"
+
+
+def test_readme_names_every_command_and_section() -> None:
+    readme = (ROOT / "README.md").read_text()
+    from typer.main import get_command
+
+    from moco.cli import app
+
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"`moco {name}" in readme, name
+    for section in yaml.safe_load((ROOT / "params.yaml").read_text()):
+        assert f"`{section}`" in readme, section
+
+
+def test_params_file_is_the_default_preset() -> None:
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets" / "default.yaml").read_text()
+
+
+def test_every_key_of_the_parameter_file_is_explained_in_place() -> None:
+    lines = [line for line in (ROOT / "params.yaml").read_text().splitlines() if re.match(r"  +\w+:", line)]
+    assert len(lines) > 80
+    assert [line for line in lines if "#" not in line] == []
+
+
+def test_locks_hold_hashes_and_no_index() -> None:
+    for path in (ROOT / "requirements").glob("*.txt"):
+        text = path.read_text()
+        assert "--hash=sha256:" in text
+        assert "://" not in text and "--index" not in text and "--extra-index" not in text, path
+
+
+def test_the_package_is_importable_without_mlflow_and_dvc() -> None:
+    """Nothing outside tracking needs them, so that GPU machines without them can run every stage."""
+    for module, path in MODULES.items():
+        assert importlib.util.find_spec(module) is not None
+        text = path.read_text()
+        assert not re.search(r"^(import|from) (mlflow|dvc|docker)", text, re.M), module

@@ -1,0 +1,74 @@
+"""Switching params.yaml between presets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, Moco, assert_one_line_error
+from moco import presets
+from moco.config import Config
+from moco.params import load
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def settings(project: Path) -> Config:
+    return load(project / "params.yaml")
+
+
+@pytest.mark.parametrize("name", presets.names(ROOT / "presets"))
+def test_every_preset_is_a_valid_parameter_file(moco: Moco, project: Path, name: str) -> None:
+    assert moco("preset", name).returncode == 0
+    settings(project)
+
+
+def test_switching_keeps_the_comments_and_changes_nothing_else(moco: Moco, project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    assert moco("preset", "cifar10").returncode == 0
+    after = (project / "params.yaml").read_text()
+    changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
+    wanted = yaml.safe_load((project / "presets/cifar10.yaml").read_text())
+    assert 0 < len(changed) <= sum(map(len, wanted.values()))
+    assert all("#" in new for _, new in changed), "every changed line still has its explanation"
+    assert moco("preset", "default").returncode == 0
+    assert (project / "params.yaml").read_text() == before
+
+
+def test_nyu_preset_has_the_jobs_of_the_original(moco: Moco, project: Path) -> None:
+    assert moco("preset", "nyu").returncode == 0
+    found = settings(project)
+    assert (found.pretrain.encoder, found.pretrain.queue, found.pretrain.dim) == ("resnet50", 2048, 128)
+    assert (found.pretrain.momentum, found.pretrain.temperature) == (0.999, 0.2)
+    assert (found.pretrain.batch_norm, found.pretrain.splits, found.pretrain.epochs) == ("split", 2, 100)
+    assert found.pretrain.lr * found.pretrain.batch_size / 256 == pytest.approx(0.06), "fault 1: scaled with 512"
+    assert found.train.lr * found.train.batch_size / 256 == pytest.approx(30)
+    assert [share * found.train.epochs for share in found.train.milestones] == pytest.approx([60, 80, 120, 160])
+    assert found.data.classes == 800
+
+
+def test_changes_of_ones_own_are_not_lost(moco: Moco, project: Path) -> None:
+    text = (project / "params.yaml").read_text().replace("epochs: 600", "epochs: 601")
+    (project / "params.yaml").write_text(text)
+    assert_one_line_error(moco("preset", "cifar10"), "changes of your own", "--force")
+    assert (project / "params.yaml").read_text() == text
+    assert moco("preset", "cifar10", "--force").returncode == 0
+
+
+def test_unknown_preset_names_the_nearest(moco: Moco, project: Path) -> None:
+    assert_one_line_error(moco("preset", "cifar"), "did you mean 'cifar10'")
+    assert "nyu" in moco("preset").stdout
+
+
+def test_preset_with_an_unknown_key_is_refused(moco: Moco, project: Path) -> None:
+    (project / "presets/mine.yaml").write_text("pretrain:\n  epoch: 3\n")
+    assert_one_line_error(moco("preset", "mine"), "mine.yaml", "pretrain.epoch", "did you mean 'epochs'")

@@ -1,0 +1,72 @@
+"""Real signals, sent to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from moco.errors import Interrupted
+from moco.training.interrupt import watch_signals
+
+WATCHED = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    signal.sigpending()  # a call into the interpreter: the handler has run when it returns
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    with watch_signals() as flag:
+        assert flag.signal is None
+        send(number)
+        assert flag.signal == number
+
+
+def test_the_second_ctrl_c_stops_at_once() -> None:
+    with watch_signals() as flag:
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert flag.signal == signal.SIGINT
+
+
+def test_a_warning_twice_does_not_stop_at_once() -> None:
+    with watch_signals() as flag:
+        send(signal.SIGUSR2)
+        send(signal.SIGTERM)
+        assert flag.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_handlers_from_before_are_restored(failing: bool) -> None:
+    seen: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: seen.append(n)) for number in WATCHED}
+    try:
+        try:
+            with watch_signals() as flag:
+                if failing:
+                    raise ValueError
+        except ValueError:
+            pass
+        for number in WATCHED:
+            send(number)
+        assert seen == WATCHED
+        assert flag.signal is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_usr1_is_left_to_others() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with watch_signals():
+        assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_an_interruption_tells_its_signal() -> None:
+    error = Interrupted(signal.SIGTERM)
+    assert error.signal == signal.SIGTERM and str(error) == "stopped by SIGTERM"

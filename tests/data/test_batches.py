@@ -112,6 +112,20 @@ def test_stopping_early_leaves_no_thread(images: np.ndarray) -> None:
         assert fetching() == []
 
 
+def test_stopping_early_leaves_the_rest_unread(images: np.ndarray) -> None:
+    taken: list[int] = []
+
+    def indices() -> Iterator[np.ndarray]:
+        for i in range(2000):
+            taken.append(i)
+            yield np.array([0])
+
+    batches = Fetcher(images, pin=False).batches(indices())
+    next(batches)
+    batches.close()
+    assert len(taken) < 10
+
+
 def test_an_error_of_the_consumer_leaves_no_thread(images: np.ndarray) -> None:
     batches = Fetcher(images, pin=False).batches(iter([np.array([1])] * 50))
     with pytest.raises(ZeroDivisionError):

@@ -111,7 +111,7 @@ def test_other_modes_are_converted_as_pillow_does(dataset: Path, scratch: Path, 
     np.testing.assert_array_equal(splits["unlabeled"].images[3], pillow(path))
 
 
-SIZES = [(32, 32), (50, 33), (33, 50), (16, 40), (45, 16)]
+SIZES = [(32, 32), (50, 33), (33, 50), (16, 40), (45, 16), (24, 27), (27, 24)]
 
 
 def test_resize_equals_torchvisions_resize_and_center_crop(dataset: Path, scratch: Path) -> None:

@@ -38,10 +38,11 @@ def test_another_seed_draws_other_images_of_the_same_labels(tmp_path: Path) -> N
     assert first["train_label_tensor.pt"] == second["train_label_tensor.pt"]
 
 
-def test_no_image_is_drawn_twice(tmp_path: Path) -> None:
-    found = contents(generate(generated_config(unlabeled=300), tmp_path, silent))
+def test_no_image_is_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "BATCH", 12)  # several lots of the same size and the same classes
+    found = contents(generate(generated_config(unlabeled=48), tmp_path, silent))
     images = [content for name, content in found.items() if name.endswith(".png")]
-    assert len(set(images)) == len(images) == 300 + 24 + 12
+    assert len(set(images)) == len(images) == 48 + 24 + 12
 
 
 def test_a_larger_set_begins_with_the_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_a_view_has_the_announced_form_and_the_same_seed_gives_it_again(name: st
     unit = make.to_unit(noise(66, 40))
     before = unit.clone()
     view = make(unit, seeded(4))
-    assert view.shape == (66, 3, 72, 56)
+    assert view.shape == (66, 3, 56, 56)
     assert view.dtype == torch.float32
     assert view.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(unit, before), "the input must stay as it is"

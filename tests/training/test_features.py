@@ -26,7 +26,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def brute_force(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int, classes: int, temperature: float
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    neighbours: int,
+    classes: int,
+    temperature: float,
 ) -> float:
     """One query at a time, in float64."""
     hits = 0
@@ -34,7 +40,7 @@ def brute_force(
     for query, label in zip(queries.double(), labels.tolist(), strict=True):
         unit = query / math.sqrt(float((query**2).sum()))
         similarity = [float((unit * row).sum()) for row in rows]
-        nearest = sorted(range(len(rows)), key=lambda i: -similarity[i])[:neighbours]  # noqa: B023
+        nearest = sorted(range(len(rows)), key=lambda i: -similarity[i])[:neighbours]
         votes = [0.0] * classes
         for i in nearest:
             votes[int(bank_labels[i])] += math.exp(similarity[i] / temperature)

@@ -62,7 +62,12 @@ class Recorder:
         self.updates.append(fraction)
 
     def run(
-        self, length: Length, state: LoopState | None = None, *, every: tuple[int, int, int] = (1, 1, 1), pool: int = POOL
+        self,
+        length: Length,
+        state: LoopState | None = None,
+        *,
+        every: tuple[int, int, int] = (1, 1, 1),
+        pool: int = POOL,
     ) -> LoopState:
         """every: steps between logs, epochs between monitoring, epochs between saving."""
         state = state or LoopState()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
 
 
@@ -63,7 +64,7 @@ def test_cosine_falls_from_the_peak_to_nothing() -> None:
         assert lr_factor("cosine", 1.0, warmup, ()) == pytest.approx(0, abs=1e-12)
         assert lr_factor("cosine", 1.5, warmup, ()) == pytest.approx(0, abs=1e-12)
     factors = [lr_factor("cosine", i / 100, 0.0, ()) for i in range(101)]
-    assert all(later < earlier for earlier, later in zip(factors, factors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(factors))
 
 
 def test_constant_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,16 @@ class Scaling:
 
 
 def make_scaling(features: Tensor, kind: str) -> Scaling:
-    """`standardize`: zero mean and unit variance over the rows; `none`: the identity."""
+    """`standardize`: zero mean and unit variance over the rows; `none`: the identity.
+
+    A dimension that is constant over the rows is not scaled: its weights are never trained, and a small
+    divisor would let them drown all others wherever an image is the first not to have that constant.
+    """
     width = features.shape[1]
     if kind == "none":
         return Scaling(torch.zeros(width), torch.ones(width))
-    return Scaling(features.mean(0), features.std(0).clamp(min=1e-6))
+    std = features.std(0, correction=0)
+    return Scaling(features.mean(0), torch.where(std > 1e-6, std, torch.ones_like(std)))
 
 
 def fit_linear(
@@ -79,7 +85,7 @@ def fit_linear(
             accuracy = float((layer(held).argmax(1) == held_labels).float().mean()) if len(held) else 0.0
         log({"loss": loss, "held_out_accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}, epoch)
         if best is None or accuracy > best.accuracy or epoch == stop_after:
-            best = LinearFit(*scaling.fold(layer), epoch, accuracy, optimizer.state_dict())
+            best = LinearFit(*scaling.fold(layer), epoch, accuracy, copy.deepcopy(optimizer.state_dict()))
     assert best is not None
     return best
 

@@ -80,7 +80,9 @@ def run_loop(
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state)
     window = _Window(fetcher)
-    while length.fraction(state, per_epoch) < 1:
+    # An interruption after an epoch's last batch leaves its monitoring and saving to the resumed run.
+    last = length.fraction(state, per_epoch) >= 1 and state.batch < per_epoch
+    while not last:
         for indices, images in fetcher.batches(sampler.epoch(state.epoch, state.batch)):
             fraction = length.fraction(state, per_epoch)
             window.add(step(indices, images, fraction, state.step), len(indices))
@@ -91,6 +93,7 @@ def run_loop(
             if state.step % hooks.log_every == 0 or done >= 1:
                 _report(window, state, per_epoch, done, hooks)
             if hooks.stop.signal is not None:
+                _refuse_divergence(window.loss(), state.step)
                 hooks.save(state)
                 raise Interrupted(hooks.stop.signal)
             if done >= 1:
@@ -99,13 +102,14 @@ def run_loop(
             state.epoch, state.batch = state.epoch + 1, 0
         last = length.fraction(state, per_epoch) >= 1
         if last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0):
-            metrics = hooks.monitor()
-            hooks.log(metrics, state.step)
+            _refuse_divergence(window.loss(), state.step)
+            hooks.log(hooks.monitor(), state.step)
             window.began += clock.read()  # the rate is that of training alone
-        last = length.fraction(state, per_epoch) >= 1
+            last = length.fraction(state, per_epoch) >= 1
         if last or (state.batch == 0 and state.epoch % hooks.save_every == 0):
+            _refuse_divergence(window.loss(), state.step)
             hooks.save(state)
-            window.began += clock.read()
+            window.began += clock.read()  # time may run out here: then one more step ends the run properly
 
 
 class _Clock:
@@ -138,11 +142,12 @@ class _Window:
         for name, value in metrics.items():
             self.values.setdefault(name, []).append(value)
 
+    def loss(self) -> float:
+        """Its mean since the last log line; 0 where there is none."""
+        return _mean(self.values.get("loss", [0.0]))
+
     def read(self) -> dict[str, float]:
-        result = {}
-        for name, values in self.values.items():
-            tensors = [value for value in values if isinstance(value, Tensor)]
-            result[name] = torch.stack(tensors).mean().item() if tensors else sum(values) / len(values)
+        result = {name: _mean(values) for name, values in self.values.items()}
         spent = time.perf_counter() - self.began
         result["images_per_second"] = self.images / spent
         result["data_wait_share"] = (self.fetcher.waited - self.waited) / spent
@@ -150,13 +155,22 @@ class _Window:
         return result
 
 
-def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hooks: Hooks) -> None:
-    metrics = window.read()
-    if not math.isfinite(metrics.get("loss", 0.0)):
+def _mean(values: list[Any]) -> float:
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return torch.stack(tensors).mean().item() if tensors else sum(values) / len(values)
+
+
+def _refuse_divergence(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
         raise UserError(
-            f"the loss became {metrics['loss']} near step {state.step}: training has diverged; lower the "
+            f"the loss became {loss} near step {step}: training has diverged; lower the "
             "learning rate or use precision fp32 (saved checkpoints are from before)"
         )
+
+
+def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hooks: Hooks) -> None:
+    metrics = window.read()
+    _refuse_divergence(metrics.get("loss", 0.0), state.step)
     epoch = state.epoch + state.batch / per_epoch
     hooks.log({**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
     hooks.display.update(done, metrics["images_per_second"], f"loss {metrics.get('loss', 0.0):.3f}")

@@ -1,0 +1,142 @@
+"""`dvc repro` and its relatives, on a copy of this project with a tiny dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, tiny_params, write_dataset
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git and DVC repository after its first `dvc repro`, committed."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("src", ".dvc", "presets"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tmp", "cache", "*.egg-info")
+        )
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    write_dataset(folder / "dataset")
+    (folder / ".git/info").mkdir(parents=True)
+    params = tiny_params()
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    run(folder, "git", "init", "-q", ".")
+    (folder / ".git/info/exclude").write_text("dataset\nscratch\nbin\n")
+    (folder / "bin").mkdir()
+    script = folder / "bin/moco"  # the code of this copy, not the one installed
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}/src" exec "{sys.executable}" -m moco.cli "$@"\n')
+    script.chmod(0o755)
+    run(folder, "dvc", "repro")
+    commit(folder)
+    return folder
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org",
+    }  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-q", "--allow-empty", "-m", "state")
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def edit(folder: Path, section: str, key: str, value: object) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section][key] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def restore(folder: Path) -> None:
+    run(folder, "git", "checkout", "-q", ".")
+    run(folder, "dvc", "checkout", "-q")
+
+
+def test_second_repro_runs_nothing(workspace: Path) -> None:
+    assert stages_run(run(workspace, "dvc", "repro")) == []
+
+
+def test_changing_only_train_reruns_what_uses_it(workspace: Path) -> None:
+    edit(workspace, "train", "lr", 0.2)
+    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == ["baseline", "eval", "train"]
+    restore(workspace)
+
+
+def test_machine_and_tracking_settings_rerun_nothing(workspace: Path) -> None:
+    edit(workspace, "runtime", "threads", 2)
+    edit(workspace, "tracking", "experiment", "other")
+    assert stages_run(run(workspace, "dvc", "repro")) == []
+    restore(workspace)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("src/moco/stages/eval.py", ["eval"]),
+        ("src/moco/model/momentum_contrast.py", ["pretrain"]),
+        ("src/moco/cli.py", []),
+    ],
+)
+def test_editing_code_reruns_the_stages_that_run_it(workspace: Path, file: str, expected: list[str]) -> None:
+    """A comment changes no output: DVC then finds the later stages unchanged."""
+    with (workspace / file).open("a") as source:
+        source.write("# touched\n")
+    assert stages_run(run(workspace, "dvc", "repro")) == expected
+    restore(workspace)
+
+
+def test_experiments_and_comparisons_show_something(workspace: Path) -> None:
+    run(workspace, "dvc", "exp", "run", "-n", "longer", "-S", "pretrain.epochs=3")
+    shown = json.loads(run(workspace, "dvc", "exp", "show", "--json"))
+    assert "longer" in json.dumps(shown)
+    changed = json.loads(run(workspace, "dvc", "params", "diff", "--json"))
+    assert changed["params.yaml"]["pretrain.epochs"]["new"] == 3
+    metrics = json.loads(run(workspace, "dvc", "metrics", "diff", "--json"))
+    assert metrics["reports/pretrain/metrics.json"]["images_seen"]["diff"] == 40
+    run(workspace, "dvc", "plots", "show", "-o", "plots")
+    page = (workspace / "plots/index.html").read_text()
+    for words in ("contrastive loss", "kNN accuracy", "confusion", "reliability"):
+        assert words in page
+    shutil.rmtree(workspace / "plots")
+    restore(workspace)
+
+
+def test_interrupted_pretraining_continues_on_the_next_repro(workspace: Path) -> None:
+    edit(workspace, "pretrain", "epochs", 60)
+    edit(workspace, "pretrain", "checkpoint_every", 1)
+    before = set((workspace / "runs/pretrain").iterdir())
+    path = f"{workspace / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["dvc", "repro", "pretrain"], cwd=workspace, env={**os.environ, "PATH": path}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (new := set((workspace / "runs/pretrain").iterdir()) - before) or not list(new.pop().glob("*.sha256")):
+        assert process.poll() is None, "pretraining ended too early"
+    os.killpg(process.pid, 15)
+    process.wait(timeout=60)
+    edit(workspace, "pretrain", "checkpoint_every", 100)  # housekeeping: still the same run
+    output = run(workspace, "dvc", "repro", "pretrain")
+    assert "continuing from" in output
+    restore(workspace)

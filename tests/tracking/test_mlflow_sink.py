@@ -1,0 +1,109 @@
+"""MLflow, on a real SQLite store, gets every number once and the classifier as a registered version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Moco, assert_one_line_error, write_params
+from moco.config import TrackingConfig
+from moco.tracking.metric_log import MetricLog, metric_history
+from moco.tracking.mlflow_sink import MlflowSink, store_uri
+
+pytestmark = [
+    pytest.mark.slow,  # creating an MLflow database takes seconds
+    pytest.mark.filterwarnings("default"),  # MLflow and SQLAlchemy deprecate things among themselves
+]
+
+CONFIG = TrackingConfig("sqlite:///mlflow.db", "experiment", "classifier")
+
+
+@pytest.fixture(autouse=True)
+def no_server_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def connect() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=store_uri(CONFIG))
+
+
+def history(client: Any, run: str, metric: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run, metric))
+
+
+def test_replays_are_idempotent_and_continue(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log = MetricLog(folder / "metrics.jsonl")
+    log.write("start", stage="pretrain", name="a run", params={"pretrain.lr": 0.06}, tags={"host": "here"})
+    for step in range(1, 700):
+        log.write("metrics", step=step, metrics={"loss": 1.0 / step})
+    MlflowSink(folder, CONFIG).replay()
+    MlflowSink(folder, CONFIG).replay()
+    log.write("resume", step=650)
+    for step in range(651, 701):
+        log.write("metrics", step=step, metrics={"loss": 1.0 / step})
+    log.write("end", status="FINISHED")
+    log.close()
+    MlflowSink(folder, CONFIG).replay()
+    client = connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    assert history(client, run.info.run_id, "loss") == [(step, 1.0 / step) for step in range(1, 701)]
+    assert run.data.params == {"pretrain.lr": "0.06"}
+    assert run.data.tags["stage"] == "pretrain" and run.data.tags["host"] == "here"
+    assert run.info.status == "FINISHED"
+
+
+def test_the_pipeline_is_tracked_from_end_to_end(moco: Moco, project: Path) -> None:
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    for stage in ("data", "pretrain", "train", "eval"):
+        assert moco(stage).returncode == 0
+    client = connect()
+    runs = client.search_runs([client.get_experiment_by_name("moco-pipeline").experiment_id])
+    by_stage = {run.data.tags["stage"]: run for run in runs}
+    assert set(by_stage) == {"pretrain", "train", "eval"}
+    score = by_stage["eval"].data
+    for name in ("data.source", "pretrain.temperature", "train.lr", "eval.batch_size"):
+        assert name in score.params, "the whole chain of parameters stands beside the accuracy"
+    assert {"val_accuracy", "knn_accuracy", "held_out_accuracy"} <= set(score.metrics)
+    (log,) = (project / "runs/pretrain").glob("*/metrics.jsonl")
+    ours = [(line["step"], line["metrics"]["loss"]) for line in metric_history(log) if "loss" in line["metrics"]]
+    assert history(client, by_stage["pretrain"].info.run_id, "loss") == ours
+    version = client.get_model_version_by_alias("moco-classifier", "candidate")
+    assert version.run_id == by_stage["train"].info.run_id
+    files = {file.path for file in client.list_artifacts(version.run_id, "classifier")}
+    assert files == {"classifier/model_sub.pth", "classifier/submission.py"}
+    assert any(file.path == "confusion.png" for file in client.list_artifacts(by_stage["eval"].info.run_id))
+
+
+def test_a_dead_server_costs_a_warning_and_sync_brings_the_rest(
+    moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    write_params(project, tracking__uri="http://127.0.0.1:9")  # nobody listens on the discard port
+    assert moco("data").returncode == 0
+    done = moco("pretrain")
+    assert done.returncode == 0, done.stderr
+    assert "warning: MLflow at http://127.0.0.1:9" in done.stderr and "moco sync" in done.stderr
+    assert_one_line_error(moco("sync"), "not synced")
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    for _ in range(2):
+        assert moco("sync").returncode == 0
+    client = connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("moco-pipeline").experiment_id])
+    assert [step for step, _ in history(client, run.info.run_id, "loss")] == list(range(1, 11))
+    state = json.loads(next((project / "runs/pretrain").glob("*/mlflow.json")).read_text())
+    assert state["run_id"] == run.info.run_id
+
+
+def test_without_a_store_the_metric_log_is_enough(moco: Moco, project: Path) -> None:
+    for stage in ("data", "pretrain"):
+        assert moco(stage).returncode == 0
+    assert not (project / "mlflow.db").exists()
+    assert_one_line_error(moco("sync"), "tracking.uri is empty")

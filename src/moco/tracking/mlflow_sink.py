@@ -67,10 +67,10 @@ class MlflowSink:
 
     def _connect(self) -> Any:
         if self.client is None:
-            logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow").setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
+            for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
+                logging.getLogger(name).setLevel(logging.WARNING)
             self.client = MlflowClient(tracking_uri=self.uri)
         return self.client
 

@@ -21,6 +21,12 @@ from moco.training.features import (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread(few_threads: None) -> None:
+    """Tensors this small lose time with more."""
+    torch.set_num_threads(1)
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

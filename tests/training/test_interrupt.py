@@ -55,9 +55,11 @@ def test_a_warning_twice_does_not_stop_at_once() -> None:
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_handlers_from_before_are_restored(failing: bool, harmless: list[int]) -> None:
+    before = [signal.getsignal(number) for number in WATCHED]
     with suppress(ValueError), watch_signals() as flag:
         if failing:
             raise ValueError
+    assert [signal.getsignal(number) for number in WATCHED] == before
     for number in WATCHED:
         send(number)
     assert harmless == WATCHED

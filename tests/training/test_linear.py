@@ -19,6 +19,12 @@ CLASSES, WIDTH = 4, 6
 Log = list[dict[str, float]]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(few_threads: None) -> None:
+    """Tensors this small lose time with more."""
+    torch.set_num_threads(1)
+
+
 def blobs(count: int, seed: int, noise: float = 0.3, views: int = 1) -> tuple[Tensor, Tensor]:
     """V x N x D features around one centre a class, far from zero and of unequal scales; labels."""
     generator = torch.Generator().manual_seed(seed)

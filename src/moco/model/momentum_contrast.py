@@ -30,9 +30,10 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
     queries, keys: B x D, unit length, row i of both from the same image. queue: K x D, unit length.
     Returns the mean loss and the share of queries whose positive has the largest logit.
     """
-    positive = (queries * keys).sum(1, keepdim=True)  # B x 1
-    negative = queries @ queue.T  # B x K
-    logits = torch.cat([positive, negative], 1).float() / temperature
+    with torch.autocast(queries.device.type, enabled=False):  # similarities are divided by a small temperature
+        positive = (queries * keys).sum(1, keepdim=True)  # B x 1
+        negative = queries @ queue.T  # B x K
+        logits = torch.cat([positive, negative], 1) / temperature
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     accuracy = (logits.detach().argmax(1) == 0).float().mean()
     return F.cross_entropy(logits, target), accuracy

@@ -39,12 +39,18 @@ def build_model(config: PretrainConfig) -> MomentumContrast:
 
 
 class ContrastStep:
-    """Callable for the loop. All randomness of a step is a function of the seed and the step's number."""
+    """Callable for the loop. All randomness of a step is a function of the seed and the step's number.
 
-    def __init__(self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype) -> None:
+    batch_size: images in a real batch, which a small set makes smaller than the configured one.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype,
+        batch_size: int | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
         self.model = build_model(config).to(device).to(memory_format=torch.channels_last)
-        self.peak_lr = scaled_lr(config.lr, config.batch_size)
+        self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = torch.optim.SGD(
             self.model.query_encoder.parameters(),
             lr=self.peak_lr,

@@ -109,7 +109,8 @@ def run(config: Config, resume: Path | None = None) -> None:
     params = flatten(section, "pretrain")
     folder = open_run_folder("pretrain", run_key(params, manifest.digest))
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
-    step = ContrastStep(section, _views(section, manifest, device), device, precision)
+    sampler = EpochSampler(_pool(len(splits["unlabeled"].images), section), section.batch_size, section.seed)
+    step = ContrastStep(section, _views(section, manifest, device), device, precision, sampler.batch_size)
     state = LoopState()
     saved = _load(resume, params, manifest.digest) if resume else checkpoints.newest(say)
     if saved is not None:
@@ -131,7 +132,7 @@ def run(config: Config, resume: Path | None = None) -> None:
         monitor = Monitor(
             step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
         )
-        seen = _train(section, splits["unlabeled"].images, step, state, monitor, save, record)
+        seen = _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record)
         architecture = Architecture(section.encoder, section.stem, section.width, section.stages)
         save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest)
         report, summary = REPORTS / "pretrain", {"images_seen": seen, "minutes": state.seconds / 60}
@@ -143,14 +144,12 @@ def run(config: Config, resume: Path | None = None) -> None:
 
 
 def _train(
-    section: PretrainConfig, images: np.ndarray, step: ContrastStep, state: LoopState, monitor: Monitor,
-    save: Callable[[LoopState], None], record: Run,
+    section: PretrainConfig, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
+    monitor: Monitor, save: Callable[[LoopState], None], record: Run,
 ) -> int:  # fmt: skip
     """Runs the loop to its end; returns the number of images seen."""
-    pool = _pool(len(images), section)
     precision = str(step.precision).removeprefix("torch.")
-    say(f"pretrain: {len(pool)} images on {step.device}, {precision}; log: {record.path}")
-    sampler = EpochSampler(pool, section.batch_size, section.seed)
+    say(f"pretrain: {len(sampler.indices)} images on {step.device}, {precision}; log: {record.path}")
     fetcher = Fetcher(images, pin=step.device.type == "cuda")
     with watch_signals() as stop, ProgressDisplay("pretrain") as display:
         hooks = Hooks(
@@ -179,6 +178,11 @@ def _check(section: PretrainConfig) -> None:
 def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
     if manifest.height != manifest.width:
         raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
+    halvings = section.stages + (section.stem == "imagenet")
+    if section.encoder == "small_resnet" and manifest.height >> halvings == 0:
+        raise UserError(
+            f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
+        )
     chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
     return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
 

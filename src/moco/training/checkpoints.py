@@ -14,16 +14,16 @@ from moco.files import sha256, write_atomically, write_text
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
 
 
+def _write(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise OSError(None, f"{str(error).splitlines()[0]} (disk full?)") from None
+
+
 def save_weights(path: Path, content: Any) -> None:
     """Saves tensors in plain containers, atomically. Raises UserError where it cannot be written."""
-
-    def write(temporary: Path) -> None:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
-            raise OSError(None, f"{str(error).splitlines()[0]} (disk full?)") from None
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: _write(content, temporary))
 
 
 def load_weights(path: Path, hint: str) -> Any:
@@ -51,8 +51,18 @@ class CheckpointFolder:
         """Raises UserError where it cannot be written; earlier checkpoints are then untouched."""
         path = self.folder / f"checkpoint_{epoch:03d}.pth"
         record = path.with_suffix(".pth.sha256")
-        save_weights(path, content)
-        write_text(record, f"{sha256(path)}  {path.name}\n")
+        line = ""
+
+        def write(temporary: Path) -> None:
+            nonlocal line
+            _write(content, temporary)
+            line = f"{sha256(temporary)}  {path.name}\n"
+            # An epoch can be saved twice (in its midst after a signal): while the file is exchanged, the record
+            # allows both, so that a crash at any moment leaves a checkpoint that counts as sound.
+            write_text(record, line + (record.read_text() if path.exists() and record.exists() else ""))
+
+        write_atomically(path, write)
+        write_text(record, line)
         for old in self.paths()[: -self.keep]:
             old.unlink(missing_ok=True)
             old.with_suffix(".pth.sha256").unlink(missing_ok=True)
@@ -65,11 +75,13 @@ class CheckpointFolder:
 
     def newest(self, say: Say) -> dict[str, Any] | None:
         """The newest sound checkpoint, or None. Damaged ones are named and passed over."""
+        for remains in self.folder.glob(".checkpoint_*"):  # of a process that was killed while saving
+            remains.unlink(missing_ok=True)
         for path in reversed(self.paths()):
             record = path.with_suffix(".pth.sha256")
             try:
-                sound = record.read_text().split()[0] == sha256(path)
-            except (OSError, IndexError):
+                sound = sha256(path) in record.read_text().split()
+            except OSError:
                 sound = False
             if sound:
                 say(f"continuing from {path}")

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import data_config, silent
+from data_helpers import data_config, need, silent
 from PIL import Image
 
 from conftest import write_dataset
+from moco.data.generated import pack
 from moco.data.sources import Dataset, class_tree, contract_folder, open_dataset, read_labels
 from moco.errors import UserError
 
@@ -161,6 +162,16 @@ def test_a_visible_folder_is_taken_instead_of_the_image(tmp_path: Path) -> None:
         assert len(found.splits["unlabeled"]) == 3
         assert found.origin == {"kind": "squashfs", "name": "mounted"}
     assert said == [f"dataset: using the folder {mounted}, which is already visible"]
+
+
+def test_class_names_beside_the_image_count_for_it_and_for_the_visible_folder(tmp_path: Path) -> None:
+    need("mksquashfs")
+    folder = write_dataset(tmp_path / "made/dataset", unlabeled=3, train=2, val=2, classes=2)
+    (tmp_path / "store").mkdir()
+    pack(folder, tmp_path / "store/images.sqsh")
+    (tmp_path / "store/classes.txt").write_text("ant\nbee\n")
+    for mounted in ("", str(folder)):
+        assert opened(tmp_path / "store/images.sqsh", "squashfs", mounted=mounted).classes == ["ant", "bee"]
 
 
 @pytest.mark.parametrize("mounted", ["", "elsewhere"])

@@ -67,9 +67,11 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             mounted = Path(config.mounted) if config.mounted else None
             if mounted and (mounted / "unlabeled").is_dir():
                 say(f"dataset: using the folder {mounted}, which is already visible")
-                yield contract_folder(mounted, {"kind": "squashfs", "name": mounted.name})
+                dataset = contract_folder(mounted, {"kind": "squashfs", "name": mounted.name})
             else:
-                yield _from_squashfs(stack, path, config, scratch, say)
+                dataset = _from_squashfs(stack, path, config, scratch, say)
+            dataset.classes = dataset.classes or _class_names(path.parent)
+            yield dataset
         elif config.source == "folder":
             yield contract_folder(path, {"kind": "folder", "name": path.name})
         elif config.source == "classes":
@@ -100,7 +102,7 @@ def contract_folder(root: Path, origin: dict[str, Any]) -> Dataset:
         if name != "unlabeled":
             split.labels = read_labels(root / f"{name}_label_tensor.pt", len(split), name)
         splits[name] = split
-    return Dataset(splits, _class_names(root), origin)
+    return Dataset(splits, _class_names(root, root.parent), origin)
 
 
 def _numbered_images(folder: Path) -> list[str]:
@@ -143,9 +145,9 @@ def read_labels(path: Path, count: int, split: str) -> np.ndarray:
     return tensor.numpy()
 
 
-def _class_names(root: Path) -> list[str] | None:
-    """Names from classes.txt in the dataset folder or beside it, one a line, in the order of the labels."""
-    for path in (root / "classes.txt", root.parent / "classes.txt"):
+def _class_names(*folders: Path) -> list[str] | None:
+    """Names from the first classes.txt in these folders, one a line, in the order of the labels."""
+    for path in (folder / "classes.txt" for folder in folders):
         if path.is_file():
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()

@@ -18,8 +18,8 @@ $(READY): requirements/uv.txt $(LOCK) pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r $(LOCK)
 ifeq ($(TORCH),cpu)
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --index-url $(TORCH_CPU_INDEX) \
-	  $$(grep -oE '^(torch|torchvision)==[^ ]+' requirements/workstation.txt | sort -u -t= -k1,1 -r)
+	grep -E '^(torch|torchvision)==' requirements/workstation.txt | tr -d '\\' | \
+	  $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --index-url $(TORCH_CPU_INDEX) -r -
 endif
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/.ready-*

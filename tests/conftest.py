@@ -57,7 +57,7 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     )  # fmt: skip
     params["train"].update(epochs=3, batch_size=8, views=1, holdout=0.4)
     params["eval"].update(batch_size=4)
-    params["baseline"].update(epochs=2, minutes=None, batch_size=4, monitor_every=1)
+    params["baseline"].update(epochs=2, minutes=None, batch_size=4)
     params["runtime"].update(device="cpu", threads=1, scratch="scratch")
     params["tracking"].update(uri="")
     for name, value in changes.items():

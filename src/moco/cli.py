@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moco.errors import Interrupted, UserError
+from moco.training.interrupt import raise_on_signals
 
 if TYPE_CHECKING:
     from moco.config import Config
@@ -126,15 +127,98 @@ def ui(
     sys.exit(serve(_load(params).tracking, port, typer.echo))
 
 
+@app.command("doctor")
+def doctor_command(
+    params: Params = PARAMS,
+    step: Annotated[bool, typer.Option("--step", help="Take two small training steps as well.")] = False,
+) -> None:
+    """Tell what works on this machine, and what to do about what does not; exit code 1 if something must be done."""
+    from moco.cluster import doctor
+
+    sys.exit(doctor.run(params, step, typer.echo))
+
+
+slurm_app = typer.Typer(help="Jobs on a cluster.", no_args_is_help=True)
+app.add_typer(slurm_app, name="slurm")
+PROFILE = Path("slurm/profiles/generic.conf")
+
+
+@slurm_app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    job: Annotated[str, typer.Argument(help="A job of slurm/, or `pipeline` for all of them in their order.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="For the stage, for example a checkpoint.")] = None,
+    profile: Annotated[Path, typer.Option(help="Site profile.", envvar="MOCO_PROFILE")] = PROFILE,
+    option: Annotated[list[str] | None, typer.Option(help="For sbatch, for example --option=--time=1:00:00.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
+) -> None:
+    """Submit a job, or the pipeline as jobs that wait for each other."""
+    from moco.cluster.profile import read_profile
+    from moco.cluster.slurm import submit as send
+
+    send(job, read_profile(profile), profile, typer.echo, options=option or (), arguments=arguments or (),
+         dry_run=dry_run)  # fmt: skip
+
+
+image_app = typer.Typer(help="The container image (needs a Docker engine).", no_args_is_help=True)
+app.add_typer(image_app, name="image")
+Tag = Annotated[str, typer.Option(help="Name of the image.")]
+Gpus = Annotated[bool, typer.Option("--gpus", help="Give it all GPUs.")]
+DatasetFolder = Annotated[Path | None, typer.Option(help="A dataset's folder, to appear as /dataset.")]
+
+
+@image_app.command("build")
+def image_build(
+    tag: Tag = "moco-pipeline",
+    base: Annotated[str | None, typer.Option(help="Another base image.")] = None,
+    torch_index: Annotated[str | None, typer.Option(help="Wheel index for torch; '' for the default.")] = None,
+    network: Annotated[str | None, typer.Option(help="Network of the build's steps, for example host.")] = None,
+) -> None:
+    """Build the Dockerfile of this checkout."""
+    from moco.cluster import image
+
+    image.build(image.Build(tag, base, torch_index, network), typer.echo)
+
+
+@image_app.command("run", context_settings={"ignore_unknown_options": True})
+def image_run(
+    command: Annotated[list[str], typer.Argument(help="For example: dvc repro")],
+    tag: Tag = "moco-pipeline", gpus: Gpus = False, dataset: DatasetFolder = None,
+) -> None:  # fmt: skip
+    """Run a command in the image on this checkout; what it writes belongs to you."""
+    from moco.cluster import image
+
+    sys.exit(image.run(tag, command, gpus=gpus, dataset=dataset))
+
+
+@image_app.command("shell")
+def image_shell(tag: Tag = "moco-pipeline", gpus: Gpus = False, dataset: DatasetFolder = None) -> None:
+    """Open a shell in the image on this checkout."""
+    from moco.cluster import image
+
+    sys.exit(image.shell(tag, gpus=gpus, dataset=dataset))
+
+
+@image_app.command("push-sif")
+def image_push_sif(
+    target: Annotated[str, typer.Argument(help="PATH.sif here, or HOST:PATH.sif (scp and ssh).")],
+    tag: Tag = "moco-pipeline",
+) -> None:
+    """Turn the image into a SIF for Apptainer, here or on a cluster."""
+    from moco.cluster import image
+
+    image.push_sif(tag, target, typer.echo)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 1, an interruption 128 plus the signal."""
     try:
-        app()
+        with raise_on_signals():
+            app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except Interrupted as error:
-        typer.echo(f"{error}; the state is saved, the same command continues", err=True)
+        typer.echo(str(error), err=True)
         sys.exit(128 + error.signal)
 
 

@@ -149,7 +149,6 @@ class BaselineConfig:
     warmup: Share
     milestones: tuple[Share, ...]
     crop_scale: tuple[PositiveShare, PositiveShare]
-    monitor_every: Count
     seed: Seed
 
 

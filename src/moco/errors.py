@@ -12,9 +12,13 @@ class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do."""
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
-    """The run was asked to stop and has saved its state. `signal`: the signal's number."""
+class Interrupted(BaseException):
+    """The program was asked to stop. `signal`: the signal's number; `saved`: the same command continues.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    As KeyboardInterrupt, it is no Exception, so that no handler of errors takes it for one.
+    """
+
+    def __init__(self, number: int, saved: bool) -> None:
+        ending = "the state is saved, the same command continues" if saved else "the same command starts again"
+        super().__init__(f"stopped by {signal.Signals(number).name}; {ending}")
         self.signal = number

@@ -11,7 +11,7 @@ from pathlib import Path
 from moco.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path` and renames the result over it.
 
     Raises UserError where the disk is full or not writable; what stood at `path` before is then still there.

@@ -95,14 +95,17 @@ class _Reader:
         return value
 
 
-def _lines(node: yaml.Node, key: str = "") -> dict[str, int]:
-    """Line of every key of the tree, by its dotted name."""
+def _lines(node: yaml.Node, path: Path, key: str = "") -> dict[str, int]:
+    """Line of every key of the tree, by its dotted name. Raises UserError for a key that stands there twice."""
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
             dotted = f"{key}.{name.value}" if key else str(name.value)
-            lines[dotted] = name.start_mark.line + 1
-            lines.update(_lines(child, dotted))
+            line = name.start_mark.line + 1
+            if dotted in lines:
+                raise UserError(f"{path}:{line}: {dotted}: stands here a second time, first in line {lines[dotted]}")
+            lines[dotted] = line
+            lines.update(_lines(child, path, dotted))
     return lines
 
 
@@ -118,5 +121,5 @@ def load(path: Path) -> Config:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
         raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', error)}") from None
-    config: Config = _Reader(path, _lines(node) if node else {}).section(Config, tree, "")
+    config: Config = _Reader(path, _lines(node, path) if node else {}).section(Config, tree, "")
     return config

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moco.config import DataConfig, GeneratedConfig
+from moco.data import cache
 from moco.data.prepare import prepare
 
 
@@ -64,7 +65,7 @@ def mounts_below(folder: Path) -> list[str]:
 def left_behind(scratch: Path) -> list[str]:
     """Unfinished caches, mount points and copies that should have gone."""
     found = [*scratch.glob("moco-squashfs-*"), *scratch.glob("moco-copy-*")]
-    return [path.name for path in (*found, *(scratch / "moco-cache").glob(".building-*"))]
+    return [path.name for path in (*found, *cache.caches(scratch).glob(".building-*"))]
 
 
 def prepare_in_process(path: Path, scratch: Path, barrier: Any, answers: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.data.batches import EpochSampler, Fetcher, gather
+from moco.data.batches import EpochSampler, Fetcher, gather, step_generator
 
 
 def order(sampler: EpochSampler, epoch: int, first: int = 0) -> list[list[int]]:
@@ -63,6 +63,15 @@ def images(tmp_path: Path) -> np.ndarray:
     path = tmp_path / "images.u8"
     np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8).tofile(path)
     return np.memmap(path, np.uint8, "r", shape=(40, 4, 4, 3))
+
+
+def test_numbers_of_a_step_are_a_function_of_seed_and_step() -> None:
+    drawn = {
+        key: tuple(torch.rand(3, generator=step_generator(*key)).tolist())
+        for key in [(0, 0), (0, 1), (1, 0), (5, 0), (1 << 20, 0), (0, 1 << 20)]
+    }
+    assert len(set(drawn.values())) == len(drawn)
+    assert drawn[5, 0] == tuple(torch.rand(3, generator=step_generator(5, 0)).tolist())
 
 
 def test_gather_returns_rows_in_the_order_asked_for(images: np.ndarray) -> None:

@@ -162,7 +162,7 @@ def damaged_png(kind: str) -> bytes:
 def test_unusable_image_is_named_with_its_reason(dataset: Path, scratch: Path, kind: str, words: str) -> None:
     (dataset / "train" / "6.png").write_bytes(damaged_png(kind))
     assert_refused(dataset, scratch, "1 image(s) cannot be used: ", words)
-    assert [path for path in (scratch / "moco-cache").iterdir() if path.is_dir()] == []
+    assert [path for path in cache.caches(scratch).iterdir() if path.is_dir()] == []
 
 
 def test_only_the_first_ten_unusable_images_are_named(dataset: Path, scratch: Path) -> None:
@@ -195,7 +195,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(dataset: Path, s
     try_mount(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(scratch)])
     try:
         assert_refused(dataset, scratch, "the decoded cache needs 0 MiB, 0 MiB are free; set runtime.scratch")
-        assert [path.name for path in scratch.rglob("*")] == ["moco-cache"]
+        assert [path.name for path in scratch.rglob("*")] == [cache.caches(scratch).name]
     finally:
         try_mount(["umount", str(scratch)])
 
@@ -224,7 +224,7 @@ def test_folder_and_squashfs_image_share_one_cache(dataset: Path, scratch: Path,
     image, _ = decoded(tmp_path / "student_dataset.sqsh", scratch, source="squashfs")
     assert folder.source != image.source
     assert folder.digest == image.digest
-    assert len([path for path in (scratch / "moco-cache").iterdir() if path.is_dir()]) == 1
+    assert len([path for path in cache.caches(scratch).iterdir() if path.is_dir()]) == 1
 
 
 def test_processes_that_build_at_once_all_succeed_and_agree(dataset: Path, scratch: Path, tmp_path: Path) -> None:

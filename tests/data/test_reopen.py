@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +48,72 @@ def test_a_sound_cache_is_used_without_the_source(
     splits = open_decoded(data_config(dataset), manifest, scratch, said.append)
     assert said == []
     assert splits["unlabeled"].images.shape == (40, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"resize": 16}, "data.resize"),
+        ({"labelled": 5}, "data.labelled"),
+        ({"source": "classes"}, "data.source"),
+        ({"mounted": "/elsewhere", "copy_to_scratch": True}, None),  # how it is reached, not what it is
+    ],
+)
+def test_settings_changed_since_the_manifest_are_refused(
+    dataset: Path, scratch: Path, manifest: Manifest, changes: dict[str, object], refused: str | None
+) -> None:
+    if refused is None:
+        open_decoded(data_config(dataset, **changes), manifest, scratch, silent)
+        return
+    with pytest.raises(UserError, match=f"^{refused}: changed since the manifest was made; run `moco data` again"):
+        open_decoded(data_config(dataset, **changes), manifest, scratch, silent)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_scratch_shared_with_another_user_is_no_obstacle(dataset: Path, tmp_path: Path) -> None:
+    """/tmp is everybody's; each user has caches of their own there."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    prepare(data_config(dataset), shared, silent)
+    for folder in (tmp_path, *tmp_path.parents):  # pytest's folders are root's alone
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    process = multiprocessing.get_context("fork").Process(target=as_nobody, args=(dataset, shared))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert {path.name for path in shared.iterdir()} == {"moco-cache-0", "moco-cache-65534"}
+
+
+def as_nobody(dataset: Path, shared: Path) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    prepare(data_config(dataset), shared, silent)
+
+
+def test_a_place_that_cannot_be_written_is_one_error(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written: .*; set runtime\.scratch"):
+        prepare(data_config(dataset), tmp_path / "file", silent)
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(dataset: Path, scratch: Path) -> None:
+    parent = cache.caches(scratch)
+    for name in ("dead", "alive"):
+        (parent / f".building-{name}").mkdir(parents=True)
+        (parent / f".building-{name}.lock").touch()
+        for path in (parent / f".building-{name}", parent / f".building-{name}.lock"):
+            os.utime(path, (0, 0))
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code, str(parent / ".building-alive.lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+    for path in parent.glob("*alive*"):
+        os.utime(path, (0, 0))
+    prepare(data_config(dataset), scratch, silent)
+    assert sorted(path.name for path in parent.glob(".building-*")) == [".building-alive", ".building-alive.lock"]
+    holder.communicate(b"\n", timeout=30)
 
 
 def test_a_node_without_the_cache_builds_it(dataset: Path, tmp_path: Path, manifest: Manifest) -> None:

@@ -204,9 +204,15 @@ def test_a_class_tree_is_labelled_by_its_folders(tree: Path) -> None:
     assert relative(found.splits["unlabeled"].paths, tree / "unlabeled") == ["some/where/u.png", "v.png"]
 
 
+def test_files_that_are_no_images_are_left_out_and_told(tree: Path) -> None:
+    said: list[str] = []
+    class_tree(tree, said.append)
+    assert len(said) == 1 and "1 file(s)" in said[0] and "train/ant/notes.txt" in said[0]
+
+
 def test_without_unlabeled_the_train_images_are_the_pool(tree: Path) -> None:
     shutil.rmtree(tree / "unlabeled")
-    found = class_tree(tree)
+    found = class_tree(tree, silent)
     assert found.splits["unlabeled"].paths == found.splits["train"].paths
     assert found.splits["unlabeled"].labels is None
 
@@ -217,6 +223,8 @@ TREE_MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no val": (lambda root: shutil.rmtree(root / "val"), r"val: not found; a class tree has"),
     "nothing in val": (remove("val/ant/x.png"), r"val: the split is empty"),
     "no folder": (shutil.rmtree, r"tree: dataset folder not found"),
+    "class without images": (lambda root: (root / "train/yak").mkdir(), r"train/yak: a class without images"),
+    "pool without images": (empty("unlabeled"), r"unlabeled: no images in it"),
 }
 
 

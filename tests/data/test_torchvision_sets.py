@@ -12,7 +12,7 @@ from data_helpers import data_config, silent
 from PIL import Image
 from torchvision.datasets import CIFAR10, STL10
 
-from moco.data.cache import open_cache
+from moco.data.cache import caches, open_cache
 from moco.data.prepare import open_decoded, prepare
 from moco.data.sources import Dataset, open_dataset
 from moco.errors import UserError
@@ -128,6 +128,6 @@ def test_arrays_are_resized_like_files(cifar: tuple[Path, dict[str, np.ndarray]]
     root, images = cifar
     manifest = prepare(data_config(root, "cifar10", resize=16), tmp_path, silent)
     assert (manifest.height, manifest.width) == (16, 16)
-    place = next(path for path in (tmp_path / "moco-cache").iterdir() if path.is_dir())
+    place = next(path for path in caches(tmp_path).iterdir() if path.is_dir())
     expected = np.asarray(Image.fromarray(images["val"][3]).resize((16, 16), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(open_cache(place)["val"].images[3], expected)

@@ -168,6 +168,7 @@ def train(model: MomentumContrast, batches: list[int]) -> None:
 
 
 def test_queue_and_key_encoder_change_in_place_and_never_get_a_gradient() -> None:
+    """Fault 3."""
     model = make_model(symmetric=True, shuffle=True)
     tensors = {"queue": model.queue, "cursor": model.cursor, **dict(model.key_encoder.named_parameters())}
     before = {name: (tensor.data_ptr(), tensor.detach().clone()) for name, tensor in tensors.items()}
@@ -226,6 +227,7 @@ def test_shuffling_changes_which_images_share_split_statistics() -> None:
 
 @pytest.mark.parametrize("queue", [1, 5, 8, 16])
 def test_partial_batches_of_any_size_pass_through_the_ring(queue: int) -> None:
+    """Fault 4."""
     model = make_model(dim=2, queue=queue)
     expected = list(model.queue.clone())
     address = model.queue.data_ptr()

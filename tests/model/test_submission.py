@@ -26,6 +26,7 @@ from moco.submission import render
 
 CONFIG = EvalConfig(batch_size=4, calibration_bins=5, team_id=7, team_name="blue", email_address="a@b.example")
 MANIFEST = Manifest(
+    settings={},
     source={}, height=32, width=32, resize=None, classes=["cat", "dog", "eel"],
     mean=(0.48123, 0.45, 0.4), std=(0.2211, 0.21, 0.2), splits={}, duplicates_train_val=0,
 )  # fmt: skip
@@ -175,7 +176,7 @@ def test_transform_is_what_the_classifier_was_evaluated_on(name: str, scored: tu
 
 
 def test_nothing_of_the_picture_is_cut_away(scored: tuple[Path, dict[str, Any]]) -> None:
-    """Every pixel, the outermost included, arrives at its place."""
+    """Fault 8: every pixel, the outermost included, arrives at its place."""
     found = torch.load(scored[0] / "small-stem" / "result.pth", weights_only=True)["input"]
     back = found * torch.tensor(MANIFEST.std)[:, None, None] + torch.tensor(MANIFEST.mean)[:, None, None]
     pixels = np.array(picture(CASES["small-stem"]))

@@ -14,6 +14,8 @@ import yaml
 from PIL import Image
 
 from conftest import Moco, assert_one_line_error, tiny_params, write_dataset, write_params
+from moco.data.cache import caches
+from moco.tracking.metric_log import read_events
 
 
 def edit_params(project: Path, edit: Callable[[dict[str, dict[str, object]]], None]) -> None:
@@ -64,6 +66,24 @@ def test_missing_key_and_section_and_file(moco: Moco, project: Path) -> None:
     assert_one_line_error(moco("data"), "params.yaml:", "YAML")
     (project / "params.yaml").unlink()
     assert_one_line_error(moco("data"), "params.yaml", "not found")
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project: Path) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("  epochs: 3\n", "  epochs: 3\n  epochs: 4\n", 1))
+    assert_one_line_error(moco("data"), "train.epochs", "second time")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"), [("encoder", "resnet5", "did you mean 'resnet50'"), ("stages", 6, "use fewer")]
+)
+def test_baseline_refuses_the_networks_that_pretraining_refuses(
+    moco: Moco, project: Path, key: str, value: object, words: str
+) -> None:
+    assert moco("data").returncode == 0
+    edit_params(project, lambda params: params["pretrain"].__setitem__(key, value))
+    for stage in ("pretrain", "baseline"):
+        assert_one_line_error(moco(stage), f"pretrain.{key}", words)
 
 
 def test_number_with_an_exponent_and_no_dot_is_a_number(moco: Moco, project: Path) -> None:
@@ -119,11 +139,11 @@ def test_broken_dataset_is_named_and_nothing_is_lost(
 ) -> None:
     assert moco("data").returncode == 0
     manifest = (project / "models/manifest.json").read_bytes()
-    caches = sorted((project / "scratch/moco-cache").iterdir())
+    before = sorted(caches(project / "scratch").iterdir())
     break_dataset(project, what)
     assert_one_line_error(moco("data"), *words)
     assert (project / "models/manifest.json").read_bytes() == manifest
-    assert sorted((project / "scratch/moco-cache").iterdir()) == caches, "no remains, no loss"
+    assert sorted(caches(project / "scratch").iterdir()) == before, "no remains, no loss"
 
 
 def test_encoder_of_another_architecture_is_refused(moco: Moco, project: Path) -> None:
@@ -172,8 +192,29 @@ def test_classifier_that_does_not_fit_its_submission_is_refused(moco: Moco, proj
     assert_one_line_error(moco("eval"), "submission.py", "get_model")
 
 
+def test_classifier_of_other_classes_is_refused(moco: Moco, project: Path) -> None:
+    for stage in ("data", "pretrain", "train"):
+        assert moco(stage).returncode == 0
+    edit_params(project, lambda params: params["data"].__setitem__("classes", 6))
+    assert moco("data").returncode == 0
+    assert_one_line_error(moco("eval"), "knows 5 classes, the data has 6")
+
+
+def test_settings_that_do_not_belong_to_the_files_are_told_and_not_recorded(moco: Moco, project: Path) -> None:
+    """Without DVC nobody else notices that params.yaml was edited after pretraining."""
+    for stage in ("data", "pretrain"):
+        assert moco(stage).returncode == 0
+    write_params(project, pretrain__lr=0.5)
+    for stage, made in (("train", "moco pretrain"), ("eval", "moco train")):
+        done = moco(stage)
+        assert done.returncode == 0
+        assert "pretrain.lr is 0.12 there and 0.5 here" in done.stderr and made in done.stderr
+        (log,) = (project / f"runs/{stage}").glob("*/metrics.jsonl")
+        assert next(read_events(log))["params"]["pretrain.lr"] == "0.12"
+
+
 def test_dataset_that_vanishes_after_decoding_does_not_matter(moco: Moco, project: Path) -> None:
-    """Unmounted during a run: the decoded cache is complete by then."""
+    """Unmounted during a run: the decoded cache is complete by then. Fault 11: training decodes nothing."""
     assert moco("data").returncode == 0
     shutil.rmtree(project / "dataset")
     assert moco("pretrain").returncode == 0

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Moco, assert_one_line_error, write_params
+from conftest import Moco, assert_one_line_error, write_dataset, write_params
+from moco.data.cache import caches
 from moco.tracking.metric_log import metric_history
 
 
-def start(project: Path) -> subprocess.Popen[str]:
+def start(project: Path, *arguments: str, stage: str = "pretrain") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "moco.cli", "pretrain"], cwd=project, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "moco.cli", stage, *arguments], cwd=project, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
 
 
@@ -114,6 +115,73 @@ def test_resume_takes_a_named_checkpoint_and_more_epochs(moco: Moco, project: Pa
     assert done.returncode == 0, done.stderr
     seen = json.loads((project / "reports/pretrain/metrics.json").read_text())["images_seen"]
     assert seen == 4 * 5 * 8
+
+
+def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, project: Path) -> None:
+    """Fault 5 once more: a requeued job repeats its command line, --resume included, and must not start over."""
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
+    write_params(project, pretrain__epochs=30, pretrain__checkpoint_every=100)
+    logs = set((project / "runs/pretrain").iterdir())
+    process = start(project, "--resume", str(checkpoint))
+    while not any('"loss"' in log.read_text() for log in (project / "runs/pretrain").glob("*/metrics.jsonl")
+                  if log.parent not in logs):  # fmt: skip
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    (folder,) = set((project / "runs/pretrain").iterdir()) - logs
+    (stopped,) = folder.glob("checkpoint_*.pth")
+    done = moco("pretrain", "--resume", str(checkpoint))
+    assert done.returncode == 0 and f"continuing from {stopped.relative_to(project)}" in done.stderr, done.stderr
+    assert [line["step"] for line in metric_history(folder / "metrics.jsonl") if "loss" in line["metrics"]] == list(
+        range(11, 151)
+    )
+
+
+def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__epochs=40, pretrain__keep_checkpoints=9)
+    assert moco("data").returncode == 0
+    process = start(project)
+    wait_for_steps(project, 30)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    (folder,) = (project / "runs/pretrain").iterdir()
+    older = folder / "checkpoint_002.pth"
+    last = sorted(folder.glob("checkpoint_*.pth"))[-1]
+    done = moco("pretrain", "--resume", str(older))
+    assert done.returncode == 0 and f"continuing from {older}" in done.stderr
+    log = [line["step"] for line in metric_history(folder / "metrics.jsonl") if "loss" in line["metrics"]]
+    assert log == list(range(1, 201)), f"{last} is of the branch that was given up"
+    assert (folder / "checkpoint_040.pth").exists()
+
+
+def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__epochs=2000)
+    assert moco("data").returncode == 0
+    process = start(project)
+    wait_for_steps(project, 2)
+    assert_one_line_error(moco("pretrain"), "runs/pretrain/", "another process")
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_decoding_that_is_stopped_leaves_neither_files_nor_processes(moco: Moco, project: Path) -> None:
+    write_dataset(project / "large", unlabeled=5000, size=64)
+    text = (project / "params.yaml").read_text().replace("path: dataset", "path: large")
+    (project / "params.yaml").write_text(text)
+    process = start(project, stage="data")
+    parent = caches(project / "scratch")
+    while not any(path.stat().st_blocks for path in parent.glob(".building-*/unlabeled.u8")):  # workers are at it
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and errors.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert list(parent.iterdir()) == []
+    assert "Traceback" not in errors
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(moco: Moco, project: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import Moco, assert_one_line_error, write_params
+from moco.model.small_resnet import SmallResNet
 
 # A scorer that knows nothing of this project: submission.py, model_sub.pth and the dataset folder.
 SCORER = """
@@ -70,6 +71,9 @@ def test_every_stage_runs_and_leaves_what_it_promises(moco: Moco, project: Path)
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 11))
     with (project / "reports/eval/predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 10
+    with (project / "reports/train/epochs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3] and all(row["loss"] and row["lr"] for row in rows)
     best = list((project / "models/classifier").glob("model_best_*_*.pth"))
     assert len(best) == 1
     content = torch.load(best[0], weights_only=True)
@@ -121,13 +125,24 @@ def test_same_settings_give_the_same_weights_to_the_bit(moco: Moco, project: Pat
     ]
 
 
-def test_backbone_runs_once_however_many_epochs(moco: Moco, project: Path) -> None:
-    """Fault 12: 50 times the epochs on cached features must not take 50 times the time."""
+def test_backbone_runs_once_however_many_epochs(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 12: every image goes through the encoder once a feature set, whatever the number of epochs."""
     run_all(moco, "data", "pretrain")
-    write_params(project, train__epochs=600)
-    run_all(moco, "train")
-    with (project / "reports/train/epochs.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 600
+    passed: list[int] = []
+    forward = SmallResNet.forward
+
+    def counted(self: SmallResNet, x: torch.Tensor) -> torch.Tensor:
+        passed.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(SmallResNet, "forward", counted)
+    for epochs in (3, 60):
+        passed.clear()
+        write_params(project, train__epochs=epochs, train__views=2)
+        run_all(moco, "train")
+        with (project / "reports/train/epochs.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == epochs
+        assert sum(passed) == 2 * 20 + 10, "two feature sets of train, one of val"
 
 
 @pytest.mark.parametrize("loss", ["asymmetric", "symmetric"])

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from moco.config import TrackingConfig
+from moco.errors import UserError
 from moco.tracking.metric_log import MetricLog, metric_history, read_events
+from moco.tracking.run import Run
+
+TRACKING = TrackingConfig("", "e", "m")
 
 
 def steps(path: Path) -> list[int]:
@@ -41,6 +48,40 @@ def test_steps_after_a_resume_point_count_once(tmp_path: Path) -> None:
     log.close()
     write(path, 3, 4, 5)
     assert steps(path) == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_is_a_user_error_and_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    """/dev/full is the kernel's own full disk."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    said: list[str] = []
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        log.write("metrics", step=1, metrics={})
+    log.file.close()
+    with pytest.raises(UserError, match="first"), Run(tmp_path, "train", TRACKING, said.append):
+        raise UserError("first")
+    assert "No space left" in said[0]
+
+
+def test_a_file_is_kept_with_the_run_as_it_was(tmp_path: Path) -> None:
+    """The next run overwrites its place, perhaps before MLflow has it."""
+    with Run(tmp_path / "run", "train", TRACKING, print) as record:
+        (tmp_path / "model_sub.pth").write_text("ours")
+        record.model([tmp_path / "model_sub.pth"], {})
+        (tmp_path / "model_sub.pth").write_text("another's")
+    (event,) = [e for e in read_events(record.path) if e["event"] == "model"]
+    assert [(tmp_path / "run" / file).read_text() for file in event["files"]] == ["ours"]
+
+
+def test_taking_up_a_run_makes_the_steps_after_its_state_void(tmp_path: Path) -> None:
+    for first, last in ((0, 4), (2, 6)):
+        with Run(tmp_path, "pretrain", TRACKING, print) as record:
+            record.start("name", {}, {}, first)
+            for step in range(first + 1, last):
+                record.log({"loss": float(first)}, step)
+    assert [(line["step"], line["metrics"]["loss"]) for line in metric_history(tmp_path / "metrics.jsonl")] == [
+        (1, 0), (2, 0), (3, 2), (4, 2), (5, 2)
+    ]  # fmt: skip
 
 
 def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path: Path) -> None:

@@ -59,6 +59,87 @@ def test_replays_are_idempotent_and_continue(tmp_path: Path) -> None:
     assert run.info.status == "FINISHED"
 
 
+def begin(folder: Path) -> MetricLog:
+    log = MetricLog(folder / "metrics.jsonl")
+    log.write("start", stage="pretrain", name="a run", params={"pretrain.lr": 0.06}, tags={})
+    return log
+
+
+def only_run() -> Any:
+    client = connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    return run
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_what_a_server_did_not_take_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The store refuses one request, the parameters' or the metrics', and works again at the next delivery."""
+    from mlflow import MlflowClient
+
+    log = begin(tmp_path / "run")
+    log.write("metrics", step=1, metrics={"loss": 0.5})
+    calls: list[int] = []
+    log_batch = MlflowClient.log_batch
+
+    def flaky(self: MlflowClient, *arguments: Any, **words: Any) -> Any:
+        calls.append(1)
+        if len(calls) == failing:
+            raise ConnectionError("the server is gone")
+        return log_batch(self, *arguments, **words)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    sink = MlflowSink(tmp_path / "run", CONFIG)
+    with pytest.raises(ConnectionError):
+        sink.replay()
+    sink.replay()
+    run = only_run()
+    assert run.data.params == {"pretrain.lr": "0.06"}
+    assert history(connect(), run.info.run_id, "loss") == [(1, 0.5)]
+
+
+def test_what_is_written_during_a_delivery_comes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    log = begin(tmp_path / "run")
+    log.write("metrics", step=1, metrics={"loss": 0.5})
+    log_batch = MlflowClient.log_batch
+
+    def slow(self: MlflowClient, *arguments: Any, **words: Any) -> Any:
+        if words.get("metrics") and words["metrics"][0].step == 1:
+            log.write("metrics", step=2, metrics={"loss": 0.25})
+            log.write("end", status="FINISHED")
+        return log_batch(self, *arguments, **words)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    for _ in range(2):
+        MlflowSink(tmp_path / "run", CONFIG).replay()
+    run = only_run()
+    assert history(connect(), run.info.run_id, "loss") == [(1, 0.5), (2, 0.25)]
+    assert run.info.status == "FINISHED"
+
+
+def test_late_delivery_registers_each_runs_own_weights_the_newest_last(moco: Moco, project: Path) -> None:
+    for stage in ("data", "pretrain"):
+        assert moco(stage).returncode == 0
+    weights = []
+    for lr in (0.1, 0.2, 0.3):
+        write_params(project, train__lr=lr)
+        assert moco("train").returncode == 0
+        weights.append((project / "models/classifier/model_sub.pth").read_bytes())
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    assert moco("sync").returncode == 0
+    client = connect()
+    versions = sorted(client.search_model_versions("name='moco-classifier'"), key=lambda version: int(version.version))
+    lr = [client.get_run(version.run_id).data.params["train.lr"] for version in versions]
+    assert lr == ["0.1", "0.2", "0.3"]
+    for version, expected in zip(versions, weights, strict=True):
+        path = client.download_artifacts(version.run_id, "classifier/model_sub.pth", str(project))
+        assert Path(path).read_bytes() == expected
+    assert client.get_model_version_by_alias("moco-classifier", "candidate").version == versions[-1].version
+
+
 def test_the_pipeline_is_tracked_from_end_to_end(moco: Moco, project: Path) -> None:
     write_params(project, tracking__uri="sqlite:///mlflow.db")
     for stage in ("data", "pretrain", "train", "eval"):

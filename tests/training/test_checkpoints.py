@@ -161,13 +161,12 @@ def test_saving_an_epoch_again_replaces_it(tmp_path: Path) -> None:
     assert len(checkpoints.paths()) == 2
 
 
-def test_clear_removes_checkpoints_and_digests_and_nothing_else(tmp_path: Path) -> None:
-    checkpoints = filled(tmp_path, [1, 2])
+def test_later_checkpoints_go_with_their_digests_and_nothing_else_does(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path, [1, 2, 3])
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "encoder.pth").write_bytes(b"x")
-    checkpoints.clear()
-    assert names(tmp_path) == ["encoder.pth", "metrics.jsonl"]
-    checkpoints.clear()
+    checkpoints.drop_after(1)
+    assert names(tmp_path) == ["checkpoint_001.pth", "checkpoint_001.pth.sha256", "encoder.pth", "metrics.jsonl"]
 
 
 @pytest.fixture

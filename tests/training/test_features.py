@@ -154,6 +154,7 @@ def test_every_module_gets_its_own_mode_back(failing: bool) -> None:
 
 
 def test_train_mode_is_back_after_an_evaluation_and_training_goes_on() -> None:
+    """Fault 6."""
     model = network()
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     before = modes(model)

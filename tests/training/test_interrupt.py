@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from moco.errors import Interrupted
-from moco.training.interrupt import watch_signals
+from moco.training.interrupt import raise_on_signals, watch_signals
 
 WATCHED = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
 
@@ -73,5 +73,17 @@ def test_usr1_is_left_to_others() -> None:
 
 
 def test_an_interruption_tells_its_signal() -> None:
-    error = Interrupted(signal.SIGTERM)
-    assert error.signal == signal.SIGTERM and str(error) == "stopped by SIGTERM"
+    error = Interrupted(signal.SIGTERM, saved=True)
+    assert error.signal == signal.SIGTERM
+    assert str(error) == "stopped by SIGTERM; the state is saved, the same command continues"
+    assert "continues" not in str(Interrupted(signal.SIGTERM, saved=False))
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_outside_the_loop_a_signal_raises_and_handlers_of_errors_do_not_take_it(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted) as caught, raise_on_signals():
+        try:
+            send(number)
+        except Exception:
+            pytest.fail("taken for an error")
+    assert caught.value.signal == number

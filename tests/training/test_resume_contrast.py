@@ -150,6 +150,16 @@ def test_a_run_is_a_function_of_its_seed(tmp_path: Path) -> None:
     assert train(other) != losses
 
 
+def test_a_state_without_loss_scaling_is_taken_by_a_device_that_scales(tmp_path: Path) -> None:
+    """From a GPU with bf16 to one with fp16 alone, as a requeued job may meet it."""
+    config = make_config(tmp_path)
+    state, after = make_step(config).state(), make_step(config)
+    assert state["scaler"] == {}
+    after.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    after.load_state(state)
+    assert after.scaler.state_dict() != {}
+
+
 def test_building_a_model_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)

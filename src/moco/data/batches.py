@@ -32,6 +32,14 @@ class EpochSampler:
             yield self.indices[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
 
+def step_generator(seed: int, number: int) -> torch.Generator:
+    """A generator on the CPU for one step, a function of the run's seed and the step's number.
+
+    Both are hashed into 32 bits, of which torch's generator on the CPU keeps no more."""
+    hashed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(hashed))
+
+
 class Fetcher:
     """Gathers rows of a memory map in a thread of its own, a few batches ahead. Order is kept.
 

@@ -1,18 +1,20 @@
 """The decoded cache: every image as raw bytes in a memory map, so that decoding is paid once.
 
-Layout, in SCRATCH/moco-cache/DIGEST/: SPLIT.u8 (N x H x W x 3 bytes), SPLIT.digests (N x 16 bytes, blake2b of
+Layout, in SCRATCH/moco-cache-UID/DIGEST/: SPLIT.u8 (N x H x W x 3 bytes), SPLIT.digests (N x 16 bytes, blake2b of
 each image's pixels), SPLIT_label.npy, cache.json (shapes and checksums). A cache is built in a
 folder of another name and renamed when complete; it is keyed by what it holds and never changed afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import tempfile
+import time
+import uuid
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from moco.data.decode import (
@@ -38,6 +40,8 @@ from moco.data.sources import Dataset, Split
 from moco.errors import Say, UserError
 
 CHUNK = 1024  # images
+BUILDING = ".building-"  # begins the name of a folder that is not complete
+JUST_MADE = 60  # seconds in which a process has surely taken the lock that it has made
 PROBLEMS_NAMED = 10
 CHECK_ALL_BELOW = 1 << 29  # bytes; larger files are checked by samples, so that a start stays under 2 s
 SAMPLED_CHUNKS = 8
@@ -54,9 +58,11 @@ class DecodedSplit:
 
 @dataclass
 class Built:
-    """A complete cache in a folder that is not yet at its place, and what was learned while decoding."""
+    """A complete cache in a folder that is not yet at its place, and what was learned while decoding. lock: held
+    as long as the folder is in use, so that others can tell it from the remains of a process that was killed."""
 
     folder: Path
+    lock: FileLock
     height: int
     width: int
     reports: dict[str, list[ChunkReport]]
@@ -83,16 +89,22 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
 
     Raises UserError, naming the first images concerned, where any cannot be used; nothing is left behind.
     """
-    parent.mkdir(parents=True, exist_ok=True)
     height, width = image_size(dataset, resize)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
-    if (free := shutil.disk_usage(parent).free) < total:
-        raise UserError(
-            f"{parent}: the decoded cache needs {total >> 20} MiB, {free >> 20} MiB are free; set runtime.scratch"
-        )
-    folder = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
+    folder = parent / f"{BUILDING}{uuid.uuid4().hex}"
+    lock = FileLock(f"{folder}.lock")
     try:
-        built = Built(folder, height, width, {})
+        _sweep(parent)
+        if (free := shutil.disk_usage(parent).free) < total:
+            raise UserError(
+                f"{parent}: the decoded cache needs {total >> 20} MiB, {free >> 20} MiB are free; set runtime.scratch"
+            )
+        lock.acquire()
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be written: {error.strerror}; set runtime.scratch") from None
+    try:
+        built = Built(folder, lock, height, width, {})
         for name, split in dataset.splits.items():
             built.reports[name] = _decode_split(split, (height, width), resize, folder)
             say(f"decoded {len(split)} images of {name}")
@@ -111,11 +123,29 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
         _write_index(built, dataset)
         return built
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder, lock)
         raise UserError(f"{folder}: building the decoded cache failed: {error.strerror or error}") from None
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder, lock)
         raise
+
+
+def _discard(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what processes left that were killed while building: folders whose lock nobody holds."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for path in parent.glob(f"{BUILDING}*"):
+        folder = path.with_suffix("")
+        lock = FileLock(f"{folder}.lock")
+        with contextlib.suppress(Timeout, FileNotFoundError):  # in use, or swept by another process meanwhile
+            if time.time() - path.stat().st_mtime > JUST_MADE:
+                lock.acquire(timeout=0)
+                _discard(folder, lock)
 
 
 def _decode_split(split: Split, size: tuple[int, int], resize: int | None, folder: Path) -> list[ChunkReport]:
@@ -136,8 +166,11 @@ def _decode_split(split: Split, size: tuple[int, int], resize: int | None, folde
         else:
             # Spawned, not forked: the parent has threads. The workers import numpy and PIL alone.
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            pool = ProcessPoolExecutor(workers, mp_context=context)
+            try:
                 reports = list(pool.map(decode_chunk, chunks))
+            finally:  # after an error or a signal nobody waits for the chunks that have not begun
+                pool.shutdown(cancel_futures=True)
     (folder / f"{split.name}.digests").write_bytes(b"".join(report.digests for report in reports))
     if split.labels is not None:
         np.save(folder / f"{split.name}_label.npy", split.labels)
@@ -168,19 +201,23 @@ def _write_index(built: Built, dataset: Dataset) -> None:
     (built.folder / "cache.json").write_text(json.dumps({"format": 2, "chunk": CHUNK, "splits": index, "files": files}))
 
 
+def caches(scratch: Path) -> Path:
+    """The user's own folder of caches: scratch is often /tmp, which all share."""
+    return scratch / (f"moco-cache-{os.getuid()}" if hasattr(os, "getuid") else "moco-cache")
+
+
 def cache_folder(scratch: Path, digest: str) -> Path:
-    return scratch / "moco-cache" / digest[:24]
+    return caches(scratch) / digest[:24]
 
 
 def install(built: Built, digest: str, scratch: Path) -> Path:
     """Moves a built cache to its place. Where another job was faster and its cache is sound, that one stays."""
     place = cache_folder(scratch, digest)
     with FileLock(f"{place}.lock"):
-        if place.exists() and damage(place) is None:
-            shutil.rmtree(built.folder)
-        else:
+        if not place.exists() or damage(place) is not None:
             shutil.rmtree(place, ignore_errors=True)
             built.folder.rename(place)
+    _discard(built.folder, built.lock)
     return place
 
 

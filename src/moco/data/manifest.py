@@ -10,7 +10,7 @@ from typing import Any
 
 from moco.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("unlabeled", "train", "val")
 
 
@@ -26,9 +26,11 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1]."""
+    """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1].
+    settings: those of section `data` that decide the content, by dotted name."""
 
     source: dict[str, Any]
+    settings: dict[str, Any]
     height: int
     width: int
     resize: int | None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from moco.config import DataConfig
+from moco.config import DataConfig, flatten
 from moco.data import cache
 from moco.data.cache import Built, DecodedSplit
 from moco.data.decode import DIGEST_BYTES
@@ -17,6 +20,8 @@ from moco.data.sources import Dataset, open_dataset
 from moco.errors import Say, UserError
 
 CLASSES_SHOWN = 5
+# Where the images lie and how they are reached: may differ between nodes, and decides nothing.
+LOCATION = {"data.path", "data.mounted", "data.copy_to_scratch", "data.download", "data.generated.pack"}
 
 
 def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
@@ -27,8 +32,8 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
     with open_dataset(config, scratch, say) as dataset:
         _limit_labels(dataset, config.labelled)
         classes = _check_labels(dataset, config.classes)
-        built = cache.build(dataset, config.resize, scratch / "moco-cache", say)
-        manifest = _describe(dataset, classes, config.resize, built)
+        built = cache.build(dataset, config.resize, cache.caches(scratch), say)
+        manifest = _describe(dataset, classes, config, built)
         place = cache.install(built, manifest.digest, scratch)
     say(f"decoded cache: {place}")
     if manifest.duplicates_train_val:
@@ -39,12 +44,15 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
 def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say) -> dict[str, DecodedSplit]:
     """The decoded images that the manifest describes; built here where this node has no sound cache.
 
-    Raises UserError where the source no longer holds what the manifest says.
+    Raises UserError where the source no longer holds what the manifest says, or section `data` of the settings
+    is no longer the one that it was made from.
     """
+    different = [name for name, value in _settings(config).items() if manifest.settings.get(name) != value]
+    if different:
+        raise UserError(f"{', '.join(different)}: changed since the manifest was made; run `moco data` again")
     place = cache.cache_folder(scratch, manifest.digest)
-    place.parent.mkdir(parents=True, exist_ok=True)
     # One builder a node: a second job waits here and then finds the cache complete.
-    with FileLock(f"{place}.building"):
+    with _locked(place.with_suffix(".building")):
         problem = cache.damage(place) if place.exists() else "not on this node"
         if problem is not None:
             say(f"decoded cache {place}: {problem}; building it")
@@ -56,6 +64,29 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
                     "any more; run `moco data` again"
                 )
     return cache.open_cache(place)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written: {error.strerror}; set runtime.scratch") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """The settings that decide what the dataset holds."""
+    return {
+        name: value
+        for name, value in flatten(config, "data").items()
+        if name not in LOCATION and (config.source == "generated" or not name.startswith("data.generated."))
+    }
 
 
 def _limit_labels(dataset: Dataset, labelled: int | None) -> None:
@@ -103,7 +134,7 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
     return dataset.classes or [str(label) for label in range(count)]
 
 
-def _describe(dataset: Dataset, classes: list[str], resize: int | None, built: Built) -> Manifest:
+def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: Built) -> Manifest:
     splits, seen = {}, {}
     for name, reports in built.reports.items():
         digests = b"".join(report.digests for report in reports)
@@ -123,9 +154,10 @@ def _describe(dataset: Dataset, classes: list[str], resize: int | None, built: B
     std = [max(int(q) / pixels - m * m, 1.0) ** 0.5 for q, m in zip(squares, mean, strict=True)]
     return Manifest(
         source=dataset.origin,
+        settings=_settings(config),
         height=built.height,
         width=built.width,
-        resize=resize,
+        resize=config.resize,
         classes=classes,
         mean=(mean[0] / 255, mean[1] / 255, mean[2] / 255),
         std=(std[0] / 255, std[1] / 255, std[2] / 255),

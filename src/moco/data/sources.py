@@ -18,7 +18,7 @@ from moco.data.generated import generate
 from moco.errors import Say, UserError
 from moco.files import sha256
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 @dataclass
@@ -75,7 +75,7 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
         elif config.source == "folder":
             yield contract_folder(path, {"kind": "folder", "name": path.name})
         elif config.source == "classes":
-            yield class_tree(path)
+            yield class_tree(path, say)
         else:
             from moco.data.torchvision_sets import load_torchvision_set
 
@@ -157,8 +157,10 @@ def _class_names(*folders: Path) -> list[str] | None:
     return None
 
 
-def class_tree(root: Path) -> Dataset:
-    """A folder per class: train/NAME/…, val/NAME/…, and unlabeled/… (any depth; else train's images)."""
+def class_tree(root: Path, say: Say) -> Dataset:
+    """A folder per class: train/NAME/…, val/NAME/…, and unlabeled/… (any depth; without it, train's images).
+
+    Files that are no images by their names are counted and told."""
     if not root.is_dir():
         raise UserError(f"{root}: dataset folder not found; set data.path in params.yaml")
     for name in ("train", "val"):
@@ -170,12 +172,18 @@ def class_tree(root: Path) -> Dataset:
         raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/")
     splits = {}
     for name in ("train", "val"):
-        paths = [(label, p) for label, c in enumerate(classes) for p in _images_below(root / name / c)]
-        if not paths:
+        below = [_images_below(root / name / class_name, say) for class_name in classes]
+        empty = [class_name for class_name, found in zip(classes, below, strict=True) if not found]
+        if len(empty) == len(classes):
             raise UserError(f"{root / name}: the split is empty; put images into a folder per class")
+        if empty and name == "train":
+            raise UserError(f"{root / name / empty[0]}: a class without images; add some or remove the folder")
+        paths = [(label, path) for label, found in enumerate(below) for path in found]
         labels = np.array([label for label, _ in paths], np.int64)
         splits[name] = Split(name, paths=[p for _, p in paths], labels=labels)
-    pool = _images_below(root / "unlabeled") or splits["train"].paths
+    pool = splits["train"].paths
+    if (root / "unlabeled").is_dir() and not (pool := _images_below(root / "unlabeled", say)):
+        raise UserError(f"{root / 'unlabeled'}: no images in it; without the folder, train's images are used")
     return Dataset(
         {"unlabeled": Split("unlabeled", paths=pool), **splits},
         classes,
@@ -183,7 +191,11 @@ def class_tree(root: Path) -> Dataset:
     )
 
 
-def _images_below(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+def _images_below(folder: Path, say: Say) -> list[str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    other = sorted(str(path) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
+    if other:
+        say(
+            f"warning: {len(other)} file(s) in {folder} are no images by their names and are left out, first {other[0]}"
+        )
+    return sorted(str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES)

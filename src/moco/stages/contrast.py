@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import PretrainConfig
+from moco.data.batches import step_generator
 from moco.data.views import Views
 from moco.model.encoder import Architecture, build_encoder
 from moco.model.momentum_contrast import MomentumContrast
@@ -62,7 +63,7 @@ class ContrastStep:
 
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
         config = self.config
-        generator = torch.Generator().manual_seed((config.seed << 40) + number)
+        generator = step_generator(config.seed, number)
         factor = lr_factor(config.schedule, fraction, config.warmup, config.milestones)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_lr * factor
@@ -95,4 +96,5 @@ class ContrastStep:
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the state is from a device that needed no scaling
+            self.scaler.load_state_dict(state["scaler"])

@@ -13,7 +13,10 @@ from moco.tracking.metric_log import metric_history
 
 def write_curve(log: Path, path: Path, metric: str) -> Path:
     """A CSV file with a row per step at which `metric` was measured and a column per metric measured there."""
-    rows = {line["step"]: line["metrics"] for line in metric_history(log) if metric in line["metrics"]}
+    rows: dict[int, dict[str, float]] = {}
+    for line in metric_history(log):
+        if metric in line["metrics"]:
+            rows.setdefault(line["step"], {}).update(line["metrics"])
     columns = sorted({name for row in rows.values() for name in row})
     text = io.StringIO()
     writer = csv.DictWriter(text, ["step", *columns], lineterminator="\n")

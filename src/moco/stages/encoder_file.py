@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,16 +12,30 @@ from moco.model.encoder import Architecture, body_weights
 from moco.training.checkpoints import load_weights, save_weights
 
 
-def save_encoder(path: Path, network: nn.Module, architecture: Architecture, digest: str) -> None:
-    """All but the last layer, with what is needed to build it. digest: of the data it was trained on."""
-    content = {"format": 1, "architecture": architecture.as_dict(), "data": digest}
+class EncoderFile(NamedTuple):
+    """weights: without the last layer. digest: of the data they were trained on. settings: of that training and
+    its data, by dotted name, as text."""
+
+    architecture: Architecture
+    weights: dict[str, Tensor]
+    digest: str
+    settings: dict[str, str]
+
+
+def save_encoder(
+    path: Path, network: nn.Module, architecture: Architecture, digest: str, settings: dict[str, Any]
+) -> None:
+    """All but the last layer, with what is needed to build it."""
+    texts = {name: str(value) for name, value in settings.items()}
+    content = {"format": 2, "architecture": architecture.as_dict(), "data": digest, "settings": texts}
     save_weights(path, {**content, "weights": body_weights(network.state_dict())})
 
 
-def load_encoder(path: Path) -> tuple[Architecture, dict[str, Tensor], str]:
-    """(architecture, weights without the last layer, digest of the data) of an encoder file."""
+def load_encoder(path: Path) -> EncoderFile:
+    """Raises UserError where the file is missing, damaged or something else."""
     content = load_weights(path, "run `moco pretrain` (or `dvc repro pretrain`) again")
     try:
-        return Architecture(**content["architecture"]), content["weights"], content["data"]
+        architecture = Architecture(**content["architecture"])
+        return EncoderFile(architecture, content["weights"], content["data"], content["settings"])
     except (KeyError, TypeError):
         raise UserError(f"{path}: not an encoder file; run `moco pretrain` again") from None

@@ -27,8 +27,10 @@ from moco.files import write_text
 from moco.stages.figures import confusion_figure, reliability_figure
 from moco.stages.workspace import (
     CLASSIFIER,
+    HOUSEKEEPING,
     MANIFEST,
     REPORTS,
+    differences,
     open_run_folder,
     run_key,
     say,
@@ -58,19 +60,31 @@ def run(config: Config) -> None:
     submission = load_submission(CLASSIFIER / "submission.py")
     network = load_network(submission, CLASSIFIER / "model_sub.pth").to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
-    params: dict[str, Any] = {}
-    for name in ("data", "pretrain", "train", "eval"):
-        params.update(flatten(getattr(config, name), name))
-    folder = open_run_folder("eval", run_key(params, manifest.digest))
-    with Run(folder.path, "eval", config.tracking, say) as record:
-        record.start(f"eval-{folder.path.name}", params, {**provenance(device), "data_digest": manifest.digest})
-        scores = score(network, submission.eval_transform, val, config.eval.batch_size, device)
-        results = summarise(scores, len(manifest.classes), config.eval.calibration_bins)
+    settings = _settings()
+    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    if different := differences(settings, ours, HOUSEKEEPING):
+        say(f"warning: {CLASSIFIER} was made with other settings: {'; '.join(different)}; `moco train` makes it new")
+    classes = len(manifest.classes)
+    chain = {**settings, **flatten(config.eval, "eval")}
+    tags = {**provenance(device), "data_digest": manifest.digest}
+    key = run_key(chain, manifest.digest)
+    with open_run_folder("eval", key) as folder, Run(folder.path, "eval", config.tracking, say) as record:
+        record.start(f"eval-{folder.path.name}", chain, tags)
+        scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
+        results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream()}, 0)
         for path in _write(scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
-    folder.finish()
+        folder.finish()
     say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {REPORTS / 'eval'}")
+
+
+def _settings() -> dict[str, str]:
+    """What the classifier was made with: `moco train` writes it into model_best_*.pth, which scoring does not need."""
+    for path in CLASSIFIER.glob("model_best_*.pth"):
+        settings: dict[str, str] = load_weights(path, "run `moco train` again").get("settings", {})
+        return settings
+    return {}
 
 
 def load_submission(path: Path) -> ModuleType:
@@ -106,18 +120,18 @@ def load_network(submission: ModuleType, path: Path) -> nn.Module:
 
 @torch.no_grad()
 def score(
-    network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, batch: int,
+    network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
     device: torch.device,
 ) -> Scores:  # fmt: skip
-    """Predictions for every image, in order, batch by batch."""
+    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes."""
     assert split.labels is not None
     parts = []
     for first in range(0, len(split.images), batch):
         images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
         parts.append(network(torch.stack(images).to(device)).float().cpu())
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
-    if labels.max() >= logits.shape[1]:
-        raise UserError(f"the classifier knows {logits.shape[1]} classes, val has labels up to {labels.max()}")
+    if logits.shape[1] != classes:
+        raise UserError(f"{CLASSIFIER}: the classifier knows {logits.shape[1]} classes, the data has {classes}")
     confidence, predicted = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices
     return Scores(split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy())
@@ -154,7 +168,7 @@ def _upstream() -> dict[str, float]:
     wanted = {
         "pretrain": {"loss": "pretrain_loss", "knn_accuracy": "knn_accuracy", "minutes": "pretrain_minutes",
                      "images_seen": "images_seen"},
-        "train": {"held_out_accuracy": "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
+        "train": {"best_held_out_accuracy": "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
     }  # fmt: skip
     for stage, names in wanted.items():
         path = REPORTS / stage / "metrics.json"

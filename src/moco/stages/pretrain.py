@@ -18,8 +18,8 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
-from moco.model.encoder import ENCODERS, Architecture
-from moco.params import nearest
+from moco.files import sha256, write_text
+from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
@@ -28,6 +28,8 @@ from moco.stages.workspace import (
     HOUSEKEEPING,
     MANIFEST,
     REPORTS,
+    RunFolder,
+    differences,
     open_run_folder,
     run_key,
     say,
@@ -45,6 +47,7 @@ from moco.training.progress import ProgressDisplay
 COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
 MAY_DIFFER = {"pretrain.epochs", "pretrain.minutes", *HOUSEKEEPING}  # when resuming from a named file
 MONITOR_BATCH = 512  # images
+ORIGIN = "resumed_from"  # in the run's folder: digest of the checkpoint that the user named
 
 
 @dataclass
@@ -107,12 +110,24 @@ def run(config: Config, resume: Path | None = None) -> None:
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     params = flatten(section, "pretrain")
-    folder = open_run_folder("pretrain", run_key(params, manifest.digest))
+    with open_run_folder("pretrain", run_key(params, manifest.digest)) as folder:
+        _run(config, folder, manifest, splits, device, precision, resume)
+        folder.finish()
+    say(f"pretrain: encoder -> {ENCODER}")
+
+
+def _run(
+    config: Config, folder: RunFolder, manifest: Manifest, splits: dict[str, DecodedSplit], device: torch.device,
+    precision: torch.dtype, resume: Path | None,
+) -> None:  # fmt: skip
+    section = config.pretrain
+    params = flatten(section, "pretrain")
+    architecture = chosen_architecture(section, manifest)
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
     sampler = EpochSampler(_pool(len(splits["unlabeled"].images), section), section.batch_size, section.seed)
     step = ContrastStep(section, _views(section, manifest, device), device, precision, sampler.batch_size)
     state = LoopState()
-    saved = _load(resume, params, manifest.digest) if resume else checkpoints.newest(say)
+    saved = _saved_state(checkpoints, resume, params, manifest.digest)
     if saved is not None:
         step.load_state(saved)
         state = LoopState(**saved["loop"])
@@ -122,25 +137,18 @@ def run(config: Config, resume: Path | None = None) -> None:
         checkpoints.save(state.epoch, {**content, "loop": state.as_dict(), **step.state()})
 
     with Run(folder.path, "pretrain", config.tracking, say) as record:
-        record.start(
-            f"pretrain-{folder.path.name}",
-            {**flatten(config.data, "data"), **params},
-            {**provenance(device), "data_digest": manifest.digest},
-        )
-        if saved is not None:
-            record.resume(state.step)
+        chain = {**manifest.settings, **params}
+        tags = {**provenance(device), "data_digest": manifest.digest}
+        record.start(f"pretrain-{folder.path.name}", chain, tags, state.step)
         monitor = Monitor(
             step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
         )
         seen = _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record)
-        architecture = Architecture(section.encoder, section.stem, section.width, section.stages)
-        save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest)
+        save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
         report, summary = REPORTS / "pretrain", {"images_seen": seen, "minutes": state.seconds / 60}
         record.artifact(write_metrics(record.path, report / "metrics.json", summary))
         record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
         record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
-    folder.finish()
-    say(f"pretrain: encoder -> {ENCODER}")
 
 
 def _train(
@@ -162,11 +170,6 @@ def _train(
 
 def _check(section: PretrainConfig) -> None:
     """What one key alone does not tell."""
-    if section.encoder not in ENCODERS:
-        raise UserError(
-            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, ENCODERS)}; "
-            f"known: {', '.join(ENCODERS)}"
-        )
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
     if section.batch_norm == "sync" and not torch.distributed.is_initialized():
@@ -176,13 +179,6 @@ def _check(section: PretrainConfig) -> None:
 
 
 def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
-    if manifest.height != manifest.width:
-        raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
-    halvings = section.stages + (section.stem == "imagenet")
-    if section.encoder == "small_resnet" and manifest.height >> halvings == 0:
-        raise UserError(
-            f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
-        )
     chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
     return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
 
@@ -195,17 +191,27 @@ def _pool(count: int, section: PretrainConfig) -> np.ndarray:
     return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
+def _saved_state(
+    checkpoints: CheckpointFolder, resume: Path | None, params: dict[str, Any], digest: str
+) -> dict[str, Any] | None:
+    """Where this run stands, or None at its beginning. A checkpoint named by the user begins a branch: once that
+    has checkpoints of its own, the same command (a requeued job, say) goes on with those."""
+    origin = checkpoints.folder / ORIGIN
+    named = sha256(resume) if resume is not None and resume.is_file() else ""
+    if resume is None or (origin.is_file() and origin.read_text() == named and checkpoints.paths()):
+        return checkpoints.newest(say)
+    saved = _load(resume, params, digest)
+    checkpoints.drop_after(saved["loop"]["epoch"])
+    write_text(origin, named)
+    return saved
+
+
 def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
     """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
     saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
     if not isinstance(saved, dict) or not {"params", "data", "loop", "model"} <= set(saved):
         raise UserError(f"{path}: not a checkpoint of `moco pretrain`")
-    theirs = saved["params"]
-    different = [
-        f"{name} is {theirs.get(name)} there and {value} here"
-        for name, value in params.items()
-        if name not in MAY_DIFFER and theirs.get(name) != str(value)
-    ]
+    different = differences(saved["params"], params, MAY_DIFFER)
     if saved["data"] != digest:
         different.append("it was made from other data")
     if different:

@@ -19,14 +19,16 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.files import write_text
-from moco.model.encoder import Architecture, build_encoder, load_body, strip_head
+from moco.model.encoder import build_encoder, load_body, strip_head
 from moco.stages.curves import write_curve, write_metrics
-from moco.stages.encoder_file import load_encoder
+from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
+    HOUSEKEEPING,
     MANIFEST,
     REPORTS,
+    differences,
     open_run_folder,
     run_key,
     say,
@@ -53,42 +55,34 @@ def run(config: Config) -> None:
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
-    architecture, weights, digest = load_encoder(ENCODER)
-    if digest != manifest.digest:
+    encoder = load_encoder(ENCODER)
+    if encoder.digest != manifest.digest:
         say("warning: the encoder was pretrained on other data than the manifest describes")
+    if different := differences(encoder.settings, flatten(config.pretrain, "pretrain"), HOUSEKEEPING):
+        say(f"warning: {ENCODER} was made with other settings: {'; '.join(different)}; `moco pretrain` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
-    network = build_encoder(architecture, len(manifest.classes))
+    network = build_encoder(encoder.architecture, len(manifest.classes))
     try:
-        load_body(network, weights)
+        load_body(network, encoder.weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
-    params = {
-        **flatten(config.data, "data"),
-        **flatten(config.pretrain, "pretrain"),
-        **flatten(section, "train"),
-    }
-    folder = open_run_folder("train", run_key(params, manifest.digest))
-    with Run(folder.path, "train", config.tracking, say) as record:
+    chain = {**encoder.settings, **flatten(section, "train")}
+    tags = {**provenance(device), "data_digest": manifest.digest}
+    key = run_key(chain, manifest.digest)
+    with open_run_folder("train", key) as folder, Run(folder.path, "train", config.tracking, say) as record:
         say(f"train: features of {len(splits['train'].images)} labelled images on {device}")
-        record.start(f"train-{folder.path.name}", params, {**provenance(device), "data_digest": manifest.digest})
-        fit, results = classify(
-            strip_head(network),
-            splits,
-            _views(manifest, device),
-            section,
-            len(manifest.classes),
-            device,
-            record.log,
-        )
-        _assert_frozen(network, weights)
-        record.log(results, fit.epoch)
-        files = _write_classifier(config, architecture, manifest, weights, fit)
+        record.start(f"train-{folder.path.name}", chain, tags)
+        views, classes = _views(manifest, device), len(manifest.classes)
+        fit, results = classify(strip_head(network), splits, views, section, classes, device, record.log)
+        _assert_frozen(network, encoder.weights)
+        record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
+        files = _write_classifier(config, encoder, chain, manifest, fit)
         report = REPORTS / "train"
-        record.artifact(write_metrics(record.path, report / "metrics.json", {**results, "best_epoch": fit.epoch}))
+        record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
-        record.model(files, {k: f"{v:.4f}" for k, v in results.items()})
-    folder.finish()
+        record.model(files, {name: f"{value:.4f}" for name, value in results.items()})
+        folder.finish()
     say(
         f"train: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {CLASSIFIER}"
@@ -126,7 +120,7 @@ def classify(
     if not len(held):
         raise UserError("train.holdout: no class has two labelled images; none can be held out")
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
-    results = {"held_out_accuracy": fit.accuracy}
+    results = {"best_held_out_accuracy": fit.accuracy}
     if section.refit:
         accuracy = fit.accuracy
         nothing = stack[0, :0], labels[:0]
@@ -149,11 +143,11 @@ def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _write_classifier(
-    config: Config, architecture: Architecture, manifest: Manifest, weights: dict[str, Tensor], fit: LinearFit
+    config: Config, encoder: EncoderFile, chain: dict[str, Any], manifest: Manifest, fit: LinearFit
 ) -> list[Path]:
     """model_best_EPOCH_ACC.pth, model_sub.pth and submission.py, all of them or none."""
-    classifier = build_encoder(architecture, len(manifest.classes))
-    load_body(classifier, weights)
+    classifier = build_encoder(encoder.architecture, len(manifest.classes))
+    load_body(classifier, encoder.weights)
     with torch.no_grad():
         classifier.fc.weight.copy_(fit.weight)  # type: ignore[union-attr, operator]
         classifier.fc.bias.copy_(fit.bias)  # type: ignore[union-attr, operator]
@@ -162,7 +156,8 @@ def _write_classifier(
         "format": 1,
         "epoch": fit.epoch,
         "held_out_accuracy": fit.accuracy,
-        "architecture": architecture.as_dict(),
+        "architecture": encoder.architecture.as_dict(),
+        "settings": {name: str(value) for name, value in chain.items()},
         "classes": manifest.classes,
         "weights": state,
         "optimizer": fit.optimizer,
@@ -171,7 +166,7 @@ def _write_classifier(
     with tempfile.TemporaryDirectory(prefix=".classifier-", dir=CLASSIFIER.parent) as work:
         save_weights(Path(work) / f"model_best_{fit.epoch}_{100 * fit.accuracy:.2f}.pth", best)
         save_weights(Path(work) / "model_sub.pth", state)
-        write_text(Path(work) / "submission.py", render(architecture, manifest, config.eval))
+        write_text(Path(work) / "submission.py", render(encoder.architecture, manifest, config.eval))
         shutil.rmtree(CLASSIFIER, ignore_errors=True)
         CLASSIFIER.mkdir()
         for path in Path(work).iterdir():

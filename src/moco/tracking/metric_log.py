@@ -4,13 +4,14 @@ Every line is an object with `event` and `time` (seconds since 1970):
     start     stage, params, tags       a process begins or takes up the run
     resume    step                      metrics of later steps, written before this line, are void
     metrics   step, metrics             numbers by name
-    artifact  path, folder              a file worth keeping with the run
-    model     path, name, metrics       a trained classifier
+    artifact  path                      a file worth keeping with the run; paths are relative to the log's folder
+    model     files, tags               a trained classifier: its files, to be registered
     end       status                    FINISHED, FAILED or KILLED
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moco.errors import UserError
+
 FORMAT = 1
 
 
@@ -26,24 +29,32 @@ class MetricLog:
     """Writes one. Lines are whole: each is one write to a file opened for appending."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self.file = path.open("a", encoding="utf-8")
-        if torn:  # a crash in the middle of a line: end it, so that it is skipped alone
-            self.file.write("\n")
+        self.continued = path.exists() and path.stat().st_size > 0
+        # A crash or a full disk in the middle of a line: the next one ends it, so that it is skipped alone.
+        self.torn = self.continued and not path.read_bytes().endswith(b"\n")
+        self.file = path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
-        line = {"event": event, "time": round(time.time(), 3), **fields}
-        self.file.write(json.dumps(line, default=str) + "\n")
-        self.file.flush()
-
-    def sync(self) -> None:
-        """Forces what was written onto the disk."""
-        os.fsync(self.file.fileno())
+        """Raises UserError where the disk is full."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str)
+        data = f"{chr(10) if self.torn else ''}{line}\n".encode()
+        try:
+            self.torn = self.file.write(data) != len(data)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        if self.torn:
+            raise UserError(f"{self.path}: cannot be written: the disk is full")
 
     def close(self) -> None:
-        self.sync()
-        self.file.close()
+        """Forces what was written onto the disk. Raises UserError where that fails."""
+        try:
+            with self.file:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system without fsync
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -76,8 +76,10 @@ class MlflowSink:
 
     def replay(self) -> None:
         """Brings MLflow up to the end of the log. Raises whatever MLflow raises; can be called again."""
-        client = self._connect()
+        self._connect()
         pending: list[Any] = []
+        steps: dict[str, int] = {}  # last step of each metric in `pending`
+        reached = self.state.events
         handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "start": self._start, "artifact": self._artifact, "model": self._model, "end": self._end,
         }  # fmt: skip
@@ -85,22 +87,25 @@ class MlflowSink:
             if number < self.state.events:
                 continue
             if event["event"] == "metrics":
-                pending.extend(self._metrics(event))
-            if pending and (len(pending) >= BATCH or event["event"] != "metrics"):
-                client.log_batch(self.state.run_id, metrics=pending)
-                pending = []
-                self._remember(number)
-            if event["event"] in handlers:
-                handlers[event["event"]](event)
+                pending.extend(self._metrics(event, steps))
+            else:
+                self._send(pending, steps, number)
+                if handler := handlers.get(event["event"]):
+                    handler(event)
                 self._remember(number + 1)
-            elif not pending:
-                self.state.events = number + 1
-        if pending:
-            client.log_batch(self.state.run_id, metrics=pending)
-        self._remember(self._count())
+            reached = number + 1
+            if len(pending) >= BATCH:
+                self._send(pending, steps, reached)
+        self._send(pending, steps, reached)
 
-    def _count(self) -> int:
-        return sum(1 for _ in read_events(self.folder / "metrics.jsonl"))
+    def _send(self, pending: list[Any], steps: dict[str, int], events: int) -> None:
+        """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
+        if pending:
+            self.client.log_batch(self.state.run_id, metrics=pending)
+            self.state.last_step.update(steps)
+            self._remember(events)
+        pending.clear()
+        steps.clear()
 
     def _remember(self, events: int) -> None:
         self.state.events = events
@@ -109,14 +114,15 @@ class MlflowSink:
     def _start(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
-        if self.state.run_id is not None:
+        if self.state.events > 0:  # another process goes on with the run
             self.client.update_run(self.state.run_id, status="RUNNING")
             return
-        experiment = self._experiment()
+        if self.state.run_id is None:
+            began = int(event["time"] * 1000)
+            run = self.client.create_run(self._experiment(), run_name=event["name"], start_time=began)
+            self.state.run_id = run.info.run_id
+            self._remember(0)
         tags = {**event["tags"], "stage": event["stage"]}
-        run = self.client.create_run(experiment, run_name=event["name"], start_time=int(event["time"] * 1000))
-        self.state.run_id = run.info.run_id
-        self._remember(self.state.events)
         self.client.log_batch(
             self.state.run_id,
             params=[Param(name, str(value)) for name, value in event["params"].items()],
@@ -135,26 +141,26 @@ class MlflowSink:
                 found = self.client.get_experiment_by_name(self.config.experiment)
         return str(found.experiment_id)
 
-    def _metrics(self, event: dict[str, Any]) -> list[Any]:
+    def _metrics(self, event: dict[str, Any], steps: dict[str, int]) -> list[Any]:
         from mlflow.entities import Metric
 
         step, fresh = int(event["step"]), []
         for name, value in finite(event["metrics"]).items():
-            if step > self.state.last_step.get(name, -1):  # else replayed before a resume
-                self.state.last_step[name] = step
+            if step > steps.get(name, self.state.last_step.get(name, -1)):  # else sent before a resume
+                steps[name] = step
                 fresh.append(Metric(name, value, int(event["time"] * 1000), step))
         return fresh
 
     def _artifact(self, event: dict[str, Any]) -> None:
-        if Path(event["path"]).exists():
-            self.client.log_artifact(self.state.run_id, event["path"], event.get("folder"))
+        if (self.folder / event["path"]).exists():
+            self.client.log_artifact(self.state.run_id, str(self.folder / event["path"]))
 
     def _model(self, event: dict[str, Any]) -> None:
         """Uploads the two files that make a classifier, and registers them as a version."""
         from mlflow.exceptions import MlflowException
 
         for path in event["files"]:
-            self.client.log_artifact(self.state.run_id, path, "classifier")
+            self.client.log_artifact(self.state.run_id, str(self.folder / path), "classifier")
         name = self.config.registered_model
         try:
             self.client.create_registered_model(name)

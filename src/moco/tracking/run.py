@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from moco.config import TrackingConfig
-from moco.errors import Interrupted, Say
-from moco.tracking.metric_log import MetricLog, finite
+from moco.errors import Interrupted, Say, UserError
+from moco.files import write_atomically
+from moco.tracking.metric_log import FORMAT, MetricLog, finite
 from moco.tracking.mlflow_sink import MlflowSink, available
 
 EVERY = 10.0  # seconds between two deliveries to MLflow
@@ -33,8 +35,13 @@ class Run:
             self.sink = MlflowSink(folder, config)
             self.thread = threading.Thread(target=self._deliver, daemon=True)
 
-    def start(self, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        self.metric_log.write("start", format=1, stage=self.stage, name=name, params=params, tags=tags)
+    def start(self, name: str, params: dict[str, Any], tags: dict[str, str], step: int = 0) -> None:
+        """step: that of the state from which the run goes on. Metrics of later steps, written by a process that
+        was stopped, are void: they are about to be made again."""
+        again = self.metric_log.continued
+        self.metric_log.write("start", format=FORMAT, stage=self.stage, name=name, params=params, tags=tags)
+        if again:
+            self.metric_log.write("resume", step=step)
         if self.thread is not None:
             self.thread.start()
 
@@ -42,16 +49,19 @@ class Run:
         """Numbers that are not finite are left out."""
         self.metric_log.write("metrics", step=step, metrics=finite(metrics))
 
-    def resume(self, step: int) -> None:
-        """Metrics of steps after `step` are void: they are about to be made again."""
-        self.metric_log.write("resume", step=step)
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.metric_log.write("artifact", path=str(path.absolute()), folder=folder)
+    def artifact(self, path: Path) -> None:
+        """A file worth keeping with the run."""
+        self.metric_log.write("artifact", path=self._keep(path, "artifacts"))
 
     def model(self, files: list[Path], tags: dict[str, str]) -> None:
         """A trained classifier, to be registered."""
-        self.metric_log.write("model", files=[str(path.absolute()) for path in files], tags=tags)
+        self.metric_log.write("model", files=[self._keep(path, "classifier") for path in files], tags=tags)
+
+    def _keep(self, path: Path, folder: str) -> str:
+        """Copies a file beside the log: at its own place the next run will overwrite it, perhaps before MLflow
+        has it. Returns its path relative to the run's folder."""
+        write_atomically(self.folder / folder / path.name, lambda temporary: shutil.copyfile(path, temporary))
+        return f"{folder}/{path.name}"
 
     def __enter__(self) -> Run:
         return self
@@ -61,9 +71,17 @@ class Run:
     ) -> None:
         killed = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "FINISHED" if error is None else "KILLED" if killed else "FAILED"
-        self.metric_log.write("end", status=status)
-        self.metric_log.close()
-        self.ended.set()
+        try:
+            try:
+                self.metric_log.write("end", status=status)
+            finally:
+                self.metric_log.close()
+        except UserError as problem:
+            if error is None:
+                raise
+            self.say(f"warning: {problem}")  # what went wrong before is what the user must see
+        finally:
+            self.ended.set()
         if self.thread is not None and self.thread.is_alive():
             self.thread.join(PATIENCE)
             if self.thread.is_alive():

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from moco.config import TrackingConfig
 from moco.errors import UserError
+from moco.tracking.metric_log import read_events
 from moco.tracking.mlflow_sink import MlflowSink, available
+
+
+def _began(log: Path) -> float:
+    return float(next(read_events(log), {"time": 0.0})["time"])
 
 
 def sync_all(runs: Path, config: TrackingConfig, say: Callable[[str], None]) -> None:
@@ -20,7 +25,7 @@ def sync_all(runs: Path, config: TrackingConfig, say: Callable[[str], None]) -> 
     if not config.uri:
         raise UserError("tracking.uri is empty; set it in params.yaml")
     failed = []
-    logs = sorted(runs.glob("*/*/metrics.jsonl"))
+    logs = sorted(runs.glob("*/*/metrics.jsonl"), key=_began)  # so that the newest classifier is registered last
     for log in logs:
         sink = MlflowSink(log.parent, config)
         try:

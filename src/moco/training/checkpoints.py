@@ -89,7 +89,9 @@ class CheckpointFolder:
             say(f"warning: {path} is damaged (its digest does not match); using the one before")
         return None
 
-    def clear(self) -> None:
+    def drop_after(self, epoch: int) -> None:
+        """Removes checkpoints of later epochs: those of a branch that is given up."""
         for path in self.paths():
-            path.unlink()
-            path.with_suffix(".pth.sha256").unlink(missing_ok=True)
+            if int(NAME.fullmatch(path.name)[1]) > epoch:  # type: ignore[index]
+                path.unlink()
+                path.with_suffix(".pth.sha256").unlink(missing_ok=True)

@@ -1,11 +1,14 @@
-"""Signals set a flag; the loop saves at the next step boundary and then ends."""
+"""Signals end the program in order: outside the training loop by an exception, so that mounts and unfinished files
+are cleared away; inside it by a flag, so that the loop saves at the next step boundary and then ends."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from moco.errors import Interrupted
 
 
 class StopFlag:
@@ -21,13 +24,31 @@ class StopFlag:
 
 
 @contextmanager
-def watch_signals() -> Iterator[StopFlag]:
-    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) set the flag."""
-    flag = StopFlag()
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) go to the handler."""
     numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])
-    before = {number: signal.signal(number, flag._receive) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield flag
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def watch_signals() -> Iterator[StopFlag]:
+    """Signals set the flag."""
+    flag = StopFlag()
+    with _handled_by(flag._receive):
+        yield flag
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Signals raise Interrupted."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, saved=False)
+
+    with _handled_by(receive):
+        yield

@@ -55,17 +55,17 @@ class Hooks:
     """What happens beside the steps. Every one of them may raise UserError to end the run.
 
     monitor: called every `monitor_every` epochs and at the end; returns metrics. save: called every
-    `save_every` epochs, at the end and before an interruption ends the run.
+    `save_every` epochs, at the end and before an interruption ends the run. Both may be left out.
     """
 
     log: Log
     log_every: int
     display: Display
     stop: StopFlag
-    monitor: Callable[[], dict[str, float]]
-    monitor_every: int
-    save: Callable[[LoopState], None]
-    save_every: int
+    monitor: Callable[[], dict[str, float]] | None = None
+    monitor_every: int = 1
+    save: Callable[[LoopState], None] | None = None
+    save_every: int = 1
 
 
 def run_loop(
@@ -75,7 +75,7 @@ def run_loop(
 
     step(indices, images, fraction, number) takes one optimizer step and returns metrics as tensors or
     numbers; they are averaged and read from the device only when they are logged.
-    Raises Interrupted after a signal (the state is saved), UserError where the loss is not finite.
+    Raises Interrupted after a signal (the state is saved where it can be), UserError where the loss is not finite.
     """
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state)
@@ -94,19 +94,20 @@ def run_loop(
                 _report(window, state, per_epoch, done, hooks)
             if hooks.stop.signal is not None:
                 _refuse_divergence(window.loss(), state.step)
-                hooks.save(state)
-                raise Interrupted(hooks.stop.signal)
+                if hooks.save is not None:
+                    hooks.save(state)
+                raise Interrupted(hooks.stop.signal, saved=hooks.save is not None)
             if done >= 1:
                 break
         if state.batch >= per_epoch:
             state.epoch, state.batch = state.epoch + 1, 0
         last = length.fraction(state, per_epoch) >= 1
-        if last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0):
+        if hooks.monitor is not None and (last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0)):
             _refuse_divergence(window.loss(), state.step)
             hooks.log(hooks.monitor(), state.step)
             window.began += clock.read()  # the rate is that of training alone
             last = length.fraction(state, per_epoch) >= 1
-        if last or (state.batch == 0 and state.epoch % hooks.save_every == 0):
+        if hooks.save is not None and (last or (state.batch == 0 and state.epoch % hooks.save_every == 0)):
             _refuse_divergence(window.loss(), state.step)
             hooks.save(state)
             window.began += clock.read()  # time may run out here: then one more step ends the run properly

@@ -1,0 +1,1 @@
+"""Containers and Slurm: what runs the stages elsewhere."""

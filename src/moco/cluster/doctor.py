@@ -1,0 +1,66 @@
+"""`moco doctor`: one screen that tells what works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moco.cluster import doctor_gpu, doctor_machine, doctor_project, doctor_tracking
+from moco.cluster.finding import Finding, attempt, note
+from moco.config import Config
+from moco.errors import Say
+
+
+def run(params: Path, step: bool, say: Say) -> int:
+    """Says one line per check; `step` adds two steps of training. Returns the exit code: 1 if anything FAILs.
+
+    Never raises, whatever state the machine and the project are in.
+    """
+    failed = False
+
+    def check(name: str, look: Callable[[], Finding]) -> None:
+        nonlocal failed
+        finding = attempt(name, look)
+        failed = failed or finding.status == "FAIL"
+        say(finding.line())
+
+    check("container", doctor_machine.container)
+    check("libc", doctor_machine.libc)
+    check("driver", doctor_gpu.driver)
+    check("gpu", doctor_gpu.gpu)
+    check("squashfs", doctor_machine.squashfs)
+    check("user namespaces", doctor_machine.user_namespaces)
+    check("slurm", doctor_machine.slurm)
+    config = _project(params, check)
+    if step:
+        check("step", lambda: doctor_gpu.step(config.runtime.device if config else "auto"))
+    return int(failed)
+
+
+def _project(params: Path, check: Callable[[str, Callable[[], Finding]], None]) -> Config | None:
+    """Checks the project and returns its settings; None where there are none or they are wrong."""
+    if _absent(params):
+        check("project", lambda: note("project", f"no {params} here: run this in the project's folder to check it too"))
+        return None
+    loaded: list[Config] = []
+    check("params", lambda: doctor_project.parameters(params, loaded.append))
+    if loaded:
+        config = loaded[0]
+        check("dataset", lambda: doctor_project.dataset(config.data))
+        check("scratch", lambda: doctor_project.scratch(config.runtime))
+        check("mlflow", lambda: doctor_tracking.mlflow(config.tracking))
+    else:
+        check("project", lambda: note("project", "dataset, scratch and mlflow are checked once params is valid"))
+    check("dvc", doctor_tracking.dvc)
+    check("git", doctor_tracking.git)
+    return loaded[0] if loaded else None
+
+
+def _absent(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # not permitted, say: reading it will tell
+        return False
+    return False

@@ -1,0 +1,26 @@
+"""The encoder that section `pretrain` asks for, checked against the images."""
+
+from __future__ import annotations
+
+from moco.config import PretrainConfig
+from moco.data.manifest import Manifest
+from moco.errors import UserError
+from moco.model.encoder import ENCODERS, Architecture
+from moco.params import nearest
+
+
+def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
+    """Raises UserError for an unknown encoder, and for images that it cannot take."""
+    if section.encoder not in ENCODERS:
+        raise UserError(
+            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, ENCODERS)}; "
+            f"known: {', '.join(ENCODERS)}"
+        )
+    if manifest.height != manifest.width:
+        raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
+    halvings = section.stages + (section.stem == "imagenet")
+    if section.encoder == "small_resnet" and manifest.height >> halvings == 0:
+        raise UserError(
+            f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
+        )
+    return Architecture(section.encoder, section.stem, section.width, section.stages)

@@ -1,0 +1,191 @@
+"""Checks of DVC, git and MLflow: real repositories, real servers on this machine, a closed port."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from conftest import write_params
+from moco.cluster import doctor_tracking
+from moco.cluster.finding import Finding, attempt
+from moco.config import TrackingConfig
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system that even root cannot write."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_dvc(project: Path, read_only: Path) -> None:
+    pytest.importorskip("dvc")
+    assert attempt("dvc", doctor_tracking.dvc).status == "warn"
+    (project / ".dvc").mkdir()
+    found = attempt("dvc", doctor_tracking.dvc)
+    assert found.status == "ok" and re.match(r"\d+\.\d+", found.found)
+    assert list((project / ".dvc").iterdir()) == []
+    (project / ".dvc" / "tmp").symlink_to(read_only)
+    found = attempt("dvc", doctor_tracking.dvc)
+    assert found.status == "FAIL" and ".dvc/tmp cannot be written: Read-only file system" in found.found
+
+
+def test_a_broken_dvc_is_told_from_a_missing_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dvc"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(project))
+    (project / "dvc.py").write_text("import absent_helper")
+    found = doctor_tracking.dvc()
+    assert found.status == "warn" and "absent_helper" in found.found
+    (project / "dvc.py").write_text("1 / 0")
+    assert doctor_tracking.dvc().status == "warn"
+    monkeypatch.setitem(sys.modules, "dvc", None)
+    assert doctor_tracking.dvc().status == "note"
+
+
+def git(*arguments: str) -> None:
+    author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    subprocess.run(["git", *author, *arguments], check=True, capture_output=True)
+
+
+def test_git(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(project / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
+    assert doctor_tracking.git().found == "this folder is in no repository: runs carry no commit"
+    git("init")
+    assert doctor_tracking.git().found == "no commit yet: runs carry none"
+    git("add", "params.yaml")
+    git("commit", "-m", "x")
+    found = doctor_tracking.git()
+    assert found.status == "ok" and re.fullmatch("commit [0-9a-f]{7,}, clean", found.found)
+    write_params(project, pretrain__epochs=3)
+    assert doctor_tracking.git().found.endswith(", 1 file(s) changed")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try this
+    found = doctor_tracking.git()
+    assert found.status == "warn" and "dubious ownership" in found.found
+    assert found.remedy == f"git config --global --add safe.directory {project}"
+    subprocess.run(found.remedy.split(), check=True)
+    assert doctor_tracking.git().status == "ok"
+    monkeypatch.setenv("PATH", str(project))
+    assert doctor_tracking.git() == Finding("note", "git", "not installed: runs carry no commit")
+
+
+@pytest.fixture(autouse=True)
+def straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the suite's surroundings: no store of theirs, no proxy before this machine's own ports."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def look_at_store(uri: str, mounts: Path = doctor_tracking.MOUNTS) -> Finding:
+    return doctor_tracking.mlflow(TrackingConfig(uri, "experiment", "model"), mounts)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Well on /health, for the user a with the password p:w or for anybody; slow and of no sense on /slow/health."""
+
+    seen: list[tuple[str, str | None]] = []  # noqa: RUF012 - emptied by the fixture
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers.get("Authorization")))
+        if self.path == "/slow/health":
+            for _ in range(6):  # never silent for long, and never done
+                self.wfile.write(b"H")
+                time.sleep(0.1)
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Server.seen.clear()
+    httpd = HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_mlflow_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look_at_store(f"http://{server}/") == Finding("ok", "mlflow", f"the server http://{server} answers")
+    found = look_at_store(f"http://{server}/prefix")
+    assert found.status == "warn" and "answers 404" in found.found and "moco sync" in found.remedy
+    found = look_at_store(f"http://a:p%3Aw@{server}")
+    assert found.status == "ok" and "p%3Aw" not in found.line()
+    basic = "Basic " + base64.b64encode(b"a:p:w").decode()
+    assert Server.seen == [("/health", None), ("/prefix/health", None), ("/health", basic)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{server}")
+    assert look_at_store("").status == "ok"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(doctor_tracking, "SERVER_SECONDS", 0.2)
+    start = time.perf_counter()
+    assert look_at_store(f"http://{server}/slow").status == "warn"
+    assert time.perf_counter() - start < 0.45
+
+
+def test_mlflow_server_that_is_away() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but not listening
+        found = look_at_store(f"http://127.0.0.1:{closed.getsockname()[1]}")
+    assert found.status == "warn" and "Connection refused" in found.found
+    assert found.remedy == "runs go on all the same, and `moco sync` brings the rest"
+
+
+def test_mlflow_server_that_speaks_something_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        found = look_at_store(f"http://127.0.0.1:{other.getsockname()[1]}")
+        thread.join()
+    assert found.status == "warn", found.line()
+
+
+def test_mlflow_file(project: Path, read_only: Path) -> None:
+    found = look_at_store("sqlite:///mlflow.db")
+    assert found.status == "ok" and found.found.startswith(f"SQLite file {project}/mlflow.db (")
+    assert not (project / "mlflow.db").exists()
+    found = look_at_store(f"sqlite:///{read_only}/mlflow.db")
+    assert found.status == "warn" and found.found.endswith("cannot be written: Read-only file system")
+    assert look_at_store("sqlite:///none/mlflow.db").status == "warn"
+    (project / "mounts").write_text("server:/home / nfs4 rw 0 0\n")
+    found = look_at_store("sqlite:///mlflow.db", project / "mounts")
+    assert found.status == "warn" and found.found.endswith("is on nfs4")
+
+
+def test_mlflow_elsewhere_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look_at_store("").status == "note"
+    found = look_at_store("postgresql://a:secret@host/db")
+    assert found.status == "note" and "postgresql" in found.found and "secret" not in found.line()
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    found = look_at_store("http://127.0.0.1:9")
+    assert found.status == "note" and "metric log is enough" in found.found and "moco sync" in found.found

@@ -1,0 +1,153 @@
+"""The image, built by the real engine from the base image of this machine, and used as its users do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT, tiny_params, write_dataset
+
+pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(1500)]
+BASE = "nvidia/cuda:11.1.1-cudnn8-devel-ubuntu18.04"
+TAG = "moco-pipeline-test"
+OWNER = 1234  # a user that the image does not know
+
+
+def missing(reason: str) -> None:
+    if os.environ.get("MOCO_NO_SKIP"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    import docker
+
+    try:
+        client = docker.from_env()
+        client.images.get(BASE)
+    except docker.errors.DockerException as error:
+        missing(f"needs a Docker engine with the base image: {error}")
+    yield client
+    client.close()
+
+
+def moco_image(*arguments: str, folder: Path = ROOT) -> str:
+    command = [shutil.which("moco") or "moco", "image", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git checkout of what is here, with a tiny dataset and settings, owned by a user of its own."""
+    folder = tmp_path_factory.mktemp("checkout") / "a project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    for name in ("src", "container", "requirements", "Dockerfile", "dvc.yaml", ".dockerignore"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    write_dataset(folder / "dataset")
+    params = tiny_params(tracking__uri="sqlite:///mlflow.db")
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", str(folder)], check=True)
+    for parent in (*folder.parents,):
+        if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(engine: Any, checkout: Path) -> str:
+    """The stand-in for the base has no CUDA and torch's own index is out of reach: torch is the package index's."""
+    moco_image("build", "--tag", TAG, "--torch-index", "", "--network", "host", folder=checkout)
+    return TAG
+
+
+def inside(image: str, checkout: Path, *command: str, user: int = OWNER, options: tuple[str, ...] = ()) -> str:
+    done = subprocess.run(
+        ["docker", "run", "--rm", "--user", f"{user}:{user}", "--volume", f"{checkout}:/project", *options, image,
+         *command],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_it_runs_as_nobody_in_particular_and_says_what_it_is(engine: Any, image: str) -> None:
+    found = engine.images.get(image).attrs
+    assert found["Config"]["User"] == "moco"
+    labels = found["Config"]["Labels"]
+    assert len(labels["org.opencontainers.image.revision"]) == 40
+    history = "\n".join(layer["CreatedBy"] for layer in engine.images.get(image).history())
+    assert "password" not in history.lower() and "token" not in history.lower()
+
+
+def test_the_self_test_passes_and_versions_are_those_of_old_glibc(image: str, checkout: Path) -> None:
+    assert "FAIL" not in inside(image, checkout, "moco", "doctor", "--step", "--params", "none")
+    versions = inside(
+        image, checkout, "python", "-c", "import torch, pyarrow; print(torch.__version__, pyarrow.__version__)"
+    )
+    assert versions.startswith("2.6.0") and versions.split()[1] == "20.0.0"
+
+
+def test_the_suite_passes_inside_with_the_images_versions(image: str, checkout: Path) -> None:
+    script = (
+        "uv pip install --quiet --no-cache --target /tmp/dev --require-hashes -r requirements/image-test.txt && "
+        "PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' --ignore tests/cluster"
+    )
+    output = inside(image, checkout, "bash", "-c", script, options=("--network", "host"))
+    assert " passed" in output
+    print(output.splitlines()[-1])
+
+
+def test_the_pipeline_runs_inside_and_its_files_belong_to_the_owner(image: str, checkout: Path) -> None:
+    assert "Running stage 'eval'" in inside(image, checkout, "dvc", "repro")
+    written = [checkout / name for name in ("models/encoder.pth", "reports/eval/metrics.json", "dvc.lock", "mlflow.db")]
+    assert [path.stat().st_uid for path in written] == [OWNER] * 4
+    assert "up to date" in inside(image, checkout, "dvc", "repro")
+
+
+def test_without_git_inside_and_with_a_checkout_of_somebody_else(image: str, checkout: Path) -> None:
+    hide = ("--volume", "/dev/null:/usr/bin/git:ro")
+    assert "up to date" in inside(image, checkout, "dvc", "repro", options=hide)
+    assert "up to date" in inside(image, checkout, "dvc", "status", user=4321)
+
+
+def test_building_again_takes_all_from_the_cache_and_a_changed_source_only_the_packages(
+    image: str, checkout: Path, engine: Any
+) -> None:
+    arguments = ("build", "--tag", TAG, "--torch-index", "", "--network", "host")
+    before = engine.images.get(image).id
+    moco_image(*arguments, folder=checkout)
+    assert engine.images.get(image).id == before
+    with (checkout / "src/moco/errors.py").open("a") as source:
+        source.write("# touched\n")
+    layers = engine.images.get(image).attrs["RootFS"]["Layers"]
+    moco_image(*arguments, folder=checkout)
+    changed = engine.images.get(image).attrs["RootFS"]["Layers"]
+    assert changed != layers and len([layer for layer in layers if layer not in changed]) <= 2
+
+
+def test_a_base_that_is_gone_is_one_line(engine: Any, checkout: Path) -> None:
+    command = [shutil.which("moco") or "moco", "image", "build", "--base", "absent.invalid/base:1", "--tag", "none"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the build failed") and "--base" in line
+
+
+def test_run_passes_the_exit_code_on(image: str, checkout: Path) -> None:
+    command = [shutil.which("moco") or "moco", "image", "run", "--tag", image, "--", "sh", "-c", "echo out; exit 7"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "out\n")

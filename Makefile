@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow lint types lock install clean
+.PHONY: demo test test-slow test-container lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -33,7 +33,11 @@ test: install
 	python -m pytest -m "not slow" --durations=5
 
 test-slow: install
-	python -m pytest -m slow --durations=5
+	python -m pytest -m "slow and not container" --durations=5
+
+# Needs a Docker engine that has the base image, or can fetch it.
+test-container: install
+	python -m pytest -m container --durations=5
 
 lint: install
 	ruff check .
@@ -50,6 +54,18 @@ lock: install
 	echo uv | $(COMPILE) - -o requirements/uv.txt
 	awk '/^[a-z]/ {keep = $$0 !~ /^(torch|torchvision|triton|nvidia-|cuda-)/} keep' requirements/workstation.txt \
 	  > requirements/cpu.txt
+
+# The image's: for wheels of glibc 2.17 alone, and without torch, which comes from its own index.
+lock-image: install
+	printf 'torch==2.6.0\ntorchvision==0.21.0\n' > build-constraints.txt
+	uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_17 --only-binary :all: \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header --constraint build-constraints.txt \
+	  pyproject.toml -o requirements/image.txt
+	rm build-constraints.txt
+	awk '/^[a-z]/ {keep = $$0 !~ /^(torch|torchvision|triton|nvidia-)/} keep' requirements/image.txt > requirements/.image
+	mv requirements/.image requirements/image.txt
+	printf 'pytest>=8\npytest-timeout>=2.3\n' | uv pip compile --quiet --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-annotate --no-header - -o requirements/image-test.txt
 
 clean:
 	rm -rf build runs models mlartifacts mlflow.db* dvc.lock reports

@@ -42,6 +42,14 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
+def scratch_place(setting: str) -> Path:
+    """Node-local scratch: the setting, or for `auto` the first of SLURM_TMPDIR, TMPDIR and /tmp."""
+    place = setting
+    if setting == "auto":
+        place = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
+    return Path(place).expanduser().absolute()
+
+
 def sha256(path: Path) -> str:
     """Digest of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

@@ -84,7 +84,7 @@ def squashfs(fuse: Path = Path("/dev/fuse")) -> Finding:
         return note("squashfs", f"by the kernel's mount, if this root may mount {untried}")
     if shutil.which("unsquashfs"):
         return warn("squashfs", f"{UNPACKED} {untried}", MOUNT_THEM)
-    return fail("squashfs", "nothing here opens a squashfs image", "install squashfuse or squashfs-tools")
+    return warn("squashfs", "nothing here opens a squashfs image", "install squashfuse or squashfs-tools")
 
 
 def _open_tiny_image() -> Finding:

@@ -28,6 +28,7 @@ from moco.config import Config, DataConfig, RuntimeConfig
 from moco.data.manifest import load_manifest
 from moco.data.squashfs import check_image
 from moco.errors import UserError
+from moco.files import scratch_place
 
 MANIFEST = Path("models/manifest.json")
 TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"}
@@ -134,10 +135,7 @@ def cache_bytes(manifest: Path, scratch: Path) -> int | None:
 def scratch(config: RuntimeConfig, manifest: Path = MANIFEST, mounts: Path = MOUNTS) -> Finding:
     """Whether the scratch folder can be written, locked and filled, and whether it is this node's own."""
     name, remedy = "scratch", "set runtime.scratch to a folder of yours on the node's own disk"
-    setting = config.scratch
-    if setting == "auto":  # as the stages choose it
-        setting = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    path = Path(setting).expanduser().absolute()
+    path = scratch_place(config.scratch)
     try:
         # A run makes the folder; looking at it shall not.
         there = next(folder for folder in (path, *path.parents) if folder.exists())

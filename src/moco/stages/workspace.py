@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moco.errors import UserError
+from moco.files import scratch_place
 
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
@@ -37,20 +37,14 @@ def say(message: str) -> None:
 
 
 def scratch_folder(setting: str) -> Path:
-    """Node-local scratch: the setting, or for `auto` the first of SLURM_TMPDIR, TMPDIR and /tmp.
-
-    Raises UserError where it cannot be written.
-    """
-    place = setting
-    if setting == "auto":
-        place = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
-    path = Path(place).expanduser()
+    """Node-local scratch, made where it is missing. Raises UserError where it cannot be written."""
+    path = scratch_place(setting)
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"runtime.scratch: {path} cannot be written: {error.strerror}") from None
-    return path.absolute()
+    return path
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:

@@ -17,7 +17,7 @@ from moco.params import load
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "presets", tmp_path / "presets")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "presets/default.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

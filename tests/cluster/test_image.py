@@ -61,6 +61,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = tiny_params(tracking__uri="sqlite:///mlflow.db")
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     subprocess.run(["chown", "-R", f"{OWNER}:{OWNER}", str(folder)], check=True)
+    subprocess.run(["chmod", "-R", "a+rwX", str(folder)], check=True)  # for the test with yet another user
     for parent in (*folder.parents,):
         if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o011)
@@ -136,7 +137,7 @@ def test_building_again_takes_all_from_the_cache_and_a_changed_source_only_the_p
     layers = engine.images.get(image).attrs["RootFS"]["Layers"]
     moco_image(*arguments, folder=checkout)
     changed = engine.images.get(image).attrs["RootFS"]["Layers"]
-    assert changed != layers and len([layer for layer in layers if layer not in changed]) <= 2
+    assert changed != layers and changed[:6] == layers[:6], "up to the packages all is as it was"
 
 
 def test_a_base_that_is_gone_is_one_line(engine: Any, checkout: Path) -> None:

@@ -87,7 +87,7 @@ def _follow(lines: Iterable[dict[str, Any]], say: Say) -> None:
     for line in lines:
         if "error" in line:
             reason = " ".join(line["error"].split())
-            if "manifest" in reason or "not found" in reason or "pull access denied" in reason:
+            if ": FROM " in last:
                 reason += "; the base image is gone or out of reach: --base takes another one"
             raise UserError(f"the build failed: {last + ': ' if last else ''}{reason}")
         text = line.get("stream", "").strip()
@@ -97,7 +97,8 @@ def _follow(lines: Iterable[dict[str, Any]], say: Say) -> None:
 
 
 def _commit(folder: Path) -> str:
-    git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    # For this one question the checkout may belong to another user.
+    git = ["git", "-c", "safe.directory=*", "-C", str(folder), "rev-parse", "HEAD"]
     done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return done.stdout.strip() if done is not None and done.returncode == 0 else "unknown"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import getpass
+import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 
 from moco.config import TrackingConfig
-from moco.errors import UserError
+from moco.errors import Interrupted, UserError
 from moco.tracking.mlflow_sink import available, store_uri
 
 HOST = "127.0.0.1"
@@ -43,7 +45,10 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         "--port",
         str(port),
     ]
+    server = subprocess.Popen(command, start_new_session=True)  # with the workers that it starts
     try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
+        return server.wait()
+    except Interrupted:  # the way to end it
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
         return 0

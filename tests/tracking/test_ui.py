@@ -1,0 +1,63 @@
+"""`moco ui` starts MLflow's own server and ends with it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from conftest import Moco, assert_one_line_error, write_params
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_the_address_that_is_printed_answers_and_ctrl_c_ends_it(project: Path) -> None:
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moco.cli", "ui", "--port", str(port)], cwd=project, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as page:
+                assert "mlflow" in page.read().decode().lower()
+                break
+        except (urllib.error.URLError, ConnectionError):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    time.sleep(0.5)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, "nothing is left running"
+
+
+def test_a_port_in_use_is_one_line(moco: Moco, project: Path) -> None:
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert_one_line_error(moco("ui", "--port", str(taken.getsockname()[1])), "in use", "--port")
+
+
+def test_a_server_needs_no_ui_of_its_own(moco: Moco, project: Path) -> None:
+    write_params(project, tracking__uri="https://mlflow.example.org")
+    done = moco("ui")
+    assert done.returncode == 0 and "https://mlflow.example.org" in done.stdout

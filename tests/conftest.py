@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,20 @@ def project(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def write_params(project: Path, **changes: object) -> None:
     (project / "params.yaml").write_text(yaml.safe_dump(tiny_params(**changes), sort_keys=False))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system that even root cannot write."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 Moco = Callable[..., subprocess.CompletedProcess[str]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,20 +28,6 @@ def settings(project: Path, **changes: object) -> Config:
 def look_at_data(project: Path, **changes: object) -> Finding:
     config = settings(project, **{f"data__{name}": value for name, value in changes.items()}).data
     return attempt("dataset", lambda: doctor_project.dataset(config))
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system that even root cannot write."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_parameters(project: Path) -> None:

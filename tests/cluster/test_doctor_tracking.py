@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 import socket
 import subprocess
@@ -20,20 +19,6 @@ from conftest import write_params
 from moco.cluster import doctor_tracking
 from moco.cluster.finding import Finding, attempt
 from moco.config import TrackingConfig
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system that even root cannot write."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_dvc(project: Path, read_only: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT, Moco, assert_one_line_error
 from moco.cluster.profile import KEYS, Profile, read_profile
-from moco.cluster.slurm import JOBS, Request, command, render
+from moco.cluster.slurm import JOBS, command, render
 from moco.errors import UserError
 
 AWKWARD = '/scratch/my data/it\'s $HOME "x" #1'
@@ -68,7 +68,7 @@ def test_a_shell_reads_the_profiles_path_back_as_it_was(path: str, tmp_path: Pat
 
 
 def test_options_follow_the_dependency_and_arguments_the_script() -> None:
-    found = command(Request("eval", ("--time=5",), ("--params", "p q.yaml"), ("7",)))
+    found = command(("--time=5",), ("--params", "p q.yaml"), "7")
     assert found == ["sbatch", "--parsable", "--dependency=afterok:7", "--time=5", "/dev/stdin", "--params", "p q.yaml"]
 
 

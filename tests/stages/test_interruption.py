@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.data.cache import caches
@@ -192,6 +193,16 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(moco: Moco, pr
     assert_one_line_error(
         moco("pretrain", "--resume", str(checkpoint)), "another configuration", "pretrain.width is 4 there and 6 here"
     )
+
+
+def test_a_checkpoint_that_does_not_know_a_setting_is_refused(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    assert moco("pretrain").returncode == 0
+    checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
+    content = torch.load(checkpoint, weights_only=True)
+    del content["params"]["pretrain.dim"]
+    torch.save(content, project / "older.pth")
+    assert_one_line_error(moco("pretrain", "--resume", "older.pth"), "pretrain.dim is not set there and 16 here")
 
 
 def test_a_truncated_checkpoint_named_by_the_user_is_one_line(moco: Moco, project: Path) -> None:

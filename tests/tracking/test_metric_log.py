@@ -76,7 +76,7 @@ def test_a_file_is_kept_with_the_run_as_it_was(tmp_path: Path) -> None:
 def test_taking_up_a_run_makes_the_steps_after_its_state_void(tmp_path: Path) -> None:
     for first, last in ((0, 4), (2, 6)):
         with Run(tmp_path, "pretrain", TRACKING, print) as record:
-            record.start("name", {}, {}, first)
+            record.start({}, {}, first)
             for step in range(first + 1, last):
                 record.log({"loss": float(first)}, step)
     assert [(line["step"], line["metrics"]["loss"]) for line in metric_history(tmp_path / "metrics.jsonl")] == [

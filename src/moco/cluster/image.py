@@ -29,7 +29,6 @@ class Build:
     base: str | None = None
     torch_index: str | None = None
     network: str | None = None
-    no_cache: bool = False
 
 
 def connect() -> Any:
@@ -72,7 +71,7 @@ def build(settings: Build, say: Say, folder: Path = Path()) -> str:
     try:
         lines = client.api.build(
             path=str(folder), tag=settings.tag, buildargs=arguments, rm=True, forcerm=True, decode=True,
-            network_mode=settings.network, nocache=settings.no_cache,
+            network_mode=settings.network,
         )  # fmt: skip
         _follow(lines, say)
         image = client.images.get(settings.tag)

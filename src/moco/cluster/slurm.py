@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco.cluster.profile import Profile
@@ -19,16 +17,6 @@ WARNING = 300
 LOGS = Path("slurm/logs")
 PIPELINE = ("pretrain", "train", "baseline", "eval")
 JOBS = ("pretrain", "pretrain_continue", "train", "baseline", "eval")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One submission. options: further ones for sbatch, which win over the profile; arguments: for the stage."""
-
-    job: str
-    options: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
-    after: tuple[str, ...] = field(default=())
 
 
 def _directive(option: str, value: str) -> str:
@@ -59,11 +47,11 @@ def render(job: str, profile: Profile | None = None, profile_path: str = "") -> 
     return "\n".join([*lines, f'exec slurm/launch {job} "$@"']) + "\n"
 
 
-def command(request: Request) -> list[str]:
-    """sbatch with the script on its standard input."""
-    after = [f"--dependency=afterok:{':'.join(request.after)}"] if request.after else []
-    # sbatch runs a script from standard input without arguments; `-` and what follows are for the script.
-    return ["sbatch", "--parsable", *after, *request.options, "/dev/stdin", *request.arguments]
+def command(options: Sequence[str], arguments: Sequence[str], after: str | None) -> list[str]:
+    """sbatch with the script on its standard input. options: for sbatch, they win over the script's own;
+    arguments: for the stage; after: id of the job to wait for."""
+    dependency = [f"--dependency=afterok:{after}"] if after else []
+    return ["sbatch", "--parsable", *dependency, *options, "/dev/stdin", *arguments]
 
 
 def check_job(name: str) -> None:
@@ -93,8 +81,7 @@ def submit(
     LOGS.mkdir(parents=True, exist_ok=True)
     ids: list[str] = []
     for job, text in texts.items():
-        request = Request(job, tuple(options), tuple(arguments), tuple(ids[-1:]))
-        ids.append(_sbatch(command(request), text, job))
+        ids.append(_sbatch(command(options, arguments, ids[-1] if ids else None), text, job))
         say(f"{job}: job {ids[-1]}, log {LOGS / f'moco-{job}-{ids[-1]}.log'}")
     return ids
 
@@ -110,7 +97,7 @@ def _check(profile: Profile, path: Path) -> None:
 
 
 def _sbatch(arguments: list[str], text: str, job: str) -> str:
-    done = subprocess.run(arguments, input=text, capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run(arguments, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise UserError(f"{job}: Slurm refuses the job: {reason}")

@@ -88,7 +88,7 @@ def run(config: Config) -> None:
     classes = len(manifest.classes)
     key = run_key(chain, manifest.digest)
     with open_run_folder("baseline", key) as folder, Run(folder.path, "baseline", config.tracking, say) as record:
-        record.start(f"baseline-{folder.path.name}", chain, tags)
+        record.start(chain, tags)
         random = strip_head(_network(architecture, classes, section.seed))
         _, linear = classify(random, splits, views, config.train, classes, device, lambda *_: None)
         say(f"baseline: linear classifier on random weights: val {linear['val_accuracy']:.2%}")

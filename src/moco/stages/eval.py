@@ -62,14 +62,14 @@ def run(config: Config) -> None:
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
     settings = _settings()
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
-    if different := differences(settings, ours, HOUSEKEEPING):
+    if settings and (different := differences(settings, ours, HOUSEKEEPING)):
         say(f"warning: {CLASSIFIER} was made with other settings: {'; '.join(different)}; `moco train` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     tags = {**provenance(device), "data_digest": manifest.digest}
     key = run_key(chain, manifest.digest)
     with open_run_folder("eval", key) as folder, Run(folder.path, "eval", config.tracking, say) as record:
-        record.start(f"eval-{folder.path.name}", chain, tags)
+        record.start(chain, tags)
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream()}, 0)

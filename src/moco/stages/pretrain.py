@@ -109,8 +109,7 @@ def run(config: Config, resume: Path | None = None) -> None:
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
-    params = flatten(section, "pretrain")
-    with open_run_folder("pretrain", run_key(params, manifest.digest)) as folder:
+    with open_run_folder("pretrain", run_key(flatten(section, "pretrain"), manifest.digest)) as folder:
         _run(config, folder, manifest, splits, device, precision, resume)
         folder.finish()
     say(f"pretrain: encoder -> {ENCODER}")
@@ -139,7 +138,7 @@ def _run(
     with Run(folder.path, "pretrain", config.tracking, say) as record:
         chain = {**manifest.settings, **params}
         tags = {**provenance(device), "data_digest": manifest.digest}
-        record.start(f"pretrain-{folder.path.name}", chain, tags, state.step)
+        record.start(chain, tags, state.step)
         monitor = Monitor(
             step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
         )

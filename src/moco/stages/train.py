@@ -72,7 +72,7 @@ def run(config: Config) -> None:
     key = run_key(chain, manifest.digest)
     with open_run_folder("train", key) as folder, Run(folder.path, "train", config.tracking, say) as record:
         say(f"train: features of {len(splits['train'].images)} labelled images on {device}")
-        record.start(f"train-{folder.path.name}", chain, tags)
+        record.start(chain, tags)
         views, classes = _views(manifest, device), len(manifest.classes)
         fit, results = classify(strip_head(network), splits, views, section, classes, device, record.log)
         _assert_frozen(network, encoder.weights)

@@ -48,11 +48,12 @@ def scratch_folder(setting: str) -> Path:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
-    """'pretrain.lr is 0.06 there and 0.1 here' for every setting of both that differs, compared as text."""
+    """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
+    differs too."""
     return [
-        f"{name} is {theirs[name]} there and {value} here"
+        f"{name} is {theirs.get(name, 'not set')} there and {value} here"
         for name, value in ours.items()
-        if name not in but and name in theirs and str(theirs[name]) != str(value)
+        if name not in but and (name not in theirs or str(theirs[name]) != str(value))
     ]
 
 

@@ -35,10 +35,11 @@ class Run:
             self.sink = MlflowSink(folder, config)
             self.thread = threading.Thread(target=self._deliver, daemon=True)
 
-    def start(self, name: str, params: dict[str, Any], tags: dict[str, str], step: int = 0) -> None:
+    def start(self, params: dict[str, Any], tags: dict[str, str], step: int = 0) -> None:
         """step: that of the state from which the run goes on. Metrics of later steps, written by a process that
         was stopped, are void: they are about to be made again."""
         again = self.metric_log.continued
+        name = f"{self.stage}-{self.folder.name}"
         self.metric_log.write("start", format=FORMAT, stage=self.stage, name=name, params=params, tags=tags)
         if again:
             self.metric_log.write("resume", step=step)

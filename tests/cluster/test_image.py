@@ -121,8 +121,9 @@ def test_the_pipeline_runs_inside_and_its_files_belong_to_the_owner(image: str, 
 def test_without_git_inside_and_with_a_checkout_of_somebody_else(image: str, checkout: Path) -> None:
     hide = ("--volume", "/dev/null:/usr/bin/git:ro")
     assert "up to date" in inside(image, checkout, "dvc", "repro", options=hide)
-    for opened in (checkout, checkout / ".dvc"):  # DVC's locks are the first user's; sources keep their mode, which the
-        subprocess.run(["chmod", *(["-R"] if opened != checkout else []), "a+rwX", str(opened)], check=True)  # build hashes
+    # DVC's locks are the first user's. Sources keep their modes: the builds below hash them.
+    subprocess.run(["chmod", "a+rwX", str(checkout)], check=True)
+    subprocess.run(["chmod", "-R", "a+rwX", str(checkout / ".dvc")], check=True)
     assert "up to date" in inside(image, checkout, "dvc", "status", user=4321)
 
 

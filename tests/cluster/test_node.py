@@ -1,0 +1,151 @@
+"""Jobs on a real one-node cluster: Slurm, rootless Apptainer, an unprivileged user, real photographs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import yaml
+from node_helpers import (
+    BASE,
+    DATASET,
+    HPC,
+    PROJECT,
+    SIF,
+    bring_dataset,
+    bring_project,
+    build_sif,
+    finish,
+    here,
+    hpc,
+    needed,
+    node,
+    preempt,
+    profile,
+    sbatch,
+    trains,
+    wait_for,
+    write,
+)  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200)]
+BARE = f'apptainer exec --containall --cleanenv --bind "$PWD:/project" --pwd /project --overlay {DATASET}:ro'
+STEPS_PER_EPOCH, LOG_EVERY = 2000 // 64, 5
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The node with a SIF of the archive of the base image, a dataset, and a checkout of what is here."""
+    needed()
+    hpc("up")
+    bring_project(tmp_path_factory.mktemp("node") / "project")
+    bring_dataset(tmp_path_factory.mktemp("images"))
+    archive = here("/scratch/base.tar")
+    subprocess.run(["docker", "save", BASE, "--output", str(archive)], check=True)
+    archive.chmod(0o644)
+    try:
+        build_sif(SIF, "docker-archive", "/scratch/base.tar")
+    finally:
+        archive.unlink()
+
+
+def settings(**pretrain: object) -> None:
+    params = yaml.safe_load(here("params.yaml").read_text())
+    params["pretrain"].update(pretrain)
+    write("params.yaml", yaml.safe_dump(params, sort_keys=False))
+
+
+def test_the_sif_tests_itself_and_its_packages_are_those_of_the_lock(cluster: None) -> None:
+    assert "loss" in node(f"apptainer test {SIF}")
+    versions = node(f"apptainer exec {SIF} python -c 'import torch, dvc; print(torch.__version__, dvc.__version__)'")
+    torch_version, dvc_version = versions.split()[:2]
+    assert torch_version.startswith("2.6.0") and f"dvc=={dvc_version} " in here("requirements/image.txt").read_text()
+
+
+def test_a_changed_source_makes_a_new_image_from_the_old_one_without_installing_again(cluster: None) -> None:
+    """From a local image, which is how a site's own base is taken; what has been installed already stays."""
+    installed = "find /opt/moco/lib/python3.11/site-packages/torch -name '*.so' -newer /opt/moco/.packages-* | wc -l"
+    with here("src/moco/errors.py").open("a") as source:
+        source.write("TOUCHED = True\n")
+    try:
+        build_sif("/scratch/hpc/next.sif", "localimage", SIF)
+        code = "import moco.errors; print(moco.errors.__file__, moco.errors.TOUCHED)"
+        assert "True" in node(f"cd / && apptainer exec /scratch/hpc/next.sif python -c {shlex.quote(code)}")
+        assert node(f"apptainer exec /scratch/hpc/next.sif bash -c {shlex.quote(installed)}").split()[0] == "0"
+    finally:
+        node("git checkout --quiet src; rm -f /scratch/hpc/next.sif")
+
+
+def test_exec_and_run_work_contained_and_with_an_overlay(cluster: None) -> None:
+    assert "usage" in node(f"apptainer run {SIF} --help").lower()
+    assert "2000 unlabeled, 500 train, 10000 val images of 32x32 pixels" in node(f"{BARE} {SIF} dvc repro data")
+    assert "FAIL" not in node(f"{BARE} {SIF} moco doctor")
+
+
+def test_the_jobs_run_one_after_the_other_and_end_in_an_accuracy(cluster: None) -> None:
+    settings(epochs=4)
+    used = profile("copy.conf", DATASET_COPY="yes", DATASET_MOUNT="overlay", LOCAL_TMP="/tmp")
+    ids: list[str] = []
+    for job in ("pretrain", "train", "baseline", "eval"):
+        ids.append(sbatch(job, used, "--time=10", *([f"--dependency=afterok:{ids[-1]}"] if ids else [])))
+    logs = [finish(job) for job in ids]
+    assert "copying" in logs[0] and "eval: top-1" in logs[-1]
+    assert 0.15 < json.loads(here("reports/eval/metrics.json").read_text())["val_accuracy"] < 1
+    assert "up to date" in node(f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} dvc status')
+    assert not list(here("/tmp").glob("moco-dataset-*")), "the copy is gone with its job"
+
+
+def undisturbed() -> Callable[[], bytes]:
+    """Starts the same pretraining beside the jobs, in a checkout of its own; returns what waits for its encoder."""
+    aside = f"{PROJECT} undisturbed"
+    hpc("root", "rm", "-rf", aside)
+    shutil.copytree(here(PROJECT), here(aside), symlinks=True, ignore=shutil.ignore_patterns("runs", "mlflow.db"))
+    hpc("root", "chown", "-R", "hpc:", aside)
+    script = f'cd {shlex.quote(aside)} && apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} moco'
+    running = subprocess.Popen([str(HPC), "exec", "bash", "-c", f"{script} pretrain"], stderr=subprocess.PIPE)
+
+    def encoder() -> bytes:
+        _, errors = running.communicate(timeout=600)
+        assert running.returncode == 0, errors
+        return here(f"{aside}/models/encoder.pth").read_bytes()
+
+    return encoder
+
+
+def test_preempted_three_times_and_out_of_time_once_the_weights_are_those_of_an_undisturbed_run(cluster: None) -> None:
+    epochs = 44
+    settings(epochs=epochs)
+    node("rm -rf runs/pretrain models/encoder.pth mlflow.db")
+    reference = undisturbed()
+    job = sbatch("pretrain", profile("bind.conf"), "--time=1", "--signal=B:USR2@40")
+    wait_for(job, lambda log: "back into the queue" in log)
+    hpc("root", "scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    for _ in range(3):
+        wait_for(job, lambda log: log.count("back into the queue") == 1 and trains(log))
+        preempt(job)
+    wait_for(job, trains)
+    log = finish(job)
+    assert log.count("stopped by SIGTERM; the state is saved") == 3, log
+    assert here("models/encoder.pth").read_bytes() == reference()
+    assert "up to date" in node(f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} dvc status')
+    steps = epochs * STEPS_PER_EPOCH
+    assert logged_steps() == [*range(LOG_EVERY, steps, LOG_EVERY), steps]
+
+    hpc("exec", "scontrol", "requeue", job)  # as Slurm does with a job that was preempted in its last seconds
+    wait_for(job, lambda log: log.count("ended with exit code 0") == 2)
+    assert len(list(here("runs/pretrain").iterdir())) == 1, "what is done is not done again"
+
+
+def logged_steps() -> list[int]:
+    """Of the loss in MLflow, where there must be one pretraining run alone."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{here('mlflow.db')}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, "attributes.run_name LIKE 'pretrain%'")
+    assert run.info.status == "FINISHED"
+    return [point.step for point in client.get_metric_history(run.info.run_id, "loss")]

@@ -105,8 +105,9 @@ def undisturbed() -> Callable[[], bytes]:
     hpc("root", "rm", "-rf", aside)
     shutil.copytree(here(PROJECT), here(aside), symlinks=True, ignore=shutil.ignore_patterns("runs", "mlflow.db"))
     hpc("root", "chown", "-R", "hpc:", aside)
-    script = f'cd {shlex.quote(aside)} && apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} moco'
-    running = subprocess.Popen([str(HPC), "exec", "bash", "-c", f"{script} pretrain"], stderr=subprocess.PIPE)
+    inside = f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF}'
+    script = f"cd {shlex.quote(aside)} && {inside} sh -c 'moco data && moco pretrain'"
+    running = subprocess.Popen([str(HPC), "exec", "bash", "-c", script], stderr=subprocess.PIPE)
 
     def encoder() -> bytes:
         _, errors = running.communicate(timeout=600)
@@ -124,14 +125,14 @@ def test_preempted_three_times_and_out_of_time_once_the_weights_are_those_of_an_
     job = sbatch("pretrain", profile("bind.conf"), "--time=1", "--signal=B:USR2@40")
     wait_for(job, lambda log: "back into the queue" in log)
     hpc("root", "scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    for _ in range(3):
-        wait_for(job, lambda log: log.count("back into the queue") == 1 and trains(log))
+    for start in (1, 2, 3):
+        wait_for(job, lambda log, start=start: f", start {start}," in log and trains(log))
         preempt(job)
-    wait_for(job, trains)
+    wait_for(job, lambda log: ", start 4," in log)
     log = finish(job)
     assert log.count("stopped by SIGTERM; the state is saved") == 3, log
     assert here("models/encoder.pth").read_bytes() == reference()
-    assert "up to date" in node(f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} dvc status')
+    assert "up to date" in node(f"{BARE} {SIF} dvc status pretrain")
     steps = epochs * STEPS_PER_EPOCH
     assert logged_steps() == [*range(LOG_EVERY, steps, LOG_EVERY), steps]
 

@@ -58,6 +58,7 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     params["train"].update(epochs=3, batch_size=8, views=1, holdout=0.4)
     params["eval"].update(batch_size=4)
     params["baseline"].update(epochs=2, minutes=None, batch_size=4)
+    params["finetune"].update(epochs=3, batch_size=4, holdout=0.4, warmup=0.0)
     params["runtime"].update(device="cpu", threads=1, scratch="scratch")
     params["tracking"].update(uri="")
     for name, value in changes.items():

@@ -153,6 +153,32 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """All weights of the linear classifier, trained further."""
+
+    epochs: Count
+    minutes: Positive | None
+    batch_size: Annotated[int, Range(2)]
+    lr: Positive
+    sgd_momentum: Share
+    weight_decay: NotNegative
+    schedule: Schedule
+    warmup: Share
+    milestones: tuple[Share, ...]
+    crop_scale: tuple[PositiveShare, PositiveShare]
+    holdout: PositiveShare
+    checkpoint_every: Count
+    seed: Seed
+
+
+@dataclass(frozen=True)
+class TrainExtraConfig:
+    """Labels for images of the unlabelled pool; all else is in section train."""
+
+    labels: str | None
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """The machine at hand. Nothing here is meant to change a result, so no stage is rerun for it."""
 
@@ -179,6 +205,8 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     baseline: BaselineConfig
+    finetune: FinetuneConfig
+    train_extra: TrainExtraConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig
 

@@ -8,15 +8,13 @@ rate is nothing. val is measured once.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from moco.config import BaselineConfig, Config, flatten
-from moco.data.batches import EpochSampler, Fetcher, step_generator
+from moco.data.batches import EpochSampler
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
@@ -24,52 +22,13 @@ from moco.data.views import Views, recipe
 from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head
 from moco.stages.architecture import chosen_architecture
+from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
 from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
-from moco.training import features
-from moco.training.interrupt import watch_signals
-from moco.training.loop import Hooks, Length, LoopState, run_loop
-from moco.training.numerics import autocast, choose_device, choose_precision, set_up
-from moco.training.progress import ProgressDisplay
-from moco.training.schedules import lr_factor, scaled_lr
-
-BATCH = 256  # images, when measuring
-
-
-class SupervisedStep:
-    """Callable for the loop: cross-entropy on random crops of labelled images."""
-
-    def __init__(
-        self, network: nn.Module, labels: Tensor, views: Views, section: BaselineConfig, batch_size: int,
-        device: torch.device, precision: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.network = network.to(device).to(memory_format=torch.channels_last)
-        self.labels, self.views, self.section = labels, views, section
-        self.device, self.precision = device, precision
-        self.peak_lr = scaled_lr(section.lr, batch_size)
-        self.optimizer = torch.optim.SGD(
-            network.parameters(), lr=self.peak_lr, momentum=section.sgd_momentum, weight_decay=section.weight_decay,
-            nesterov=section.sgd_momentum > 0,
-        )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-
-    def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
-        section = self.section
-        factor = lr_factor(section.schedule, fraction, section.warmup, section.milestones)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr * factor
-        generator = step_generator(section.seed, number)
-        self.network.train()
-        batch = self.views(self.views.to_unit(images), generator)
-        with autocast(self.device, self.precision):
-            loss = F.cross_entropy(self.network(batch), self.labels[indices].to(self.device))
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "lr": self.peak_lr * factor}
+from moco.training.loop import LoopState
+from moco.training.numerics import choose_device, choose_precision, set_up
 
 
 def run(config: Config) -> None:
@@ -122,13 +81,9 @@ def _supervised(
         network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision
     )  # fmt: skip
     state = LoopState()
-    with watch_signals() as stop, ProgressDisplay("baseline") as display:
-        hooks = Hooks(record.log, sampler.batches_per_epoch, display, stop)
-        fetcher = Fetcher(train.images, pin=device.type == "cuda")
-        run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
-    outputs = features.extract(network, val.images, views.plain, batch_size=BATCH, device=device)
+    train_supervised("baseline", step, train.images, sampler, state, record.log)
     return {
-        "val_accuracy": float((outputs.argmax(1) == torch.from_numpy(val.labels)).float().mean()),
+        "val_accuracy": step.accuracy(val.images, val.labels),
         "minutes": state.seconds / 60,
         "images_seen": float(state.step * sampler.batch_size),
     }

@@ -11,11 +11,14 @@ from moco.files import write_text
 from moco.tracking.metric_log import metric_history
 
 
-def write_curve(log: Path, path: Path, metric: str) -> Path:
-    """A CSV file with a row per step at which `metric` was measured and a column per metric measured there."""
+def write_curve(log: Path, path: Path, metric: str, joined: bool = False) -> Path:
+    """A CSV file with a row per step at which `metric` was measured and a column per metric measured with it; `joined`:
+    those that other lines of the log have for the same steps too."""
     rows: dict[int, dict[str, float]] = {}
-    for line in metric_history(log):
-        if metric in line["metrics"]:
+    history = metric_history(log)
+    measured = {line["step"] for line in history if metric in line["metrics"]}
+    for line in history:
+        if metric in line["metrics"] or (joined and line["step"] in measured):
             rows.setdefault(line["step"], {}).update(line["metrics"])
     columns = sorted({name for row in rows.values() for name in row})
     text = io.StringIO()

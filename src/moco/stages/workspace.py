@@ -21,13 +21,16 @@ from moco.files import scratch_place
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
 CLASSIFIER = Path("models/classifier")
+CLASSIFIER_EXTRA = Path("models/classifier_extra")
+FINETUNED = Path("models/finetuned")
 REPORTS = Path("reports")
 RUNS = Path("runs")
+MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
 
 # Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
 HOUSEKEEPING = {
     "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
-    "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout",
+    "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout", "finetune.checkpoint_every",
 }  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""The files of a classifier: model_best_EPOCH_ACC.pth, model_sub.pth and submission.py in one folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moco.config import EvalConfig
+from moco.data.manifest import Manifest
+from moco.errors import UserError
+from moco.files import sha256, write_text
+from moco.model.encoder import Architecture
+from moco.submission import render
+from moco.training.checkpoints import load_weights, save_weights
+
+WEIGHTS = "model_sub.pth"
+SUBMISSION = "submission.py"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """weights: state dict of the whole network. epoch: the one that they are from; accuracy: its share of correct
+    held-out images; optimizer: its state then. settings: of all stages up to here, by dotted name."""
+
+    architecture: Architecture
+    weights: dict[str, Tensor]
+    epoch: int
+    accuracy: float
+    optimizer: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """What a later stage takes from the folder. weights: those of model_sub.pth. settings: as text.
+    digest: sha256 of model_sub.pth."""
+
+    architecture: Architecture
+    weights: dict[str, Tensor]
+    epoch: int
+    classes: list[str]
+    settings: dict[str, str]
+    digest: str
+
+
+def write_classifier(folder: Path, found: Classifier, manifest: Manifest, config: EvalConfig) -> list[Path]:
+    """Writes all three files or none; returns the two that are handed in."""
+    state = {name: value.detach().cpu().contiguous() for name, value in found.weights.items()}
+    best: dict[str, Any] = {
+        "format": 1,
+        "epoch": found.epoch,
+        "held_out_accuracy": found.accuracy,
+        "architecture": found.architecture.as_dict(),
+        "settings": {name: str(value) for name, value in found.settings.items()},
+        "classes": manifest.classes,
+        "weights": state,
+        "optimizer": found.optimizer,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
+        save_weights(Path(work) / f"model_best_{found.epoch}_{100 * found.accuracy:.2f}.pth", best)
+        save_weights(Path(work) / WEIGHTS, state)
+        write_text(Path(work) / SUBMISSION, render(found.architecture, manifest, config))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for path in Path(work).iterdir():
+            path.replace(folder / path.name)
+    return [folder / WEIGHTS, folder / SUBMISSION]
+
+
+def read_classifier(folder: Path) -> TrainedClassifier:
+    """Raises UserError where a file is missing, damaged or something else."""
+    hint = "run `moco train` (or `dvc repro train`) first"
+    weights = load_weights(folder / WEIGHTS, hint)
+    paths = sorted(folder.glob("model_best_*.pth"))
+    if len(paths) != 1:
+        raise UserError(f"{folder}: {len(paths)} files model_best_*.pth, one is expected; {hint}")
+    best = load_weights(paths[0], hint)
+    try:
+        architecture = Architecture(**best["architecture"])
+        return TrainedClassifier(
+            architecture, weights, best["epoch"], best["classes"], best["settings"], sha256(folder / WEIGHTS)
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{paths[0]}: not a file of `moco train`; {hint}") from None

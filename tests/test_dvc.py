@@ -80,7 +80,7 @@ def test_second_repro_runs_nothing(workspace: Path) -> None:
 
 def test_changing_only_train_reruns_what_uses_it(workspace: Path) -> None:
     edit(workspace, "train", "lr", 0.2)
-    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == ["baseline", "eval", "train"]
+    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == ["baseline", "eval", "finetune", "train"]
     restore(workspace)
 
 

@@ -20,6 +20,7 @@ def _read(stage: str) -> dict[str, Any]:
 def run(console: Console) -> None:
     """Prints the table. Raises UserError where no stage has left results yet."""
     baseline, pretrain, train, score = (_read(s) for s in ("baseline", "pretrain", "train", "eval"))
+    extra, finetune = _read("train_extra"), _read("finetune")
     if not baseline and not score:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
     table = Table(title="Accuracy on val")
@@ -49,6 +50,15 @@ def run(console: Console) -> None:
             "this pipeline: pretrained, linear classifier",
             percent(score, "val_accuracy"), percent(train, "val_knn_accuracy"), *effort(pretrain, ""),
             style="bold",
+        )  # fmt: skip
+    if extra:
+        table.add_row(
+            f"the same with {extra['extra_labels']:,.0f} extra labels",
+            percent(extra, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
+        )  # fmt: skip
+    if finetune:
+        table.add_row(
+            "pretrained, all weights fine-tuned", percent(finetune, "val_accuracy"), "-", *effort(finetune, "")
         )  # fmt: skip
     console.print(table)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")

@@ -1,0 +1,205 @@
+"""Stage `finetune`: trains all weights of the linear classifier further, on the labelled images.
+
+It starts from model_sub.pth, with one exception. The epoch is to be chosen on images that were not trained on, but
+with `train.refit` the last layer has seen all of train. So that layer is fitted again, as stage `train` does it and
+for as many epochs, without the held-out images; where `train` has held out the same ones and not refitted, that gives
+the layer of model_sub.pth to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco.config import Config, flatten
+from moco.data.batches import EpochSampler, gather
+from moco.data.cache import DecodedSplit
+from moco.data.manifest import Manifest, load_manifest
+from moco.data.prepare import open_decoded
+from moco.data.views import Views, recipe
+from moco.errors import UserError
+from moco.files import write_text
+from moco.model.encoder import build_encoder
+from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
+from moco.stages.curves import write_curve
+from moco.stages.supervised import SupervisedStep, train_supervised
+from moco.stages.train import feature_sets, linear_views
+from moco.stages.workspace import (
+    CLASSIFIER,
+    FINETUNED,
+    HOUSEKEEPING,
+    MANIFEST,
+    REPORTS,
+    RunFolder,
+    differences,
+    open_run_folder,
+    run_key,
+    say,
+    scratch_folder,
+)  # fmt: skip
+from moco.tracking.provenance import provenance
+from moco.tracking.run import Run
+from moco.training import features
+from moco.training.checkpoints import CheckpointFolder
+from moco.training.linear import fit_linear
+from moco.training.loop import LoopState
+from moco.training.numerics import choose_device, choose_precision, set_up
+
+KEEP = 2  # checkpoints
+
+
+class BestEpoch:
+    """Callable for the loop, after every epoch: measures the held-out images and keeps the best weights so far.
+
+    best: epoch (from 1; one that the clock cut short counts), accuracy, weights and optimizer, on the CPU; the earlier
+    epoch on a tie; None before the first. images: M x H x W x 3 uint8; labels: M int64.
+    """
+
+    def __init__(self, step: SupervisedStep, state: LoopState, images: np.ndarray, labels: np.ndarray) -> None:
+        self.step, self.state, self.images, self.labels = step, state, images, labels
+        self.best: dict[str, Any] | None = None
+
+    def __call__(self) -> dict[str, float]:
+        accuracy = self.step.accuracy(self.images, self.labels)
+        if self.best is None or accuracy > self.best["accuracy"]:
+            self.best = {
+                "epoch": self.state.epoch + (self.state.batch > 0),
+                "accuracy": accuracy,
+                "weights": _copied(self.step.network.state_dict()),
+                "optimizer": _copied(self.step.optimizer.state_dict()),
+            }
+        return {"held_out_accuracy": accuracy}
+
+
+def _copied(value: Any) -> Any:
+    """Tensors in dicts and lists, copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def run(config: Config) -> None:
+    """Trains, or continues the run of the same settings, data and classifier where one was interrupted.
+
+    Raises UserError where classifier, data and settings do not fit each other, and for divergence; Interrupted after
+    a signal, with the state saved once training is under way.
+    """
+    device = choose_device(config.runtime.device)
+    set_up(device, config.runtime.threads)
+    manifest = load_manifest(MANIFEST)
+    start = read_classifier(CLASSIFIER)
+    if start.classes != manifest.classes:
+        raise UserError(f"{CLASSIFIER}: made for other classes than the data has; run `moco train` again")
+    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    if different := differences(start.settings, ours, HOUSEKEEPING):
+        say(f"warning: {CLASSIFIER} was made with other settings: {'; '.join(different)}; `moco train` makes it new")
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
+    chain = {
+        **start.settings, "pretrain.precision": config.pretrain.precision, **flatten(config.train, "train"),
+        **flatten(config.finetune, "finetune"),
+    }  # fmt: skip
+    key = run_key({**chain, "classifier": start.digest}, manifest.digest)
+    with open_run_folder("finetune", key) as folder, Run(folder.path, "finetune", config.tracking, say) as record:
+        _run(config, chain, start, manifest, splits, device, folder, record)
+        folder.finish()
+
+
+def _run(
+    config: Config, chain: dict[str, Any], start: TrainedClassifier, manifest: Manifest,
+    splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run,
+) -> None:  # fmt: skip
+    section, train, val = config.finetune, splits["train"], splits["val"]
+    assert train.labels is not None and val.labels is not None
+    kept, held = features.stratified_holdout(train.labels, section.holdout, section.seed)
+    if not len(held):
+        raise UserError("finetune.holdout: no class has two labelled images; none can be held out")
+    checkpoints = CheckpointFolder(folder.path, KEEP)
+    saved = checkpoints.newest(say)
+    network = _network(start, manifest)
+    if saved is None:
+        _fit_last_layer(network, config, start, manifest, train, kept, device)
+    sampler = EpochSampler(kept, section.batch_size, section.seed)
+    views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
+    precision = choose_precision(config.pretrain.precision, device)
+    step = SupervisedStep(
+        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision
+    )  # fmt: skip
+    state = LoopState(**saved["loop"]) if saved else LoopState()
+    choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
+    if saved is not None:
+        step.load_state(saved)
+        choice.best = saved["best"]
+    record.start(chain, {**provenance(device), "data_digest": manifest.digest}, state.step)
+    if saved is None:
+        record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
+
+    def save(state: LoopState) -> None:
+        checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
+
+    say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
+    train_supervised(
+        "finetune", step, train.images, sampler, state, record.log, choice, save, section.checkpoint_every
+    )  # fmt: skip
+    assert choice.best is not None
+    network.load_state_dict(choice.best["weights"])
+    results = {
+        "held_out_accuracy": choice.best["accuracy"],
+        "val_accuracy": step.accuracy(val.images, val.labels),
+        "best_epoch": choice.best["epoch"],
+        "minutes": state.seconds / 60,
+        "images_seen": state.step * sampler.batch_size,
+    }
+    _write(config, Classifier(start.architecture, settings=chain, **choice.best), manifest, results, record, state)
+
+
+def _network(start: TrainedClassifier, manifest: Manifest) -> nn.Module:
+    network = build_encoder(start.architecture, len(manifest.classes))
+    try:
+        network.load_state_dict(start.weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{CLASSIFIER / WEIGHTS}: does not fit: {reason}; run `moco train` again") from None
+    return network
+
+
+def _fit_last_layer(
+    network: nn.Module, config: Config, start: TrainedClassifier, manifest: Manifest, train: DecodedSplit,
+    kept: np.ndarray, device: torch.device,
+) -> None:  # fmt: skip
+    """Fits it without the held-out images, in place (see above)."""
+    assert train.labels is not None
+    layer, network.fc = network.fc, nn.Identity()
+    stack = feature_sets(network, [train], linear_views(manifest, device), config.train, device)
+    network.fc = layer
+    labels = torch.from_numpy(train.labels)
+    fit = fit_linear(
+        stack[:, kept], labels[kept], stack[0, :0], labels[:0], len(manifest.classes), config.train,
+        lambda *_: None, stop_after=start.epoch,
+    )  # fmt: skip
+    with torch.no_grad():
+        network.fc.weight.copy_(fit.weight)  # type: ignore[operator, union-attr]
+        network.fc.bias.copy_(fit.bias)  # type: ignore[operator, union-attr]
+
+
+def _write(
+    config: Config, found: Classifier, manifest: Manifest, results: dict[str, float], record: Run, state: LoopState
+) -> None:
+    """The three files, the reports, and what MLflow gets."""
+    accuracies = {"best_held_out_accuracy": results["held_out_accuracy"], "val_accuracy": results["val_accuracy"]}
+    record.log({**accuracies, "best_epoch": found.epoch}, state.step + 1)
+    files = write_classifier(FINETUNED, found, manifest, config.eval)
+    report = REPORTS / "finetune"
+    write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
+    record.artifact(report / "metrics.json")
+    record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True))
+    record.model(files, {name: f"{value:.4f}" for name, value in accuracies.items()})
+    say(
+        f"finetune: epoch {found.epoch}, held-out accuracy {found.accuracy:.2%}, val {results['val_accuracy']:.2%} "
+        f"-> {FINETUNED}"
+    )

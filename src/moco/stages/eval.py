@@ -28,6 +28,7 @@ from moco.stages.figures import confusion_figure, reliability_figure
 from moco.stages.workspace import (
     CLASSIFIER,
     HOUSEKEEPING,
+    MAKERS,
     MANIFEST,
     REPORTS,
     differences,
@@ -52,18 +53,21 @@ class Scores:
     top5: np.ndarray
 
 
-def run(config: Config) -> None:
-    """Raises UserError where the two files are missing or do not fit each other or the data."""
+def run(config: Config, classifier: Path = CLASSIFIER) -> None:
+    """Scores the files in folder `classifier`; the reports go to reports/eval, those of another folder than the
+    default to reports/eval-NAME. Raises UserError where the files are missing or do not fit each other or the data."""
+    maker = next((stage for known, stage in MAKERS.items() if known.resolve() == classifier.resolve()), None)
+    report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{classifier.resolve().name}")
+    hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
-    submission = load_submission(CLASSIFIER / "submission.py")
-    network = load_network(submission, CLASSIFIER / "model_sub.pth").to(device)
+    submission = load_submission(classifier / "submission.py", hint)
+    network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
-    settings = _settings()
-    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
-    if settings and (different := differences(settings, ours, HOUSEKEEPING)):
-        say(f"warning: {CLASSIFIER} was made with other settings: {'; '.join(different)}; `moco train` makes it new")
+    settings = _settings(classifier, hint)
+    if maker and settings and (different := differences(settings, _current(config, maker), HOUSEKEEPING)):
+        say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     tags = {**provenance(device), "data_digest": manifest.digest}
@@ -72,26 +76,37 @@ def run(config: Config) -> None:
         record.start(chain, tags)
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)
-        record.log({**results, **_upstream()}, 0)
-        for path in _write(scores, results, manifest.classes, config.eval.calibration_bins):
+        record.log({**results, **_upstream(maker)}, 0)
+        for path in _write(report, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
         folder.finish()
-    say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {REPORTS / 'eval'}")
+    say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {report}")
 
 
-def _settings() -> dict[str, str]:
-    """What the classifier was made with: `moco train` writes it into model_best_*.pth, which scoring does not need."""
-    for path in CLASSIFIER.glob("model_best_*.pth"):
-        settings: dict[str, str] = load_weights(path, "run `moco train` again").get("settings", {})
+def _settings(folder: Path, hint: str) -> dict[str, str]:
+    """What the classifier was made with: its stage writes it into model_best_*.pth, which scoring does not need."""
+    for path in folder.glob("model_best_*.pth"):
+        settings: dict[str, str] = load_weights(path, hint).get("settings", {})
         return settings
     return {}
 
 
-def load_submission(path: Path) -> ModuleType:
-    """Imports submission.py. Raises UserError where it is missing or lacks what the contract asks."""
+def _current(config: Config, maker: str) -> dict[str, Any]:
+    """The present settings of the stages that lead to the classifier."""
+    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    if maker == "finetune":
+        ours.update(flatten(config.finetune, "finetune"))
+    elif maker == "train_extra":
+        ours.update(flatten(config.train_extra, "train_extra"))
+    return ours
+
+
+def load_submission(path: Path, hint: str) -> ModuleType:
+    """Imports submission.py. Raises UserError where it is missing or lacks what the contract asks; `hint` says what
+    to do."""
     spec = importlib.util.spec_from_file_location("submission", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"{path}: not found; run `moco train` (or `dvc repro train`) first")
+        raise UserError(f"{path}: not found; {hint}")
     module = importlib.util.module_from_spec(spec)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is a DVC output
     try:
@@ -102,19 +117,19 @@ def load_submission(path: Path) -> ModuleType:
         sys.dont_write_bytecode = before
     for name in ("get_model", "eval_transform", "team_id", "team_name", "email_address"):
         if not hasattr(module, name):
-            raise UserError(f"{path}: has no {name}; run `moco train` again")
+            raise UserError(f"{path}: has no {name}; {hint}")
     return module
 
 
-def load_network(submission: ModuleType, path: Path) -> nn.Module:
+def load_network(submission: ModuleType, path: Path, hint: str) -> nn.Module:
     """get_model() with the weights of model_sub.pth, in evaluation mode."""
     network: nn.Module = submission.get_model()
-    state = load_weights(path, "run `moco train` again")
+    state = load_weights(path, hint)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: does not fit submission.py: {reason}; run `moco train` again") from None
+        raise UserError(f"{path}: does not fit submission.py: {reason}; {hint}") from None
     return network.eval()
 
 
@@ -131,7 +146,7 @@ def score(
         parts.append(network(torch.stack(images).to(device)).float().cpu())
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
     if logits.shape[1] != classes:
-        raise UserError(f"{CLASSIFIER}: the classifier knows {logits.shape[1]} classes, the data has {classes}")
+        raise UserError(f"the classifier knows {logits.shape[1]} classes, the data has {classes}")
     confidence, predicted = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices
     return Scores(split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy())
@@ -162,13 +177,16 @@ def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
     }
 
 
-def _upstream() -> dict[str, float]:
+def _upstream(maker: str | None) -> dict[str, float]:
     """Headline figures of the stages before, so that one row of MLflow's table shows the whole chain."""
+    if maker is None:
+        return {}
     found: dict[str, float] = {}
+    chosen = "held_out_accuracy" if maker == "finetune" else "best_held_out_accuracy"
     wanted = {
         "pretrain": {"loss": "pretrain_loss", "knn_accuracy": "knn_accuracy", "minutes": "pretrain_minutes",
                      "images_seen": "images_seen"},
-        "train": {"best_held_out_accuracy": "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
+        maker: {chosen: "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
     }  # fmt: skip
     for stage, names in wanted.items():
         path = REPORTS / stage / "metrics.json"
@@ -178,9 +196,8 @@ def _upstream() -> dict[str, float]:
     return found
 
 
-def _write(scores: Scores, results: dict[str, float], classes: list[str], bins: int) -> list[Path]:
+def _write(folder: Path, scores: Scores, results: dict[str, float], classes: list[str], bins: int) -> list[Path]:
     """metrics.json, predictions.csv, classes.csv, confusion.png and reliability.png."""
-    folder = REPORTS / "eval"
     write_text(folder / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     rows = [
         {"image": f"{i}", "actual": classes[a], "predicted": classes[p], "confidence": f"{c:.4f}"}

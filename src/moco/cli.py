@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="moco",
     help="Self-supervised pretraining (MoCo v2) and classifiers from few labels. Every command reads params.yaml in "
-    "the current folder; `dvc repro` runs data, pretrain, train, baseline and eval in their order, where needed.",
+    "the current folder; `dvc repro` runs those that are not up to date.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,6 +66,14 @@ def train(params: Params = PARAMS) -> None:
     stage.run(_load(params))
 
 
+@app.command("train_extra")
+def train_extra(params: Params = PARAMS) -> None:
+    """Train a linear classifier with extra labels from a CSV file; writes models/classifier_extra/."""
+    from moco.stages import train_extra as stage
+
+    stage.run(_load(params))
+
+
 @app.command()
 def baseline(params: Params = PARAMS) -> None:
     """Measure random weights, and supervised training on the labels alone, for comparison."""
@@ -74,12 +82,25 @@ def baseline(params: Params = PARAMS) -> None:
     stage.run(_load(params))
 
 
-@app.command("eval")
-def evaluate(params: Params = PARAMS) -> None:
-    """Score models/classifier/ on val, through submission.py and model_sub.pth alone."""
-    from moco.stages import eval as stage
+@app.command()
+def finetune(params: Params = PARAMS) -> None:
+    """Train all weights of the linear classifier further; writes models/finetuned/. Continues after an interruption."""
+    from moco.stages import finetune as stage
 
     stage.run(_load(params))
+
+
+@app.command("eval")
+def evaluate(
+    params: Params = PARAMS,
+    classifier: Annotated[
+        Path, typer.Option(help="Its folder. Reports of another than the default go to reports/eval-NAME.")
+    ] = Path("models/classifier"),
+) -> None:
+    """Score a classifier on val, through its submission.py and model_sub.pth alone."""
+    from moco.stages import eval as stage
+
+    stage.run(_load(params), classifier)
 
 
 @app.command()

@@ -53,6 +53,8 @@ def test_nyu_preset_has_the_jobs_of_the_original(moco: Moco, project: Path) -> N
     assert found.pretrain.lr * found.pretrain.batch_size / 256 == pytest.approx(0.06), "fault 1: scaled with 512"
     assert found.train.lr * found.train.batch_size / 256 == pytest.approx(30)
     assert [share * found.train.epochs for share in found.train.milestones] == pytest.approx([60, 80, 120, 160])
+    assert found.finetune.lr * found.finetune.batch_size / 256 == pytest.approx(3e-5)
+    assert [share * found.finetune.epochs for share in found.finetune.milestones] == pytest.approx([60, 80])
     assert found.data.classes == 800
 
 

@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stage_helpers import outside_score, run_all
 from torch import Tensor
 
 from conftest import Moco, assert_one_line_error, write_params
+from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
+from moco.params import load
 from moco.stages.supervised import SupervisedStep
 from moco.training.features import stratified_holdout
 
@@ -64,10 +67,20 @@ def test_it_leaves_the_files_of_a_classifier_and_its_reports(moco: Moco, project
 
 
 def test_a_scorer_that_knows_only_the_contract_gets_the_reported_accuracy(
-    moco: Moco, project: Path, classifier: Path
+    moco: Moco, project: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(project, finetune__lr=0.5, finetune__epochs=6)
+    measured: list[dict[str, Tensor]] = []
+    accuracy = SupervisedStep.accuracy
+
+    def watched(self: SupervisedStep, *arguments: Any) -> float:
+        measured.append({name: value.clone() for name, value in self.network.state_dict().items()})
+        return accuracy(self, *arguments)
+
+    monkeypatch.setattr(SupervisedStep, "accuracy", watched)
+    write_params(project, finetune__lr=20.0, finetune__epochs=10)
     run_all(moco, "finetune")
+    assert metrics(project)["best_epoch"] < 10, "chosen so that the last weights are not the best"
+    assert same(measured[-1], weights(project / "models/finetuned")), "val is measured with the weights written"
     right, total = outside_score(project, batch=4, folder="models/finetuned")
     assert metrics(project)["val_accuracy"] == pytest.approx(right / total)
     done = moco("eval", "--classifier", "models/finetuned")
@@ -94,6 +107,17 @@ def test_every_step_trains_in_train_mode_although_every_epoch_evaluates(
     assert [modes for modes, _ in steps] == [{True}] * 6
     assert all(modes == {False} for training, modes, _ in seen if not training)
     assert len({tuple(mean.tolist()) for _, mean in steps}) == 6, "running statistics move in every step"
+
+
+def test_a_step_does_not_trust_the_mode_that_it_finds(project: Path) -> None:
+    config = load(project / "params.yaml")
+    device, images = torch.device("cpu"), np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
+    views = Views(recipe("crop", (0.5, 1.0), (0.1, 2.0)), 32, (0.5,) * 3, (0.2,) * 3, device)
+    step = SupervisedStep(SmallResNet(5, 4, 2), torch.arange(4), views, config.finetune, 4, device, torch.float32)
+    before = step.network.eval().state_dict()["bn1.running_mean"].clone()
+    step(np.arange(4), torch.from_numpy(images), 0.0, 0)
+    assert all(module.training for module in step.network.modules())
+    assert not torch.equal(step.network.state_dict()["bn1.running_mean"], before)
 
 
 def test_all_weights_and_statistics_move(moco: Moco, project: Path, classifier: Path) -> None:

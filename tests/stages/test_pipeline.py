@@ -127,3 +127,12 @@ def test_eval_does_not_write_beside_the_classifier(moco: Moco, project: Path) ->
 
 def test_report_without_results_says_what_to_do(moco: Moco) -> None:
     assert_one_line_error(moco("report"), "dvc repro")
+
+
+def test_eval_of_a_folder_that_is_not_there_names_the_known_ones(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    assert_one_line_error(moco("eval", "--classifier", "models/finetund"), "models/finetund", "models/finetuned")
+    assert_one_line_error(moco("eval", "--classifier", "models/finetuned"), "submission.py", "moco finetune")
+    run_all(moco, "eval")
+    done = moco("eval", "--classifier", str(project / "models/classifier"))  # the same folder, by another name
+    assert done.returncode == 0 and not (project / "reports/eval-classifier").exists()

@@ -75,6 +75,8 @@ def bring_project(checkout: Path) -> None:
     )
     params["train"].update(epochs=30, batch_size=64, holdout=0.1)
     params["baseline"].update(epochs=4, batch_size=64)
+    params["finetune"].update(epochs=3, batch_size=64, holdout=0.1)
+    params["train_extra"].update(labels="extra_labels.csv")
     params["eval"].update(batch_size=500)
     params["tracking"].update(uri="sqlite:///mlflow.db")
     params["runtime"].update(scratch="auto")
@@ -88,6 +90,7 @@ def bring_dataset(folder: Path) -> None:
     """Real photographs in the contract's form: 2,000 unlabelled, 500 labelled, 10,000 to measure on."""
     subprocess.run([sys.executable, str(MAKER), str(folder), "--labelled", "500", "--unlabelled", "2000"], check=True)
     shutil.copy(folder / "student_dataset.sqsh", here(DATASET))
+    shutil.copy(folder / "oracle_label_tensor.pt", here("/scratch/hpc"))  # every label of the pool
 
 
 def build_sif(target: str, bootstrap: str, base: str, *options: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+import torch
 import yaml
 from node_helpers import (
     BASE,
@@ -86,17 +87,33 @@ def test_exec_and_run_work_contained_and_with_an_overlay(cluster: None) -> None:
     assert "FAIL" not in node(f"{BARE} {SIF} moco doctor")
 
 
-def test_the_jobs_run_one_after_the_other_and_end_in_an_accuracy(cluster: None) -> None:
-    settings(epochs=4)
+def test_the_six_jobs_run_one_after_the_other_and_end_in_accuracies(cluster: None) -> None:
+    settings(epochs=2)
+    write("extra_labels.csv", extra_labels())
     used = profile("copy.conf", DATASET_COPY="yes", DATASET_MOUNT="overlay", LOCAL_TMP="/tmp")
-    ids: list[str] = []
-    for job in ("pretrain", "train", "baseline", "eval"):
-        ids.append(sbatch(job, used, "--time=10", *([f"--dependency=afterok:{ids[-1]}"] if ids else [])))
+    log = finish(sbatch("pretrain", used, "--time=10"))
+    assert "copying" in log
+    settings(epochs=4)
+    (checkpoint,) = here("runs/pretrain").glob("*/checkpoint_001.pth")
+    named = str(checkpoint.relative_to(here(PROJECT)))
+    ids = [sbatch("pretrain_continue", used, "--time=10", arguments=(named,))]
+    for job in ("train", "train_extra", "finetune", "eval"):
+        ids.append(sbatch(job, used, "--time=10", f"--dependency=afterok:{ids[-1]}"))
     logs = [finish(job) for job in ids]
-    assert "copying" in logs[0] and "eval: top-1" in logs[-1]
-    assert 0.15 < json.loads(here("reports/eval/metrics.json").read_text())["val_accuracy"] < 1
-    assert "up to date" in node(f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF} dvc status')
+    assert f"continuing from {named}" in logs[0]
+    assert "train_extra: 500 labels added to 500" in logs[2]
+    assert "eval: top-1" in logs[-1]
+    for stage in ("train", "train_extra", "finetune", "eval"):
+        measured = json.loads(here(f"reports/{stage}/metrics.json").read_text())
+        assert 0.15 < measured["val_accuracy"] < 1, f"{stage}: {measured}"
+    assert "up to date" in node(f"{BARE} {SIF} dvc status data pretrain train finetune eval")
     assert not list(here("/tmp").glob("moco-dataset-*")), "the copy is gone with its job"
+
+
+def extra_labels() -> str:
+    """True labels of images of the pool that are not in train, whose images are the pool's first 500."""
+    labels = torch.load(here("/scratch/hpc/oracle_label_tensor.pt"), weights_only=True)
+    return "image,label\n" + "".join(f"{row}.png,{labels[row]}\n" for row in range(500, 1000))
 
 
 def undisturbed() -> Callable[[], bytes]:
@@ -150,3 +167,13 @@ def logged_steps() -> list[int]:
     (run,) = client.search_runs(experiments, "attributes.run_name LIKE 'pretrain%'")
     assert run.info.status == "FINISHED"
     return [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+
+
+def test_two_tasks_share_one_pretraining(cluster: None) -> None:
+    settings(epochs=3)
+    node("rm -rf runs/pretrain models/encoder.pth")
+    log = finish(sbatch("pretrain", profile("two.conf"), "--time=10", "--ntasks=2"))
+    assert "2 processes" in log, log
+    assert here("models/encoder.pth").is_file()
+    assert len(list(here("runs/pretrain").iterdir())) == 1
+    assert "up to date" in node(f"{BARE} {SIF} dvc status pretrain")

@@ -157,7 +157,7 @@ def test_the_container_command_quotes_nothing_twice(project: Path) -> None:
     fake(project, "recorder", '#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >>record; echo END >>record\n')
     path = f"{project / 'bin'}:{os.environ['PATH']}"
     for mount, wanted in (("overlay", ["--overlay", f"{dataset}:ro"]),
-                          ("bind", ["--bind", f"{dataset}:/dataset:image-src=/dataset"])):  # fmt: skip
+                          ("bind", ["--bind", f"{dataset}:/dataset:image-src=/dataset,ro"])):  # fmt: skip
         (project / "record").unlink(missing_ok=True)
         profile = write_profile(
             project, IMAGE=str(image), DATASET=str(dataset), DATASET_MOUNT=mount, CONTAINER="recorder",
@@ -195,7 +195,7 @@ def test_dry_run_shows_the_scripts_and_needs_no_slurm(moco: Moco, project: Path)
     done = moco("slurm", "submit", "pipeline", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("exec")] == [
-        f'exec slurm/launch {job} "$@"' for job in ("pretrain", "train", "baseline", "eval")
+        f'exec slurm/launch {job} "$@"' for job in ("pretrain", "train", "baseline", "finetune", "eval")
     ]
 
 

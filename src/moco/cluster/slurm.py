@@ -15,8 +15,8 @@ from moco.params import nearest
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.
 WARNING = 300
 LOGS = Path("slurm/logs")
-PIPELINE = ("pretrain", "train", "baseline", "eval")
-JOBS = ("pretrain", "pretrain_continue", "train", "baseline", "eval")
+PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval")
+JOBS = ("pretrain", "pretrain_continue", "train", "train_extra", "baseline", "finetune", "eval")
 
 
 def _directive(option: str, value: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moco.errors import Interrupted, UserError
+from moco.errors import Interrupted, ProcessLostError, UserError
 from moco.training.interrupt import raise_on_signals
 
 if TYPE_CHECKING:
@@ -26,12 +27,25 @@ app = typer.Typer(
 Params = Annotated[Path, typer.Option("--params", help="The parameter file.")]
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
+SHARED = ("pretrain", "doctor")  # commands that may run in several processes
 
 
 def _load(path: Path) -> Config:
     from moco.params import load
 
     return load(path)
+
+
+@app.callback()
+def _every_command(context: typer.Context) -> None:
+    if _several() and context.invoked_subcommand not in SHARED:
+        from moco.training.distributed import refuse_several
+
+        refuse_several(str(context.invoked_subcommand))
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @app.command()
@@ -231,15 +245,21 @@ def image_push_sif(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 1, an interruption 128 plus the signal."""
+    """Entry point: a user's mistake is one line and exit code 1, an interruption 128 plus the signal.
+
+    Of the processes of one run, the first of each node tells what all of them met.
+    """
+    tells = not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         with raise_on_signals():
             app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        if tells or isinstance(error, ProcessLostError):
+            typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except Interrupted as error:
-        typer.echo(str(error), err=True)
+        if tells:
+            typer.echo(str(error), err=True)
         sys.exit(128 + error.signal)
 
 

@@ -12,6 +12,10 @@ class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do."""
 
 
+class ProcessLostError(UserError):
+    """Another process of the same run has ended. Each process that notices tells so: the lost one may not have."""
+
+
 class Interrupted(BaseException):
     """The program was asked to stop. `signal`: the signal's number; `saved`: the same command continues.
 
@@ -21,4 +25,4 @@ class Interrupted(BaseException):
     def __init__(self, number: int, saved: bool) -> None:
         ending = "the state is saved, the same command continues" if saved else "the same command starts again"
         super().__init__(f"stopped by {signal.Signals(number).name}; {ending}")
-        self.signal = number
+        self.signal, self.saved = number, saved

@@ -16,11 +16,15 @@ Ready = queue.Queue[tuple[np.ndarray, Tensor] | BaseException | None]
 
 class EpochSampler:
     """Batches of indices; the order is a function of the seed and the epoch alone, so that it can be
-    taken up anywhere. The last batch of an epoch is left out when it is not full."""
+    taken up anywhere. The last batch of an epoch is left out when it is not full.
 
-    def __init__(self, indices: np.ndarray, batch_size: int, seed: int) -> None:
-        self.indices, self.seed = indices, seed
+    rank, processes: of each batch, only this one of so many equal, consecutive parts; batch_size is that of the whole.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.indices, self.seed, self.rank = indices, seed, rank
         self.batch_size = min(batch_size, len(indices))
+        self.part = self.batch_size // processes
 
     @property
     def batches_per_epoch(self) -> int:
@@ -29,7 +33,8 @@ class EpochSampler:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[np.ndarray]:
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.indices))
         for batch in range(first_batch, self.batches_per_epoch):
-            yield self.indices[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            first = batch * self.batch_size + self.rank * self.part
+            yield self.indices[order[first : first + self.part]]
 
 
 def step_generator(seed: int, number: int) -> torch.Generator:

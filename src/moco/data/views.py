@@ -165,13 +165,18 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 )  # fmt: skip
 
 
-def jitter(images: Tensor, factors: Tensor, generator: torch.Generator) -> Tensor:
-    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns)."""
+def jitter(
+    images: Tensor, factors: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
+) -> Tensor:
+    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns). first, total: the
+    images stand from place `first` on in a batch of `total`, and are treated as they would be there."""
     factors = factors[:, :, None, None, None]
-    for start in range(0, len(images), JITTER_GROUP):
-        part = images[start : start + JITTER_GROUP]
-        for operation in torch.randperm(4, generator=generator).tolist():
-            _JITTER[operation](part, factors[start : start + JITTER_GROUP, operation])
+    for start in range(-first, (total or len(images)) - first, JITTER_GROUP):
+        operations = torch.randperm(4, generator=generator).tolist()  # drawn for the groups of others too
+        group = slice(max(start, 0), max(start + JITTER_GROUP, 0))
+        part = images[group]
+        for operation in operations if len(part) else ():
+            _JITTER[operation](part, factors[group, operation])
     return images
 
 
@@ -200,15 +205,18 @@ class Views:
         """The images as they are, normalised: what classifiers see at evaluation."""
         return self.normalise(self.to_unit(batch))
 
-    def __call__(self, unit: Tensor, generator: torch.Generator) -> Tensor:
-        """One view of each image of `to_unit`'s result, which stays as it is."""
-        return self.normalise(self.augment(unit, generator))
+    def __call__(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Tensor:
+        """One view of each image of `to_unit`'s result, which stays as it is. first, total: as in `augment`."""
+        return self.normalise(self.augment(unit, generator, first, total))
 
-    def augment(self, unit: Tensor, generator: torch.Generator) -> Tensor:
-        """A view in [0, 1], before normalisation. `generator` is on the CPU."""
+    def augment(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Tensor:
+        """A view in [0, 1], before normalisation. `generator` is on the CPU.
+
+        first, total: the images stand from place `first` on in a batch of `total`, of which other processes have the
+        rest. Views, and the generator afterwards, are those of a process that has the whole batch."""
         b, _, height, width = unit.shape
         r = self.recipe
-        uniform = torch.rand(b, COLUMNS, generator=generator)
+        uniform = torch.rand(total or b, COLUMNS, generator=generator)[first : first + b]
         boxes = crop_boxes(uniform, height, width, r.crop_scale)
         rest = uniform[:, 2 * CROP_ATTEMPTS + 2 :]  # B x 9
         strengths = torch.tensor([r.brightness, r.contrast, r.saturation, r.hue])
@@ -230,7 +238,7 @@ class Views:
         columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, self.size, move(flipped))
         images = _separable(unit, rows, columns)
         if r.jitter_probability > 0:
-            jitter(images, move(factors), generator)
+            jitter(images, move(factors), generator, first, total)
         if len(grayed):
             chosen = move(grayed)
             images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)

@@ -1,12 +1,13 @@
 """Momentum contrast: He et al. 2020 (MoCo, arXiv 1911.05722), Chen et al. 2020 (MoCo v2, arXiv 2003.04297).
 
-Shapes: B images in a batch, D the width of an embedding, K the length of the queue.
+Shapes: B images in a batch (in this process), G in all processes together (B where there is one), D the width of an
+embedding, K the length of the queue.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,23 @@ from moco.model.encoder import feature_width
 
 
 class Contrast(NamedTuple):
-    """What one forward pass gives: the loss (scalar), the accuracy of picking the positive (scalar, no
-    gradient), and the keys (B' x D, unit length) that are to be enqueued once the step has been taken."""
+    """What one forward pass gives: the loss (scalar) and the accuracy of picking the positive (scalar, no
+    gradient), both of this process's images, and the keys of all (G or 2 G x D, unit length) that are to be enqueued
+    once the step has been taken."""
 
     loss: Tensor
     accuracy: Tensor
     keys: Tensor
+
+
+class Peers(Protocol):
+    """The processes that share a batch; each has an equal, consecutive part of it, in the order of ranks."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all along the first dimension."""
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -53,6 +65,7 @@ class MomentumContrast(nn.Module):
     A step is: `contrast = model(a, b)`; `contrast.loss.backward()`; the optimizer's step;
     `model.update(contrast.keys, momentum)`. The queue and the key encoder change only in `update`, in
     place, after the backward pass: nothing has to be cloned (algorithm 1 of the paper has this order too).
+    With peers, all of them enqueue the same keys in the same order; gradients are for the caller to average.
     """
 
     queue: Tensor
@@ -60,7 +73,7 @@ class MomentumContrast(nn.Module):
 
     def __init__(
         self, encoder: nn.Module, *, dim: int, queue_length: int, temperature: float, mlp: bool,
-        symmetric: bool, shuffle: bool,
+        symmetric: bool, shuffle: bool, peers: Peers | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.query_encoder = with_head(encoder, dim, mlp)
@@ -68,20 +81,30 @@ class MomentumContrast(nn.Module):
         self.temperature = temperature
         self.symmetric = symmetric
         self.shuffle = shuffle
+        self.peers = peers
         self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Keys of a batch, B x D. The order is shuffled on the way in and restored on the way out, so
-        that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper)."""
+        """Keys of the whole batch, G x D. The order is shuffled on the way in and restored on the way out, over all
+        processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper)."""
         if not self.shuffle:
-            return F.normalize(self.key_encoder(images).float(), dim=1)
-        # Drawn on the CPU: the same order on every device, and no wait for the device.
-        order = torch.randperm(len(images), generator=generator)
+            return self._gather(F.normalize(self.key_encoder(images).float(), dim=1))
+        everything = self._gather(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # as channels-last images lie
+        # Drawn on the CPU: the same order on every device and in every process, and no wait for the device.
+        order = torch.randperm(len(everything), generator=generator)
         back = torch.argsort(order)
-        keys = self.key_encoder(images[order.to(images.device)])
-        return F.normalize(keys.float(), dim=1)[back.to(images.device)]
+        keys = self.key_encoder(everything[order[self._part(len(images))].to(images.device)])
+        return self._gather(F.normalize(keys.float(), dim=1))[back.to(images.device)]
+
+    def _gather(self, part: Tensor) -> Tensor:
+        return part if self.peers is None else self.peers.gather(part)
+
+    def _part(self, count: int) -> slice:
+        """Where this process's `count` images stand in the whole batch."""
+        first = 0 if self.peers is None else self.peers.rank * count
+        return slice(first, first + count)
 
     def encode_queries(self, images: Tensor) -> Tensor:
         """Queries of a batch, B x D, unit length, with gradient."""
@@ -92,12 +115,13 @@ class MomentumContrast(nn.Module):
 
         Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
         """
+        mine = self._part(len(a))
         keys_b = self.encode_keys(b, generator)
-        loss, accuracy = info_nce(self.encode_queries(a), keys_b, self.queue, self.temperature)
+        loss, accuracy = info_nce(self.encode_queries(a), keys_b[mine], self.queue, self.temperature)
         if not self.symmetric:
             return Contrast(loss, accuracy, keys_b)
         keys_a = self.encode_keys(a, generator)
-        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys_a, self.queue, self.temperature)
+        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys_a[mine], self.queue, self.temperature)
         return Contrast((loss + loss_b) / 2, (accuracy + accuracy_b) / 2, torch.cat([keys_b, keys_a]))
 
     @torch.no_grad()

@@ -14,18 +14,24 @@ from moco.data.views import Views
 from moco.model.encoder import Architecture, build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import use_split_batch_norm
+from moco.training.distributed import SOLO, Processes
 from moco.training.numerics import autocast
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
 
 
-def build_model(config: PretrainConfig) -> MomentumContrast:
-    """Weights are a function of config.seed."""
+def build_model(config: PretrainConfig, processes: Processes = SOLO) -> MomentumContrast:
+    """Weights are a function of config.seed.
+
+    BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what
+    shuffling the keys is for (He et al. 2020, section 3.3); `split` takes them over config.splits parts of the whole
+    batch, of which each process has its share; `sync` over all images of all processes.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         architecture = Architecture(config.encoder, config.stem, config.width, config.stages)
         encoder = build_encoder(architecture, num_outputs=1)
         if config.batch_norm == "split":
-            use_split_batch_norm(encoder, config.splits)
+            use_split_batch_norm(encoder, config.splits // processes.size)
         elif config.batch_norm == "sync":
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         return MomentumContrast(
@@ -36,21 +42,25 @@ def build_model(config: PretrainConfig) -> MomentumContrast:
             mlp=config.head == "mlp",
             symmetric=config.loss == "symmetric",
             shuffle=config.shuffle,
+            peers=processes,
         )
 
 
 class ContrastStep:
     """Callable for the loop. All randomness of a step is a function of the seed and the step's number.
 
-    batch_size: images in a real batch, which a small set makes smaller than the configured one.
+    batch_size: images in a real batch, which a small set makes smaller than the configured one; those of all
+    processes together. Each process is called with its part of the batch. Gradients and BatchNorm's running statistics
+    are averaged over the processes in every step, so that all of them hold the same state and any can save it.
     """
 
     def __init__(
         self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype,
-        batch_size: int | None = None,
+        batch_size: int | None = None, processes: Processes = SOLO,
     ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
-        self.model = build_model(config).to(device).to(memory_format=torch.channels_last)
+        self.processes = processes
+        self.model = build_model(config, processes).to(device).to(memory_format=torch.channels_last)
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = torch.optim.SGD(
             self.model.query_encoder.parameters(),
@@ -70,10 +80,12 @@ class ContrastStep:
         momentum = key_momentum(config.momentum, config.momentum_schedule, fraction)
         self.model.train()
         unit = self.views.to_unit(images)
-        a, b = self.views(unit, generator), self.views(unit, generator)
+        place = self.processes.rank * len(unit), self.processes.size * len(unit)
+        a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
         with autocast(self.device, self.precision):
             contrast = self.model(a, b, generator)
         self.scaler.scale(contrast.loss).backward()
+        self._share()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,6 +96,13 @@ class ContrastStep:
             "lr": self.peak_lr * factor,
             "key_momentum": momentum,
         }
+
+    def _share(self) -> None:
+        """Gradients (scaled: what overflows in one process does in all) and running statistics become those of all."""
+        if self.processes.size > 1:
+            gradients = [p.grad for p in self.model.query_encoder.parameters() if p.grad is not None]
+            names = ("running_mean", "running_var")
+            self.processes.average_([*gradients, *(b for n, b in self.model.named_buffers() if n.endswith(names))])
 
     def state(self) -> dict[str, Any]:
         """Both encoders, queue, its cursor, optimizer and loss scale. Random numbers need no saving."""

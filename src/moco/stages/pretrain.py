@@ -1,7 +1,11 @@
-"""Stage `pretrain`: momentum contrast on the unlabelled images; writes the encoder."""
+"""Stage `pretrain`: momentum contrast on the unlabelled images; writes the encoder.
+
+In one process or, started by torchrun, in several that share every batch: still one run, whose files rank 0 writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
-from moco.errors import UserError
+from moco.errors import Say, UserError
 from moco.files import sha256, write_text
 from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep
@@ -39,6 +43,7 @@ from moco.tracking.provenance import provenance
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.checkpoints import CheckpointFolder, load_weights
+from moco.training.distributed import Processes, from_environment
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_loop
 from moco.training.numerics import choose_device, choose_precision, set_up
@@ -102,79 +107,127 @@ def run(config: Config, resume: Path | None = None) -> None:
     resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input,
     divergence and collapse; Interrupted after a signal, with the state saved.
     """
-    section = config.pretrain
-    _check(section)
-    device = choose_device(config.runtime.device)
+    section, processes = config.pretrain, from_environment()
+    _check(section, processes)
+    device = processes.place(choose_device(config.runtime.device))
+    if section.batch_norm == "sync" and device.type != "cuda":
+        raise UserError(f"pretrain.batch_norm: sync needs CUDA GPUs, not {device.type}; use plain or split")
     precision = choose_precision(section.precision, device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
-    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
-    with open_run_folder("pretrain", run_key(flatten(section, "pretrain"), manifest.digest)) as folder:
-        _run(config, folder, manifest, splits, device, precision, resume)
-        folder.finish()
-    say(f"pretrain: encoder -> {ENCODER}")
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
+    key = run_key(flatten(section, "pretrain"), manifest.digest)
+    with processes.joined(device), contextlib.ExitStack() as stack:
+        processes.require_equal({"settings or data": key, "precision": str(precision)})
+        folder = processes.told(processes.alone(lambda: stack.enter_context(open_run_folder("pretrain", key))))
+        assert folder is not None
+        _run(config, folder, manifest, splits, device, precision, resume, processes)
+        processes.alone(folder.finish)
+    _speaker(processes)(f"pretrain: encoder -> {ENCODER}")
 
 
 def _run(
     config: Config, folder: RunFolder, manifest: Manifest, splits: dict[str, DecodedSplit], device: torch.device,
-    precision: torch.dtype, resume: Path | None,
+    precision: torch.dtype, resume: Path | None, processes: Processes,
 ) -> None:  # fmt: skip
     section = config.pretrain
     params = flatten(section, "pretrain")
     architecture = chosen_architecture(section, manifest)
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
-    sampler = EpochSampler(_pool(len(splits["unlabeled"].images), section), section.batch_size, section.seed)
-    step = ContrastStep(section, _views(section, manifest, device), device, precision, sampler.batch_size)
+    pool = _pool(len(splits["unlabeled"].images), section)
+    sampler = EpochSampler(pool, section.batch_size, section.seed, processes.rank, processes.size)
+    _check_shares(section, sampler.batch_size, processes.size)
+    step = ContrastStep(section, _views(section, manifest, device), device, precision, sampler.batch_size, processes)
     state = LoopState()
-    saved = _saved_state(checkpoints, resume, params, manifest.digest)
+    # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
+    saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     if saved is not None:
         step.load_state(saved)
         state = LoopState(**saved["loop"])
 
     def save(state: LoopState) -> None:
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
-        checkpoints.save(state.epoch, {**content, "loop": state.as_dict(), **step.state()})
+        several = {"processes": processes.size} if processes.size > 1 else {}
+        checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
 
-    with Run(folder.path, "pretrain", config.tracking, say) as record:
-        chain = {**manifest.settings, **params}
-        tags = {**provenance(device), "data_digest": manifest.digest}
-        record.start(chain, tags, state.step)
+    chain = {**manifest.settings, **params}
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Run:
+            record = stack.enter_context(Run(folder.path, "pretrain", config.tracking, say))
+            record.start(chain, {**provenance(device), "data_digest": manifest.digest}, state.step)
+            return record
+
+        record = processes.alone(begin)
         monitor = Monitor(
             step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
         )
-        seen = _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record)
-        save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
-        report, summary = REPORTS / "pretrain", {"images_seen": seen, "minutes": state.seconds / 60}
-        record.artifact(write_metrics(record.path, report / "metrics.json", summary))
-        record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
-        record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
+        _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
+
+        def finish() -> None:
+            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
+            assert record is not None
+            report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
+            summary = {"images_seen": seen, "minutes": state.seconds / 60}
+            record.artifact(write_metrics(record.path, report / "metrics.json", summary))
+            record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
+            record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
+
+        processes.alone(finish)
 
 
 def _train(
     section: PretrainConfig, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
-    monitor: Monitor, save: Callable[[LoopState], None], record: Run,
-) -> int:  # fmt: skip
-    """Runs the loop to its end; returns the number of images seen."""
-    precision = str(step.precision).removeprefix("torch.")
-    say(f"pretrain: {len(sampler.indices)} images on {step.device}, {precision}; log: {record.path}")
+    monitor: Monitor, save: Callable[[LoopState], None], record: Run | None, processes: Processes,
+) -> None:  # fmt: skip
+    """Runs the loop to its end. record: of rank 0 alone."""
+    if record is not None:
+        precision = str(step.precision).removeprefix("torch.")
+        several = f" in {processes.size} processes" if processes.size > 1 else ""
+        say(f"pretrain: {len(sampler.indices)} images on {step.device}{several}, {precision}; log: {record.path}")
     fetcher = Fetcher(images, pin=step.device.type == "cuda")
-    with watch_signals() as stop, ProgressDisplay("pretrain") as display:
+    display = ProgressDisplay("pretrain", terminal=None if record is not None else False)
+    with watch_signals() as stop, display:
         hooks = Hooks(
-            record.log, section.log_every, display, stop, monitor, section.monitor_every, save,
-            section.checkpoint_every,
+            record.log if record is not None else _nothing, section.log_every, display, stop, monitor,
+            section.monitor_every, save, section.checkpoint_every, processes,
         )  # fmt: skip
         run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
-    return state.step * sampler.batch_size
 
 
-def _check(section: PretrainConfig) -> None:
+def _nothing(*told: object) -> None:
+    """Takes what processes other than rank 0 have to say: the same once more."""
+
+
+def _speaker(processes: Processes) -> Say:
+    return say if processes.rank == 0 else _nothing
+
+
+def _check(section: PretrainConfig, processes: Processes) -> None:
     """What one key alone does not tell."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
-    if section.batch_norm == "sync" and not torch.distributed.is_initialized():
-        raise UserError("pretrain.batch_norm: sync needs several processes; use plain or split")
+    if section.batch_norm == "sync" and processes.size == 1:
+        raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
     if section.warmup >= 1:
         raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
+    _check_shares(section, section.batch_size, processes.size)
+
+
+def _check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
+    """Whether every process can have the same share of each batch, and of its parts for split BatchNorm."""
+    if size == 1:
+        return
+    if batch_size % size or batch_size < 2 * size:
+        raise UserError(
+            f"pretrain.batch_size: {batch_size} images (all processes together) cannot be shared by {size} processes: "
+            f"it must be a multiple of {size}, two for each at least"
+        )
+    if section.batch_norm == "split" and (section.splits % size or batch_size % section.splits):
+        raise UserError(
+            f"pretrain.splits: {section.splits} parts of {batch_size} images cannot be shared by {size} processes: the "
+            f"parts must be a multiple of {size}, and the images one of the parts"
+        )
 
 
 def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
@@ -191,17 +244,24 @@ def _pool(count: int, section: PretrainConfig) -> np.ndarray:
 
 
 def _saved_state(
-    checkpoints: CheckpointFolder, resume: Path | None, params: dict[str, Any], digest: str
+    checkpoints: CheckpointFolder, resume: Path | None, params: dict[str, Any], digest: str, processes: int
 ) -> dict[str, Any] | None:
     """Where this run stands, or None at its beginning. A checkpoint named by the user begins a branch: once that
     has checkpoints of its own, the same command (a requeued job, say) goes on with those."""
     origin = checkpoints.folder / ORIGIN
     named = sha256(resume) if resume is not None and resume.is_file() else ""
     if resume is None or (origin.is_file() and origin.read_text() == named and checkpoints.paths()):
-        return checkpoints.newest(say)
+        return _told_of_size(checkpoints.newest(say), processes)
     saved = _load(resume, params, digest)
     checkpoints.drop_after(saved["loop"]["epoch"])
     write_text(origin, named)
+    return _told_of_size(saved, processes)
+
+
+def _told_of_size(saved: dict[str, Any] | None, processes: int) -> dict[str, Any] | None:
+    if saved is not None and (before := saved.get("processes", 1)) != processes:
+        say(f"warning: begun in {before} process(es), going on in {processes}: not to the same bits, and with "
+            "batch_norm plain over other statistics")  # fmt: skip
     return saved
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco.data.batches import EpochSampler, Fetcher
 from moco.errors import Interrupted, UserError
+from moco.training.distributed import SOLO, Processes
 from moco.training.interrupt import StopFlag
 from moco.training.progress import Display
 
@@ -56,6 +57,7 @@ class Hooks:
 
     monitor: called every `monitor_every` epochs and at the end; returns metrics. save: called every
     `save_every` epochs, at the end and before an interruption ends the run. Both may be left out.
+    processes: where there are several, rank 0 alone calls `log`, `display`, `monitor` and `save`.
     """
 
     log: Log
@@ -66,6 +68,7 @@ class Hooks:
     monitor_every: int = 1
     save: Callable[[LoopState], None] | None = None
     save_every: int = 1
+    processes: Processes = SOLO
 
 
 def run_loop(
@@ -74,29 +77,30 @@ def run_loop(
     """Trains until `length` is reached. `state` moves along; start with a saved one to continue a run.
 
     step(indices, images, fraction, number) takes one optimizer step and returns metrics as tensors or
-    numbers; they are averaged and read from the device only when they are logged.
+    numbers; they are averaged, over processes too, and read from the device only when they are logged.
+    Several processes stop at the same step, whichever received the signal, and follow the clock of rank 0.
     Raises Interrupted after a signal (the state is saved where it can be), UserError where the loss is not finite.
     """
     per_epoch = sampler.batches_per_epoch
-    clock = _Clock(state)
-    window = _Window(fetcher)
+    clock = _Clock(state, hooks)
+    window = _Window(fetcher, hooks.processes)
     # An interruption after an epoch's last batch leaves its monitoring and saving to the resumed run.
     last = length.fraction(state, per_epoch) >= 1 and state.batch < per_epoch
     while not last:
         for indices, images in fetcher.batches(sampler.epoch(state.epoch, state.batch)):
             fraction = length.fraction(state, per_epoch)
-            window.add(step(indices, images, fraction, state.step), len(indices))
+            window.add(step(indices, images, fraction, state.step), sampler.batch_size)
             state.step += 1
             state.batch += 1
             clock.read()
             done = length.fraction(state, per_epoch)
             if state.step % hooks.log_every == 0 or done >= 1:
                 _report(window, state, per_epoch, done, hooks)
-            if hooks.stop.signal is not None:
+            if clock.signal is not None:
                 _refuse_divergence(window.loss(), state.step)
                 if hooks.save is not None:
-                    hooks.save(state)
-                raise Interrupted(hooks.stop.signal, saved=hooks.save is not None)
+                    hooks.processes.alone(hooks.save, state)
+                raise Interrupted(clock.signal, saved=hooks.save is not None)
             if done >= 1:
                 break
         if state.batch >= per_epoch:
@@ -104,34 +108,36 @@ def run_loop(
         last = length.fraction(state, per_epoch) >= 1
         if hooks.monitor is not None and (last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0)):
             _refuse_divergence(window.loss(), state.step)
-            hooks.log(hooks.monitor(), state.step)
+            hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
             window.began += clock.read()  # the rate is that of training alone
             last = length.fraction(state, per_epoch) >= 1
         if hooks.save is not None and (last or (state.batch == 0 and state.epoch % hooks.save_every == 0)):
             _refuse_divergence(window.loss(), state.step)
-            hooks.save(state)
+            hooks.processes.alone(hooks.save, state)
             window.began += clock.read()  # time may run out here: then one more step ends the run properly
 
 
 class _Clock:
-    """Adds the time since the last reading to the state."""
+    """Adds the time since the last reading to the state. `signal`: the one to stop for, as of the last reading."""
 
-    def __init__(self, state: LoopState) -> None:
-        self.state, self.before = state, time.perf_counter()
+    def __init__(self, state: LoopState, hooks: Hooks) -> None:
+        self.state, self.hooks, self.before = state, hooks, time.perf_counter()
+        self.signal: int | None = None
 
     def read(self) -> float:
-        """Seconds since the last reading."""
+        """Seconds since the last reading. Time and signal are those that all processes agree on."""
         now = time.perf_counter()
         spent, self.before = now - self.before, now
-        self.state.seconds += spent
+        agreed = self.hooks.processes.agree(self.state.seconds + spent, self.hooks.stop.signal)
+        self.state.seconds, self.signal = agreed
         return spent
 
 
 class _Window:
     """Metrics between two log lines."""
 
-    def __init__(self, fetcher: Fetcher) -> None:
-        self.fetcher = fetcher
+    def __init__(self, fetcher: Fetcher, processes: Processes) -> None:
+        self.fetcher, self.processes = fetcher, processes
         self.clear()
 
     def clear(self) -> None:
@@ -145,10 +151,10 @@ class _Window:
 
     def loss(self) -> float:
         """Its mean since the last log line; 0 where there is none."""
-        return _mean(self.values.get("loss", [0.0]))
+        return self.processes.mean({"loss": _mean(self.values.get("loss", [0.0]))})["loss"]
 
     def read(self) -> dict[str, float]:
-        result = {name: _mean(values) for name, values in self.values.items()}
+        result = self.processes.mean({name: _mean(values) for name, values in self.values.items()})
         spent = time.perf_counter() - self.began
         result["images_per_second"] = self.images / spent
         result["data_wait_share"] = (self.fetcher.waited - self.waited) / spent
@@ -173,5 +179,10 @@ def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hook
     metrics = window.read()
     _refuse_divergence(metrics.get("loss", 0.0), state.step)
     epoch = state.epoch + state.batch / per_epoch
-    hooks.log({**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
-    hooks.display.update(done, metrics["images_per_second"], f"loss {metrics.get('loss', 0.0):.3f}")
+    hooks.processes.alone(hooks.log, {**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
+    if hooks.processes.rank == 0:
+        hooks.display.update(done, metrics["images_per_second"], f"loss {metrics.get('loss', 0.0):.3f}")
+
+
+def _monitor(monitor: Callable[[], dict[str, float]], log: Log, step: int) -> None:
+    log(monitor(), step)

@@ -1,0 +1,208 @@
+"""One run in several processes, as torchrun starts them: which one this is, and what all of them must agree on.
+
+Every process holds the same weights and an equal, consecutive part of each batch. What decides the course of the
+run (when it ends, what is saved, what is wrong) is decided once and told to all, so that none waits for a process
+that has gone another way. The functions that exchange something must be called by all processes in the same order.
+A single process exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moco.errors import Interrupted, ProcessLostError, UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # waiting for the others: one node may have to decode the dataset, the next not
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run as one of them sees them; rank 0 writes the files. local_*: those of this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def place(self, device: torch.device) -> torch.device:
+        """The device of this process: a GPU each, or the CPU for all. Raises UserError where it cannot be shared."""
+        if self.size == 1 or device.type == "cpu":
+            return device
+        if device.type != "cuda" or device.index is not None:
+            raise UserError(f"runtime.device: {device} cannot serve {self.size} processes; use auto, cuda or cpu")
+        found = torch.cuda.device_count()
+        if self.local_size > found:
+            raise UserError(
+                f"{self.local_size} processes on this node, {found} GPU(s): torchrun --nproc-per-node {found} "
+                "(or runtime.device: cpu)"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    @contextlib.contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """Connects the processes: gloo for what the CPU holds, NCCL for what GPUs hold. Those that end for a reason
+        that all know leave together: torchrun stops the others as soon as one has left with an exit code."""
+        if self.size == 1:
+            yield
+            return
+        with _others(self):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        try:
+            yield
+        except ProcessLostError:  # NCCL could wait here for the lost one; the process is about to end anyway
+            raise
+        except UserError:
+            self._leave(together=True)
+            raise
+        except Interrupted as error:
+            self._leave(together=error.saved)
+            raise
+        except BaseException:
+            self._leave(together=False)
+            raise
+        self._leave(together=True)
+
+    def _leave(self, together: bool) -> None:
+        if together:
+            with contextlib.suppress(RuntimeError):  # whoever has left meanwhile has told why
+                dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()
+
+    def alone(self, action: Callable[..., T], *arguments: Any) -> T | None:
+        """The action's result in rank 0, which alone executes it while the others wait; None in these.
+
+        A UserError that it raises is raised in all of them."""
+        if self.size == 1:
+            return action(*arguments)
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action(*arguments)
+            except UserError as error:
+                problem = str(error)
+        problem = self.told(problem)
+        if problem is not None:
+            raise UserError(problem)
+        return result
+
+    def told(self, value: T) -> T:
+        """Rank 0's value, by pickle; what the others pass is ignored."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _others(self):
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def require_equal(self, facts: Mapping[str, str]) -> None:
+        """Raises UserError in all, naming the facts, where a process has others than rank 0."""
+        if self.size == 1:
+            return
+        found: list[Any] = [None] * self.size
+        with _others(self):
+            dist.all_gather_object(found, dict(facts))
+        different = [name for name in facts if any(other[name] != found[0][name] for other in found)]
+        if different:
+            raise UserError(f"the processes do not have the same {', '.join(different)}; they must, on every node")
+
+    def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
+        """Rank 0's seconds, and a signal that any of them received. One message of 16 bytes between the CPUs."""
+        if self.size == 1:
+            return seconds, signal
+        both = torch.tensor([seconds if self.rank == 0 else 0.0, signal or 0], dtype=torch.float64)
+        with _others(self):
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return both[0].item(), int(both[1]) or None
+
+    def mean(self, numbers: dict[str, float]) -> dict[str, float]:
+        """The mean over the processes of each number."""
+        if self.size == 1 or not numbers:
+            return numbers
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        with _others(self):
+            dist.all_reduce(values)
+        return dict(zip(numbers, (values / self.size).tolist(), strict=True))
+
+    @torch.no_grad()
+    def average_(self, tensors: list[Tensor]) -> None:
+        """The mean over the processes of each tensor, in place; the same bits in all of them. One message."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with _others(self):
+            dist.all_reduce(flat)
+        parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
+        if self.size == 1:
+            return part
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        with _others(self):
+            dist.all_gather(parts, part)
+        return torch.cat(parts)
+
+
+SOLO = Processes()
+
+
+@contextlib.contextmanager
+def _others(processes: Processes) -> Iterator[None]:
+    """Raises ProcessLostError where the exchange fails, which is how the end of another process is noticed."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ProcessLostError(
+            f"process {processes.rank} of {processes.size} lost the others: one has ended, or they cannot reach each "
+            f"other ({reason}); the same command continues from the last checkpoint"
+        ) from None
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
+    """What torchrun has set, SOLO without it. Raises UserError where half of it is set."""
+    size = _number(environment, "WORLD_SIZE", 1)
+    if size == 1:
+        if _number(environment, "RANK", 0) != 0:
+            raise UserError("RANK is set and WORLD_SIZE is not: start several processes with torchrun, or unset RANK")
+        return SOLO
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not environment.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start several processes with torchrun, or unset "
+            "WORLD_SIZE"
+        )
+    rank, local = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
+    if not 0 <= rank < size:
+        raise UserError(f"RANK is {rank}, but must be from 0 to WORLD_SIZE - 1 = {size - 1}")
+    return Processes(rank, size, local, max(local + 1, _number(environment, "LOCAL_WORLD_SIZE", 1)))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) == 0):
+        raise UserError(f"{name} is '{text}' in the environment: expected a whole number, as torchrun sets it")
+    return int(text)
+
+
+def refuse_several(command: str) -> None:
+    """Raises UserError where several processes were started for a command that is meant for one."""
+    processes = from_environment()
+    if processes.size > 1:
+        raise UserError(
+            f"moco {command} runs in one process, not in {processes.size}: start it without torchrun (`moco pretrain` "
+            "alone can share its work)"
+        )

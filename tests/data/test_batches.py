@@ -176,3 +176,11 @@ def test_waiting_for_data_is_measured(images: np.ndarray) -> None:
     for _ in eager.batches(iter([np.array([i]) for i in range(3)])):
         time.sleep(0.1)
     assert eager.waited < fetcher.waited
+
+
+def test_processes_take_consecutive_parts_of_the_same_batches() -> None:
+    whole = EpochSampler(np.arange(50), 12, seed=1)
+    parts = [EpochSampler(np.arange(50), 12, seed=1, rank=rank, processes=3) for rank in range(3)]
+    assert {part.batches_per_epoch for part in parts} == {whole.batches_per_epoch}
+    for batch, *shared in zip(whole.epoch(2, 1), *(part.epoch(2, 1) for part in parts), strict=True):
+        assert np.concatenate(shared).tolist() == batch.tolist()

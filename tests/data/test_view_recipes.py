@@ -216,3 +216,17 @@ def test_plain_images_are_normalised_and_nothing_else() -> None:
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(KeyError):
         recipe("v3", WHOLE, BLUR)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "crop"])
+def test_parts_of_a_batch_get_the_views_that_they_have_in_the_whole(name: str) -> None:
+    images = torch.randint(0, 256, (150, 12, 12, 3), dtype=torch.uint8, generator=seeded(3))
+    maker = views.Views(views.recipe(name, (0.2, 1.0), (2.0, 9.0)), 12, (0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
+    generator = seeded(7)
+    unit = maker.to_unit(images)
+    whole, after = maker(unit, generator), torch.rand(3, generator=generator)
+    for first in (0, 50, 100):
+        generator = seeded(7)
+        part = maker(unit[first : first + 50], generator, first, 150)
+        torch.testing.assert_close(part, whole[first : first + 50], rtol=0, atol=1e-5)
+        assert torch.equal(torch.rand(3, generator=generator), after), "what is drawn next is the same too"

@@ -27,7 +27,8 @@ app = typer.Typer(
 Params = Annotated[Path, typer.Option("--params", help="The parameter file.")]
 PARAMS = Path("params.yaml")
 PRESETS = Path("presets")
-SHARED = ("pretrain", "doctor")  # commands that may run in several processes
+# Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
+IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "doctor", "slurm", "image")
 
 
 def _load(path: Path) -> Config:
@@ -38,7 +39,7 @@ def _load(path: Path) -> Config:
 
 @app.callback()
 def _every_command(context: typer.Context) -> None:
-    if _several() and context.invoked_subcommand not in SHARED:
+    if _several() and context.invoked_subcommand not in IN_SEVERAL_PROCESSES:
         from moco.training.distributed import refuse_several
 
         refuse_several(str(context.invoked_subcommand))

@@ -164,8 +164,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(rank, port, folder)) for rank in (0, 1)]
+    server = multiprocessing.get_context("forkserver")  # torch is imported once
+    server.set_forkserver_preload(["moco.cli", "moco.stages.pretrain"])
+    workers = [server.Process(target=work, args=(rank, port, folder)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
     for worker in workers:

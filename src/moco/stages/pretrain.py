@@ -174,6 +174,7 @@ def _run(
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
 
         processes.alone(finish)
+        processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
 
 
 def _train(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -257,11 +257,21 @@ def main() -> None:
     except UserError as error:
         if tells or isinstance(error, ProcessLostError):
             typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _end(1)
     except Interrupted as error:
         if tells:
             typer.echo(str(error), err=True)
-        sys.exit(128 + error.signal)
+        _end(128 + error.signal)
+    except SystemExit as end:
+        _end(end.code)
+
+
+def _end(code: str | int | None) -> NoReturn:
+    if _several() and isinstance(code, int):
+        from moco.training.distributed import end_process
+
+        end_process(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

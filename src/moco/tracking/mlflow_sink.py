@@ -67,6 +67,8 @@ class MlflowSink:
 
     def _connect(self) -> Any:
         if self.client is None:
+            # A job reports to its user's store and to nobody else.
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             from mlflow import MlflowClient
 
             for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration

@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow test-container lint types lock lock-image install clean
+.PHONY: demo test test-slow test-container test-cluster lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -33,11 +33,15 @@ test: install
 	python -m pytest -m "not slow" --durations=5
 
 test-slow: install
-	python -m pytest -m "slow and not container" --durations=5
+	python -m pytest -m "slow and not container and not cluster" --durations=5
 
 # Needs a Docker engine that has the base image, or can fetch it.
 test-container: install
 	python -m pytest -m container --durations=5
+
+# Needs a cluster of one node with Slurm and Apptainer, and the engine with the base image.
+test-cluster: install
+	python -m pytest -m cluster --durations=8
 
 lint: install
 	ruff check .

@@ -106,7 +106,7 @@ def test_the_suite_passes_inside_with_the_images_versions(image: str, checkout: 
         "uv pip install --quiet --no-cache --target /tmp/dev --require-hashes -r requirements/image-test.txt && "
         "PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' --ignore tests/cluster"
     )
-    output = inside(image, checkout, "bash", "-c", script, options=("--network", "host"))
+    output = inside(image, checkout, "bash", "-c", script, options=("--network", "host", "--env", "OMP_NUM_THREADS=1"))
     assert " passed" in output
     print(output.splitlines()[-1])
 

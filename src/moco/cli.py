@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -264,6 +265,11 @@ def main() -> None:
         _end(128 + error.signal)
     except SystemExit as end:
         _end(end.code)
+    except BaseException:
+        if _several():
+            traceback.print_exc()
+            _end(1)
+        raise
 
 
 def _end(code: str | int | None) -> NoReturn:

@@ -177,6 +177,42 @@ def test_the_container_command_quotes_nothing_twice(project: Path) -> None:
             assert call[call.index(str(image)) - 2 : call.index(str(image))] == ["--nv", "--writable-tmpfs"]
 
 
+def job(project: Path, stage: str, start: int, **environment: str) -> str:
+    """One start of job 7, in which `recorder` does the work: scontrol and moco write down that they were called."""
+    fake(project, "recorder", '#!/bin/sh\necho "$@" >>record\neval "$WORK"\n')
+    fake(project, "scontrol", '#!/bin/sh\necho "scontrol $@" >>record\nexit 1\n')
+    profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
+    (project / "record").unlink(missing_ok=True)
+    launch(
+        project, stage, MOCO_PROFILE=profile, PATH=f"{project / 'bin'}:{os.environ['PATH']}", SLURM_JOB_ID="7",
+        SLURM_RESTART_COUNT=str(start), **environment,
+    )  # fmt: skip
+    return (project / "record").read_text() if (project / "record").exists() else ""
+
+
+IN_MOCO = 'case "$*" in *"moco pretrain"*) mkdir -p runs/pretrain/k; '
+
+
+def test_what_a_job_has_finished_is_not_done_again_whatever_came_afterwards(project: Path) -> None:
+    finishes = IN_MOCO + "echo 7 >runs/pretrain/k/done; exit 143;; esac"
+    assert "dvc commit" in job(project, "pretrain", 0, WORK=finishes), "done, but ended by a signal at its very end"
+    assert job(project, "pretrain", 1, WORK=finishes) == "", "committed: nothing at all"
+    (project / "slurm/logs/.job-7.committed").unlink()
+    again = job(project, "pretrain", 1, WORK="true")
+    assert "moco pretrain" not in again and "dvc commit" in again
+    assert "moco pretrain" in job(project, "pretrain", 0, WORK="true"), "another job of the same number"
+
+
+def test_a_job_that_runs_out_of_time_goes_back_only_while_it_gets_on(project: Path) -> None:
+    told = "kill -USR2 $PPID; sleep 0.3; exit 140;; esac"
+    saves, idles = IN_MOCO + "touch runs/pretrain/k/checkpoint_001.pth; " + told, IN_MOCO + told
+    back = "scontrol requeue 7"
+    assert back in job(project, "pretrain", 0, WORK=saves)
+    assert back in job(project, "pretrain", 1, WORK=idles), "this start may have gone into the cache"
+    assert back not in job(project, "pretrain", 2, WORK=idles)
+    assert back not in job(project, "train", 0, WORK='case "$*" in *"moco train"*) ' + told)
+
+
 def test_a_copied_dataset_is_gone_afterwards(project: Path) -> None:
     (project / "d.sqsh").write_bytes(b"hsqs")
     (project / "local").mkdir()

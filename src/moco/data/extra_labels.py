@@ -48,14 +48,14 @@ def read_extra_labels(
     assert train.labels is not None
     of_train = dict(zip(map(bytes, train.digests), train.labels.tolist(), strict=True))
     of_val = set(map(bytes, val.digests))
-    seen: dict[int, tuple[int, str]] = {}  # row of the pool: label, place
-    used: list[int] = []
+    seen: dict[bytes, tuple[int, str]] = {}  # content of an image: label, place
+    used: dict[int, int] = {}  # row of the pool: label
     repeated, in_train, in_val = [], [], []
     for line, name, text in _rows(path):
         place = f"{path}:{line}"
         row, label = find(place, name), _label(place, text, classes)
         digest = bytes(splits["unlabeled"].digests[row])
-        first, where = seen.setdefault(row, (label, place))
+        first, where = seen.setdefault(digest, (label, place))
         if first != label:
             raise UserError(f"{place}: '{name}' has the label {classes[label]} here and {classes[first]} in {where}")
         if (theirs := of_train.get(digest, label)) != label:
@@ -67,7 +67,7 @@ def read_extra_labels(
         elif digest in of_train:
             in_train.append(place)
         else:
-            used.append(row)
+            used[row] = label
     for places, what in (
         (repeated, "say again what stands before them"),
         (in_train, "say again what train says"),
@@ -78,7 +78,7 @@ def read_extra_labels(
     if not used:
         raise UserError(f"{path}: no label in it that could be used")
     rows = np.array(sorted(used), np.int64)
-    return ExtraLabels(rows, np.array([seen[row][0] for row in rows.tolist()], np.int64))
+    return ExtraLabels(rows, np.array([used[row] for row in rows.tolist()], np.int64))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -23,7 +24,7 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
-from moco.files import write_text
+from moco.files import sha256, write_text
 from moco.stages.figures import confusion_figure, reliability_figure
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -55,9 +56,13 @@ class Scores:
 
 def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     """Scores the files in folder `classifier`; the reports go to reports/eval, those of another folder than the
-    default to reports/eval-NAME. Raises UserError where the files are missing or do not fit each other or the data."""
-    maker = next((stage for known, stage in MAKERS.items() if known.resolve() == classifier.resolve()), None)
-    report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{classifier.resolve().name}")
+    default to reports/eval-NAME, with a mark of the path where no stage wrote the folder.
+
+    Raises UserError where the files are missing or do not fit each other or the data."""
+    whole = classifier.resolve()
+    maker = next((stage for known, stage in MAKERS.items() if known.resolve() == whole), None)
+    name = whole.name if maker else f"{whole.name}-{hashlib.sha256(bytes(whole)).hexdigest()[:6]}"
+    report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{name}")
     hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads)
@@ -71,7 +76,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     tags = {**provenance(device), "data_digest": manifest.digest}
-    key = run_key(chain, manifest.digest)
+    key = run_key({**chain, "weights": sha256(classifier / "model_sub.pth")}, manifest.digest)
     with open_run_folder("eval", key) as folder, Run(folder.path, "eval", config.tracking, say) as record:
         record.start(chain, tags)
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)

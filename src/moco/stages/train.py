@@ -60,7 +60,7 @@ class Inputs:
 
 def run(config: Config) -> None:
     """Raises UserError where encoder, data and settings do not fit each other."""
-    train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, lambda _: {})
+    train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {})
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -79,11 +79,11 @@ def open_inputs(config: Config) -> Inputs:
 
 def train_classifier(
     config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any],
-    more: Callable[[Metrics], Metrics],
+    more: Metrics,
 ) -> None:  # fmt: skip
     """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE.
 
-    settings: those of the stage beside section `train`. more: metrics of its own, made of the accuracies.
+    settings: those of the stage beside section `train`. more: its own metrics.
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
@@ -103,7 +103,7 @@ def train_classifier(
         views, classes = linear_views(manifest, device), len(manifest.classes)
         fit, results = classify(strip_head(network), inputs.splits, views, section, classes, device, record.log)
         _assert_frozen(network, encoder.weights)
-        results.update(more(results))
+        results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
         weights = _with_layer(encoder, classes, fit)
         found = Classifier(encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain)

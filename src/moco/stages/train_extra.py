@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import ExtraLabels, read_extra_labels
 from moco.errors import UserError
-from moco.stages.train import Metrics, open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER_EXTRA, REPORTS, say
+from moco.stages.train import open_inputs, train_classifier
+from moco.stages.workspace import CLASSIFIER_EXTRA, say
 
 
 def run(config: Config) -> None:
@@ -35,15 +34,10 @@ def run(config: Config) -> None:
     )
     inputs.splits["extra"] = DecodedSplit(gather(pool.images, extra.rows), extra.labels, pool.digests[extra.rows])
 
-    def more(results: Metrics) -> Metrics:
-        found = {"extra_labels": float(len(extra.rows))}
-        report = REPORTS / "train" / "metrics.json"
-        if report.is_file():
-            found["val_accuracy_change"] = results["val_accuracy"] - json.loads(report.read_text())["val_accuracy"]
-        return found
-
     settings = {"train_extra.labels": config.train_extra.labels, "train_extra.content": _digest(extra)}
-    train_classifier(config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, more)
+    train_classifier(
+        config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.rows))}
+    )
 
 
 def _digest(extra: ExtraLabels) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moco.errors import UserError
-from moco.files import scratch_place
+from moco.files import scratch_place, write_text
 
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
@@ -78,7 +79,8 @@ class RunFolder:
         return (self.path / "done").exists()
 
     def finish(self) -> None:
-        (self.path / "done").touch()
+        """The mark names the job of the cluster, which must not do it again when Slurm puts it back."""
+        write_text(self.path / "done", os.environ.get("SLURM_JOB_ID", "") + "\n")
 
 
 @contextmanager

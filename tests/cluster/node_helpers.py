@@ -22,6 +22,7 @@ HPC = ROOT.parent / "shared/hpc/hpc"
 MAKER = ROOT.parent / "shared/data/make_cifar10"
 FILES = Path(os.environ.get("HPC_ROOT", "/var/tmp/hpc-node")) / "rootfs"  # the node's root, seen from here
 BASE = "nvidia/cuda:11.1.1-cudnn8-devel-ubuntu18.04"
+SITE = "/share/apps/images/cuda11.1-cudnn8-devel-ubuntu18.04.sif"  # the cluster's own base image
 SIF, DATASET = "/share/apps/images/moco.sif", "/scratch/DL21SP/student_dataset.sqsh"
 PROJECT = "/scratch/hpc/my project"
 LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
@@ -96,9 +97,8 @@ def bring_dataset(folder: Path) -> None:
 def build_sif(target: str, bootstrap: str, base: str, *options: str) -> None:
     """By the project's definition. Nothing is compressed: that would take most of the time."""
     words = [
-        "apptainer", "build", "--force", *options, "--mksquashfs-args", "-noI -noD -noF -noX",
-        "--build-arg", f"BOOTSTRAP={bootstrap}", "--build-arg", f"BASE={base}", "--build-arg", "TORCH_INDEX=",
-        target, "apptainer.def",
+        "apptainer", "build", "--force", "--mksquashfs-args", "-noI -noD -noF -noX", "--build-arg", "TORCH_INDEX=",
+        "--build-arg", f"BOOTSTRAP={bootstrap}", "--build-arg", f"BASE={base}", *options, target, "apptainer.def",
     ]  # fmt: skip
     node(f"export APPTAINER_TMPDIR=/scratch/hpc APPTAINER_CACHEDIR=/scratch/hpc/.apptainer; {shlex.join(words)}")
 

@@ -17,6 +17,7 @@ from node_helpers import (
     HPC,
     PROJECT,
     SIF,
+    SITE,
     bring_dataset,
     bring_project,
     build_sif,
@@ -40,18 +41,12 @@ STEPS_PER_EPOCH, LOG_EVERY = 2000 // 64, 5
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The node with a SIF of the archive of the base image, a dataset, and a checkout of what is here."""
+    """The node with a SIF made from the site's own base image, a dataset, and a checkout of what is here."""
     needed()
     hpc("up")
     bring_project(tmp_path_factory.mktemp("node") / "project")
     bring_dataset(tmp_path_factory.mktemp("images"))
-    archive = here("/scratch/base.tar")
-    subprocess.run(["docker", "save", BASE, "--output", str(archive)], check=True)
-    archive.chmod(0o644)
-    try:
-        build_sif(SIF, "docker-archive", "/scratch/base.tar")
-    finally:
-        archive.unlink()
+    build_sif(SIF, "localimage", SITE)
 
 
 def settings(**pretrain: object) -> None:
@@ -67,18 +62,24 @@ def test_the_sif_tests_itself_and_its_packages_are_those_of_the_lock(cluster: No
     assert torch_version.startswith("2.6.0") and f"dvc=={dvc_version} " in here("requirements/image.txt").read_text()
 
 
-def test_a_changed_source_makes_a_new_image_from_the_old_one_without_installing_again(cluster: None) -> None:
-    """From a local image, which is how a site's own base is taken; what has been installed already stays."""
-    installed = "find /opt/moco/lib/python3.11/site-packages/torch -name '*.so' -newer /opt/moco/.packages-* | wc -l"
-    with here("src/moco/errors.py").open("a") as source:
-        source.write("TOUCHED = True\n")
+def test_from_a_docker_archive_and_again_from_the_result_with_other_sources(cluster: None) -> None:
+    """With the first step alone, which needs no big download."""
+    first, second = "/scratch/hpc/first.sif", "/scratch/hpc/second.sif"
+    archive, options = here("/scratch/base.tar"), ("--notest", "--build-arg", "STEPS=system")
+    source = "src/moco/errors.py"
+    before = here(source).read_text()
+    subprocess.run(["docker", "save", BASE, "--output", str(archive)], check=True)
+    archive.chmod(0o644)
     try:
-        build_sif("/scratch/hpc/next.sif", "localimage", SIF)
-        code = "import moco.errors; print(moco.errors.__file__, moco.errors.TOUCHED)"
-        assert "True" in node(f"cd / && apptainer exec /scratch/hpc/next.sif python -c {shlex.quote(code)}")
-        assert node(f"apptainer exec /scratch/hpc/next.sif bash -c {shlex.quote(installed)}").split()[0] == "0"
+        build_sif(first, "docker-archive", "/scratch/base.tar", *options)
+        assert "squashfuse" in node(f"apptainer exec {first} sh -c 'command -v squashfuse'")
+        write(source, before + "TOUCHED = True\n")
+        build_sif(second, "localimage", first, *options)
+        assert "TOUCHED" in node(f"apptainer exec {second} tail -n 1 /opt/moco-build/{source}")
     finally:
-        node("git checkout --quiet src; rm -f /scratch/hpc/next.sif")
+        archive.unlink()
+        write(source, before)
+        node(f"rm -f {first} {second}")
 
 
 def test_exec_and_run_work_contained_and_with_an_overlay(cluster: None) -> None:
@@ -139,7 +140,7 @@ def test_preempted_three_times_and_out_of_time_once_the_weights_are_those_of_an_
     settings(epochs=epochs)
     node("rm -rf runs/pretrain models/encoder.pth mlflow.db")
     reference = undisturbed()
-    job = sbatch("pretrain", profile("bind.conf"), "--time=1", "--signal=B:USR2@40")
+    job = sbatch("pretrain", profile("bind.conf"), "--time=1", "--signal=B:USR2@10")
     wait_for(job, lambda log: "back into the queue" in log)
     hpc("root", "scontrol", "update", f"JobId={job}", "TimeLimit=10")
     for start in (1, 2, 3):

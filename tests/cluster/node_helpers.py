@@ -133,7 +133,8 @@ def wait_for(job: str, condition: Callable[[str], bool], seconds: float = 180) -
     deadline = time.monotonic() + seconds
     while not condition(log := log_of(job)):
         now = state(job)
-        assert time.monotonic() < deadline and now in LIVE, f"job {job} is {now}: {log[-3000:]}"
+        ended = now not in LIVE and not condition(log_of(job))  # it may have written and ended in between
+        assert time.monotonic() < deadline and not ended, f"job {job} is {now}: {log[-3000:]}"
         if now == "PENDING":
             release(job)
         time.sleep(0.5)

@@ -190,6 +190,12 @@ def job(project: Path, stage: str, start: int, **environment: str) -> str:
     return (project / "record").read_text() if (project / "record").exists() else ""
 
 
+def test_the_exit_code_of_the_stage_is_the_jobs(project: Path) -> None:
+    fake(project, "recorder", '#!/bin/sh\ncase "$*" in *"moco train"*) exit 9;; esac\n')
+    profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER=str(project / "bin/recorder"))
+    assert launch(project, "train", MOCO_PROFILE=profile).returncode == 9
+
+
 IN_MOCO = 'case "$*" in *"moco pretrain"*) mkdir -p runs/pretrain/k; '
 
 

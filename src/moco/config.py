@@ -136,8 +136,8 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class BaselineConfig:
-    """What the labels give without pretraining, for comparison."""
+class SupervisedConfig:
+    """Training of all weights on the labels."""
 
     epochs: Count
     minutes: Positive | None
@@ -153,22 +153,16 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class BaselineConfig(SupervisedConfig):
+    """What the labels give without pretraining, for comparison."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig):
     """All weights of the linear classifier, trained further."""
 
-    epochs: Count
-    minutes: Positive | None
-    batch_size: Annotated[int, Range(2)]
-    lr: Positive
-    sgd_momentum: Share
-    weight_decay: NotNegative
-    schedule: Schedule
-    warmup: Share
-    milestones: tuple[Share, ...]
-    crop_scale: tuple[PositiveShare, PositiveShare]
     holdout: PositiveShare
     checkpoint_every: Count
-    seed: Seed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.config import BaselineConfig, FinetuneConfig
+from moco.config import SupervisedConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views
 from moco.training import features
@@ -32,7 +32,7 @@ class SupervisedStep:
     """
 
     def __init__(
-        self, network: nn.Module, labels: Tensor, views: Views, section: BaselineConfig | FinetuneConfig,
+        self, network: nn.Module, labels: Tensor, views: Views, section: SupervisedConfig,
         batch_size: int, device: torch.device, precision: torch.dtype,
     ) -> None:  # fmt: skip
         self.network = network.to(device).to(memory_format=torch.channels_last)

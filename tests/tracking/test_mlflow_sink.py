@@ -11,7 +11,8 @@ import pytest
 from conftest import Moco, assert_one_line_error, write_params
 from moco.config import TrackingConfig
 from moco.tracking.metric_log import MetricLog, metric_history
-from moco.tracking.mlflow_sink import MlflowSink, store_uri
+from moco.tracking.mlflow_sink import MlflowSink
+from moco.tracking.store import store_uri
 
 pytestmark = [
     pytest.mark.slow,  # creating an MLflow database takes seconds

@@ -27,7 +27,7 @@ from moco.cluster.finding import (
     writing_problem,
 )
 from moco.config import TrackingConfig
-from moco.tracking.mlflow_sink import available, store_uri
+from moco.tracking.store import available, sqlite_file, store_uri
 
 SERVER_SECONDS = 3.0
 LATER = "runs go on all the same, and `moco sync` brings the rest"
@@ -90,8 +90,8 @@ def mlflow(config: TrackingConfig, mounts: Path = MOUNTS) -> Finding:
     uri = store_uri(config)
     if not uri:
         return note("mlflow", "no store is set (tracking.uri): the metric log is all there is")
-    if uri.startswith("sqlite:///"):
-        return _sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]), mounts)
+    if file := sqlite_file(uri):
+        return _sqlite(file, mounts)
     if uri.startswith(("http://", "https://")):
         return _server(uri)
     # Never the whole address: it may hold a password.

@@ -1,4 +1,4 @@
-"""Feeds metric logs into MLflow. The only module that imports it (which takes seconds).
+"""Feeds metric logs into MLflow.
 
 A replay starts where the last one ended: the run's id, the place in the log and the last step of each metric
 are kept in mlflow.json beside the log, so that repeating a replay changes nothing.
@@ -7,8 +7,6 @@ are kept in mlflow.json beside the log, so that repeating a replay changes nothi
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from moco.config import TrackingConfig
 from moco.files import write_text
+from moco.tracking import store
 from moco.tracking.metric_log import finite, read_events
 
 BATCH = 500  # metrics a request; MLflow allows 1,000
@@ -33,28 +32,12 @@ class SinkState:
     last_step: dict[str, int] = field(default_factory=dict)
 
 
-def available() -> bool:
-    """Whether MLflow is installed. GPU machines may lack it; the metric log is enough there."""
-    import importlib.util
-
-    return importlib.util.find_spec("mlflow") is not None
-
-
-def store_uri(config: TrackingConfig) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else params.yaml's. SQLite paths are made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
-    prefix = "sqlite:///"
-    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
-    return uri
-
-
 class MlflowSink:
     """Replays the log of one run."""
 
     def __init__(self, folder: Path, config: TrackingConfig) -> None:
         self.folder, self.config = folder, config
-        self.uri = store_uri(config)
+        self.uri = store.store_uri(config)
         self.state = self._load()
         self.client: Any = None
 
@@ -67,13 +50,7 @@ class MlflowSink:
 
     def _connect(self) -> Any:
         if self.client is None:
-            # A job reports to its user's store and to nobody else.
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            from mlflow import MlflowClient
-
-            for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self.client = MlflowClient(tracking_uri=self.uri)
+            self.client = store.client(self.uri)
         return self.client
 
     def replay(self) -> None:
@@ -136,9 +113,9 @@ class MlflowSink:
 
         found = self.client.get_experiment_by_name(self.config.experiment)
         if found is None:
-            local = Path("mlartifacts").absolute().as_uri() if self.uri.startswith("sqlite:") else None
+            place = store.artifact_location(self.uri)
             try:
-                return str(self.client.create_experiment(self.config.experiment, artifact_location=local))
+                return str(self.client.create_experiment(self.config.experiment, artifact_location=place))
             except MlflowException:  # another job was faster
                 found = self.client.get_experiment_by_name(self.config.experiment)
         return str(found.experiment_id)

@@ -12,7 +12,8 @@ from moco.config import TrackingConfig
 from moco.errors import Interrupted, Say, UserError
 from moco.files import write_atomically
 from moco.tracking.metric_log import FORMAT, MetricLog, finite
-from moco.tracking.mlflow_sink import MlflowSink, available
+from moco.tracking.mlflow_sink import MlflowSink
+from moco.tracking.store import available
 
 EVERY = 10.0  # seconds between two deliveries to MLflow
 PATIENCE = 120.0  # seconds that the end of a run waits for the last delivery

@@ -8,7 +8,8 @@ from pathlib import Path
 from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.tracking.metric_log import read_events
-from moco.tracking.mlflow_sink import MlflowSink, available
+from moco.tracking.mlflow_sink import MlflowSink
+from moco.tracking.store import available
 
 
 def _began(log: Path) -> float:

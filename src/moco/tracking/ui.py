@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, UserError
-from moco.tracking.mlflow_sink import available, store_uri
+from moco.tracking.store import available, create, store_uri
 
 HOST = "127.0.0.1"
 
@@ -33,18 +33,10 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
             raise UserError(f"port {port} is in use; choose another with --port") from None
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
+    create(uri)
     command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        HOST,
-        "--port",
-        str(port),
-    ]
+        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port),
+    ]  # fmt: skip
     server = subprocess.Popen(command, start_new_session=True)  # with the workers that it starts
     try:
         return server.wait()

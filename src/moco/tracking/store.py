@@ -1,0 +1,87 @@
+"""Where MLflow keeps runs: the address, and a SQLite store that comes into being whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moco.config import TrackingConfig
+
+SQLITE = "sqlite:///"
+
+
+def available() -> bool:
+    """Whether MLflow is installed. GPU machines may lack it; the metric log is enough there."""
+    return importlib.util.find_spec("mlflow") is not None
+
+
+def store_uri(config: TrackingConfig) -> str:
+    """MLFLOW_TRACKING_URI where it is set, else params.yaml's. SQLite paths are made absolute."""
+    return absolute(os.environ.get("MLFLOW_TRACKING_URI") or config.uri)
+
+
+def absolute(uri: str) -> str:
+    """The same store from any folder: a SQLite file's path made absolute, anything else as it is."""
+    path, (_, question, options) = sqlite_file(uri), uri.partition("?")
+    return uri if path is None else f"{SQLITE}{path}{question}{options}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
+
+
+def artifact_location(uri: str) -> str | None:
+    """For the artifacts of a SQLite store: a folder beside it. None where the server has its own."""
+    path = sqlite_file(uri)
+    return None if path is None else (path.parent / "mlartifacts").as_uri()
+
+
+def client(uri: str) -> Any:
+    """An MlflowClient. Takes seconds, as MLflow does to import and to make its tables."""
+    create(uri)
+    return _client(uri)
+
+
+def _client(uri: str) -> Any:
+    # A job reports to its user's store and to nobody else.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def create(uri: str) -> None:
+    """Makes an empty store if `uri` is a SQLite file that is not there.
+
+    MLflow builds its tables in dozens of migrations, and cannot open a store in which that was interrupted. So they
+    are built on node-local disk, and the finished file appears at its place in one step, unless another process was
+    faster.
+    """
+    path = sqlite_file(uri)
+    if path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="moco-store-") as folder:
+        built = Path(folder) / "mlflow.db"
+        _client(f"{SQLITE}{built}").search_experiments()  # which makes the tables
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        copy = Path(name)
+        try:
+            shutil.copyfile(built, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+            copy.chmod(0o644)
+            os.link(copy, path)  # unlike a rename it never replaces a store that is in use already
+        except FileExistsError:
+            pass
+        finally:
+            copy.unlink(missing_ok=True)

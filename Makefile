@@ -1,13 +1,14 @@
 # `make demo` and `make test` need git, Python 3.10 or newer with venv, and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-# TORCH=cpu takes PyTorch's CPU-only build from its own wheel index (0.2 GB) instead of the one with CUDA (5 GB).
+# TORCH=cpu takes PyTorch's CPU-only build from its own wheel index (0.2 GB) instead of the one with CUDA (5 GB);
+# TORCH=none takes none: for a login node, where jobs are submitted and results are looked at.
 TORCH ?= cuda
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 READY = $(VENV)/.ready-$(TORCH)
-LOCK = requirements/$(if $(filter cpu,$(TORCH)),cpu,workstation).txt
+LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt
 
 .PHONY: demo test test-slow test-container test-cluster lint types lock lock-image install clean
 install: $(READY)

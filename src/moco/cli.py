@@ -187,13 +187,22 @@ def submit(
     profile: Annotated[Path, typer.Option(help="Site profile.", envvar="MOCO_PROFILE")] = PROFILE,
     option: Annotated[list[str] | None, typer.Option(help="For sbatch, for example --option=--time=1:00:00.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,
-) -> None:
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE,VALUE: a task of a job array for each value of a key of params.yaml; of several "
+                     "keys, for each combination."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the sweep; its tasks are the experiments NAME-1, …")] = None,
+) -> None:  # fmt: skip
     """Submit a job, or the pipeline as jobs that wait for each other."""
     from moco.cluster.profile import read_profile
+    from moco.cluster.slurm import check_job
     from moco.cluster.slurm import submit as send
+    from moco.cluster.sweep import plan
 
+    check_job(job)
     send(job, read_profile(profile), profile, typer.echo, options=option or (), arguments=arguments or (),
-         dry_run=dry_run)  # fmt: skip
+         dry_run=dry_run, sweep=plan(job, sweep, name) if sweep else None)  # fmt: skip
 
 
 image_app = typer.Typer(help="The container image (needs a Docker engine).", no_args_is_help=True)
@@ -258,6 +267,13 @@ def main() -> None:
     except UserError as error:
         if tells or isinstance(error, ProcessLostError):
             typer.echo(f"error: {error}", err=True)
+        _end(1)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "torchvision"):
+            raise
+        typer.echo(
+            f"error: {error.name} is not installed here; run this in the image, or after `make install`", err=True
+        )
         _end(1)
     except Interrupted as error:
         if tells:

@@ -113,11 +113,19 @@ def load(path: Path) -> Config:
     """Reads and checks a parameter file. Raises UserError, one line, for anything that is wrong with it."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run this in the project's folder or pass --params") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> Config:
+    """The same for a file's text; path: for messages."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
         raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', error)}") from None

@@ -31,22 +31,49 @@ def render(folder: Path, name: str) -> str:
     default = (folder / f"{DEFAULT}.yaml").read_text(encoding="utf-8")
     if name == DEFAULT:
         return default
+    path = folder / f"{name}.yaml"
+    return _changed(default, _yaml().load(path.read_text(encoding="utf-8")), str(path))
+
+
+def edit(text: str, values: Mapping[str, Any], who: str) -> str:
+    """A parameter file's text with other values, by dotted key; comments stay.
+
+    Raises UserError, which begins with `who`, for a key that is not there.
+    """
+    changes: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *sections, key = dotted.split(".")
+        place = changes
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{who}: {dotted}: {section} has a value of its own already")
+        place[key] = value
+    return _changed(text, changes, who)
+
+
+def _yaml() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    tree = yaml.load(default)
-    path = folder / f"{name}.yaml"
-    _merge(tree, yaml.load(path.read_text(encoding="utf-8")), path, "")
-    text = io.StringIO()
-    yaml.dump(tree, text)
-    return text.getvalue()
+    return yaml
 
 
-def _merge(tree: Any, changes: Mapping[str, Any], path: Path, prefix: str) -> None:
+def _changed(text: str, changes: Mapping[str, Any], who: str) -> str:
+    yaml = _yaml()
+    tree = yaml.load(text)
+    _merge(tree, changes, who, "")
+    result = io.StringIO()
+    yaml.dump(tree, result)
+    return result.getvalue()
+
+
+def _merge(tree: Any, changes: Mapping[str, Any], path: str, prefix: str) -> None:
+    known = list(tree) if isinstance(tree, Mapping) else []
     for key, value in changes.items():
-        if key not in tree:
-            raise UserError(f"{path}: {prefix}{key}: unknown key{nearest(str(key), map(str, tree))}")
+        if key not in known:
+            raise UserError(f"{path}: {prefix}{key}: unknown key{nearest(str(key), map(str, known))}")
         if isinstance(value, Mapping):
             _merge(tree[key], value, path, f"{prefix}{key}.")
         else:

@@ -139,7 +139,7 @@ def test_other_files_are_refused_before_anything_is_tried(tmp_path: Path, scratc
     for path, words in (
         (wrong, r"wrong\.sqsh: not a squashfs image \(it begins with b'PK"),
         (tmp_path / "absent.sqsh", r"absent\.sqsh: dataset image not found; set data\.path"),
-        (scratch, "dataset image cannot be read: Is a directory"),
+        (scratch, "a folder, not a dataset image"),
     ):
         with pytest.raises(UserError, match=words), open_squashfs(path, scratch, silent):
             pass

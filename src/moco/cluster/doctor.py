@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +27,11 @@ def run(params: Path, step: bool, say: Say) -> int:
 
     check("container", doctor_machine.container)
     check("libc", doctor_machine.libc)
-    check("driver", doctor_gpu.driver)
-    check("gpu", doctor_gpu.gpu)
+    if importlib.util.find_spec("torch"):
+        check("driver", doctor_gpu.driver)
+        check("gpu", doctor_gpu.gpu)
+    else:
+        check("torch", lambda: note("torch", "not installed: from here jobs are submitted, and nothing is trained"))
     check("squashfs", doctor_machine.squashfs)
     check("user namespaces", doctor_machine.user_namespaces)
     check("slurm", doctor_machine.slurm)

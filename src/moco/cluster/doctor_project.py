@@ -73,6 +73,9 @@ def _image(path: Path, mounted: Path | None) -> Finding:
     try:
         check_image(path)
     except UserError as error:
+        if mounted:
+            found = f"not here, neither in {mounted} nor in {path}"
+            return warn("dataset", found, "set data.path, or DATASET in the profile of the jobs, which mount it there")
         return refused("dataset", error, "set data.path to a dataset's .sqsh file")
     return ok("dataset", f"squashfs: {path}, {path.stat().st_size / 2**20:.1f} MiB")
 

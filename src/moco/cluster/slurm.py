@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moco.cluster.profile import Profile
+from moco.cluster.sweep import Sweep, make
 from moco.errors import Say, UserError
 from moco.params import nearest
+from moco.tracking.store import shared_uri
 
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.
 WARNING = 300
@@ -24,9 +26,9 @@ def _directive(option: str, value: str) -> str:
     return f'#SBATCH {option}="{value}"' if shlex.quote(value) != value else f"#SBATCH {option}={value}"
 
 
-def render(job: str, profile: Profile | None = None, profile_path: str = "") -> str:
+def render(job: str, profile: Profile | None = None, profile_path: str = "", sweep: Sweep | None = None) -> str:
     """The script of a job. Without a profile: the text of slurm/JOB.sbatch, which takes what sites decide from
-    sbatch's command line and MOCO_PROFILE."""
+    sbatch's command line and MOCO_PROFILE. With a sweep: a job array."""
     lines = ["#!/bin/bash", f"#SBATCH --job-name=moco-{job}"]
     if profile is not None:
         wanted = {
@@ -34,23 +36,29 @@ def render(job: str, profile: Profile | None = None, profile_path: str = "") -> 
             "--cpus-per-task": profile.cpus, "--mem": profile.memory, "--time": profile.time,
         }  # fmt: skip
         lines += [_directive(option, value) for option, value in wanted.items() if value]
+    if sweep is not None:
+        lines += ["# One task for every combination of values.", f"#SBATCH --array=1-{len(sweep.tasks)}"]
     lines += [
         "# Preempted and requeued, a job appends to its log and continues from its checkpoint.",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
-        f"#SBATCH --output={LOGS}/%x-%j.log",
+        f"#SBATCH --output={LOGS}/%x-{'%A_%a' if sweep else '%j'}.log",
         "# To this script alone, before the time limit; NCCL keeps USR1 for itself.",
         f"#SBATCH --signal=B:USR2@{WARNING}",
     ]
-    if profile_path:
-        lines.append(f"export MOCO_PROFILE={shlex.quote(profile_path)}")
+    exports = {"MOCO_PROFILE": profile_path}
+    if sweep is not None:
+        exports |= {"MOCO_SWEEP": str(sweep.folder), "MOCO_SHARED": " ".join(sweep.shared),
+                    "MLFLOW_TRACKING_URI": shared_uri(sweep.config.tracking)}  # fmt: skip
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
     return "\n".join([*lines, f'exec slurm/launch {job} "$@"']) + "\n"
 
 
 def command(options: Sequence[str], arguments: Sequence[str], after: str | None) -> list[str]:
     """sbatch with the script on its standard input. options: for sbatch, they win over the script's own;
-    arguments: for the stage; after: id of the job to wait for."""
-    dependency = [f"--dependency=afterok:{after}"] if after else []
+    arguments: for the stage; after: what to wait for, as sbatch's --dependency takes it. A job that waits for one
+    that fails is cancelled."""
+    dependency = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
     return ["sbatch", "--parsable", *dependency, *options, "/dev/stdin", *arguments]
 
 
@@ -63,9 +71,10 @@ def check_job(name: str) -> None:
 
 def submit(
     name: str, profile: Profile, profile_path: Path, say: Say, *, options: Sequence[str] = (),
-    arguments: Sequence[str] = (), dry_run: bool = False,
+    arguments: Sequence[str] = (), dry_run: bool = False, sweep: Sweep | None = None,
 ) -> list[str]:  # fmt: skip
-    """Submits a job, or the pipeline as jobs that wait for each other; returns their ids.
+    """Submits a job, or the pipeline as jobs that wait for each other; returns their ids. Of a sweep, the stages that
+    are the same in every task come first, and once; then each task waits for its own part of the array before.
 
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
@@ -73,16 +82,25 @@ def submit(
     jobs = PIPELINE if name == "pipeline" else (name,)
     if arguments and len(jobs) > 1:
         raise UserError("arguments for a stage need one stage, not the pipeline")
-    texts = {job: render(job, profile, str(profile_path)) for job in jobs}
+    path = str(profile_path if sweep is None else profile_path.absolute())
+    once = [(job, None) for job in jobs if sweep is None or (len(jobs) > 1 and job not in sweep.varied)]
+    arrays = [(job, sweep) for job in jobs if (job, None) not in once]
+    texts = [(job, array, render(job, profile, path, array)) for job, array in [*once, *arrays]]
     if dry_run:
-        say("\n".join(f"# {job}\n{text}" for job, text in texts.items()))
+        say("\n".join(f"# {job}\n{text}" for job, _, text in texts))
         return []
     _check(profile, profile_path)
+    if sweep is not None:
+        make(sweep, say)
     LOGS.mkdir(parents=True, exist_ok=True)
     ids: list[str] = []
-    for job, text in texts.items():
-        ids.append(_sbatch(command(options, arguments, ids[-1] if ids else None), text, job))
-        say(f"{job}: job {ids[-1]}, log {LOGS / f'moco-{job}-{ids[-1]}.log'}")
+    before = None
+    for job, array, text in texts:
+        after = f"{'aftercorr' if array and before else 'afterok'}:{ids[-1]}" if ids else None
+        ids.append(_sbatch(command(options, arguments, after), text, job))
+        before = array
+        log = LOGS / f"moco-{job}-{ids[-1]}{'_*' if array else ''}.log"
+        say(f"{job}: job {ids[-1]}{f'_[1-{len(array.tasks)}]' if array else ''}, log {log}")
     return ids
 
 

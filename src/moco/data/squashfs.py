@@ -22,6 +22,9 @@ def check_image(path: Path) -> None:
             magic = file.read(4)
     except FileNotFoundError:
         raise UserError(f"{path}: dataset image not found; set data.path") from None
+    except IsADirectoryError:
+        remedy = "set data.path to the .sqsh file, or data.source to folder"
+        raise UserError(f"{path}: a folder, not a dataset image; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: dataset image cannot be read: {error.strerror}") from None
     if magic != MAGIC:

@@ -25,6 +25,13 @@ def store_uri(config: TrackingConfig) -> str:
     return absolute(os.environ.get("MLFLOW_TRACKING_URI") or config.uri)
 
 
+def shared_uri(config: TrackingConfig) -> str:
+    """The store's address for workspaces elsewhere, which would take a relative path for their own; '' where
+    params.yaml says enough (and so that no script holds a server's password)."""
+    uri = store_uri(config)
+    return uri if sqlite_file(uri) else ""
+
+
 def absolute(uri: str) -> str:
     """The same store from any folder: a SQLite file's path made absolute, anything else as it is."""
     path, (_, question, options) = sqlite_file(uri), uri.partition("?")

@@ -150,7 +150,7 @@ def sync(params: Params = PARAMS) -> None:
     """Bring what MLflow missed (a server that was down, a node without network) from the metric logs to it."""
     from moco.tracking.sync import sync_all
 
-    sync_all(Path("runs"), _load(params).tracking, typer.echo)
+    sync_all(Path(), _load(params).tracking, typer.echo)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import ROOT, tiny_params
@@ -82,15 +83,25 @@ def bring_project(checkout: Path) -> None:
     params["tracking"].update(uri="sqlite:///mlflow.db")
     params["runtime"].update(scratch="auto")
     (checkout / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    git = ["git", "-C", str(checkout), "-c", "user.name=tests", "-c", "user.email=tests@example.org"]
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "as tested"], check=True)
     hpc("root", "rm", "-rf", PROJECT)
     shutil.copytree(checkout, here(PROJECT), symlinks=True)
     hpc("root", "chown", "-R", "hpc:", PROJECT)
 
 
 def bring_dataset(folder: Path) -> None:
-    """Real photographs in the contract's form: 2,000 unlabelled, 500 labelled, 10,000 to measure on."""
-    subprocess.run([sys.executable, str(MAKER), str(folder), "--labelled", "500", "--unlabelled", "2000"], check=True)
-    shutil.copy(folder / "student_dataset.sqsh", here(DATASET))
+    """Real photographs in the contract's form: 2,000 unlabelled, 500 labelled, 2,000 of 10,000 to measure on."""
+    numbers = ["--labelled", "500", "--unlabelled", "2000", "--no-sqsh"]
+    subprocess.run([sys.executable, str(MAKER), str(folder), *numbers], check=True)
+    labels = torch.load(folder / "dataset/val_label_tensor.pt", weights_only=True)
+    torch.save(labels[:2000].clone(), folder / "dataset/val_label_tensor.pt")
+    for number in range(2000, len(labels)):
+        (folder / f"dataset/val/{number}.png").unlink()
+    here(DATASET).unlink(missing_ok=True)
+    pack = ["mksquashfs", str(folder / "dataset"), str(here(DATASET)), "-keep-as-directory", "-all-root", "-quiet"]
+    subprocess.run([*pack, "-no-progress"], check=True)
     shutil.copy(folder / "oracle_label_tensor.pt", here("/scratch/hpc"))  # every label of the pool
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_late_delivery_registers_each_runs_own_weights_the_newest_last(moco: Moc
         write_params(project, train__lr=lr)
         assert moco("train").returncode == 0
         weights.append((project / "models/classifier/model_sub.pth").read_bytes())
+        if lr == 0.2:  # that of a sweep's task
+            (project / "sweeps/lr/1").mkdir(parents=True)
+            shutil.move(project / "runs/train", project / "sweeps/lr/1/runs/train")
     write_params(project, tracking__uri="sqlite:///mlflow.db")
     assert moco("sync").returncode == 0
     client = connect()

@@ -9,15 +9,15 @@ from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.tracking.metric_log import read_events
 from moco.tracking.mlflow_sink import MlflowSink
-from moco.tracking.store import available
+from moco.tracking.store import available, store_uri
 
 
 def _began(log: Path) -> float:
     return float(next(read_events(log), {"time": 0.0})["time"])
 
 
-def sync_all(runs: Path, config: TrackingConfig, say: Callable[[str], None]) -> None:
-    """Replays every metric log below `runs`; what MLflow has already is not sent again.
+def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None]) -> None:
+    """Replays every metric log of the project and of its sweeps; what MLflow has already is not sent again.
 
     Raises UserError where MLflow is missing, no store is set, or a run could not be brought there.
     """
@@ -26,7 +26,8 @@ def sync_all(runs: Path, config: TrackingConfig, say: Callable[[str], None]) -> 
     if not config.uri:
         raise UserError("tracking.uri is empty; set it in params.yaml")
     failed = []
-    logs = sorted(runs.glob("*/*/metrics.jsonl"), key=_began)  # so that the newest classifier is registered last
+    found = (log for place in ("", "sweeps/*/*/") for log in project.glob(f"{place}runs/*/*/metrics.jsonl"))
+    logs = sorted(found, key=_began)  # so that the newest classifier is registered last
     for log in logs:
         sink = MlflowSink(log.parent, config)
         try:
@@ -34,6 +35,6 @@ def sync_all(runs: Path, config: TrackingConfig, say: Callable[[str], None]) -> 
         except Exception as error:  # MLflow and its HTTP layers raise many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
             failed.append(f"{log.parent}: {reason}")
-    say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {MlflowSink(runs, config).uri}")
+    say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {store_uri(config)}")
     if failed:
         raise UserError(f"{len(failed)} run(s) not synced, first {failed[0]}")

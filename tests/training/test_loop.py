@@ -217,6 +217,20 @@ def test_a_run_whose_time_runs_out_while_saving_still_ends_with_monitoring() -> 
     assert "loss" in whole.logs[-2][1]
 
 
+def test_interrupted_as_its_time_runs_out_it_still_ends_with_monitoring() -> None:
+    length = Length(10**6, 0.01 / 60)
+    first = Recorder(stop_at=0, pause=0.02)
+    with pytest.raises(Interrupted):
+        first.run(length)
+    assert [name for name, _ in first.events] == ["save"]
+    later = Recorder()
+    state = later.run(length, LoopState(**first.saved))
+    assert (later.batches, later.events) == ([], [("monitor", 0), ("save", 1)])
+    again = Recorder()
+    again.run(length, state)
+    assert again.events == [], "it is over"
+
+
 @pytest.mark.parametrize(("length", "steps"), [(Length(1, 10.0), 2), (Length(3, None), 6)])
 def test_epochs_end_a_run_even_when_minutes_are_left(length: Length, steps: int) -> None:
     whole = Recorder()

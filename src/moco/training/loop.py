@@ -84,7 +84,7 @@ def run_loop(
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state, hooks)
     window = _Window(fetcher, hooks.processes)
-    # An interruption after an epoch's last batch leaves its monitoring and saving to the resumed run.
+    # An interruption after a run's or an epoch's last batch leaves monitoring and saving to the resumed run.
     last = length.fraction(state, per_epoch) >= 1 and state.batch < per_epoch
     while not last:
         for indices, images in fetcher.batches(sampler.epoch(state.epoch, state.batch)):
@@ -98,6 +98,8 @@ def run_loop(
                 _report(window, state, per_epoch, done, hooks)
             if clock.signal is not None:
                 _refuse_divergence(window.loss(), state.step)
+                if done >= 1:
+                    state.batch = per_epoch  # time was up in the middle of an epoch: the rest of it is not trained
                 if hooks.save is not None:
                     hooks.processes.alone(hooks.save, state)
                 raise Interrupted(clock.signal, saved=hooks.save is not None)

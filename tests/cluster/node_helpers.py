@@ -83,9 +83,11 @@ def bring_project(checkout: Path) -> None:
     params["tracking"].update(uri="sqlite:///mlflow.db")
     params["runtime"].update(scratch="auto")
     (checkout / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    git = ["git", "-C", str(checkout), "-c", "user.name=tests", "-c", "user.email=tests@example.org"]
-    subprocess.run([*git, "add", "--all"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--message", "as tested"], check=True)
+    for words in (
+        ["config", "user.name", "tests"], ["config", "user.email", "tests@example.org"], ["add", "--all"],
+        ["commit", "--quiet", "--message", "as tested"],
+    ):  # fmt: skip
+        subprocess.run(["git", "-C", str(checkout), *words], check=True)
     hpc("root", "rm", "-rf", PROJECT)
     shutil.copytree(checkout, here(PROJECT), symlinks=True)
     hpc("root", "chown", "-R", "hpc:", PROJECT)

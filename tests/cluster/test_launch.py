@@ -223,3 +223,17 @@ def test_a_task_that_is_out_of_time_goes_back_alone(project: Path) -> None:
 def test_a_sweep_without_an_array_is_one_line(project: Path) -> None:
     done = launch(project, "train", MOCO_SWEEP=str(project))
     assert done.returncode != 0 and "sbatch --array" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_on_several_gpus_srun_starts_one_torchrun_a_node_with_a_process_for_each(project: Path) -> None:
+    fake(project, "srun", '#!/bin/sh\ncase "$*" in *torchrun*) echo "$@" >>spread;; esac\n')
+    fake(project, "scontrol", "#!/bin/sh\nprintf 'first\\nsecond\\n'\n")
+    work = {"WORK": "true", "SLURM_GPUS_ON_NODE": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes"}
+    fake(project, "recorder", f"#!/bin/sh\n{STALE}")
+    profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    launch(project, "pretrain", MOCO_PROFILE=profile, PATH=path, SLURM_JOB_ID="7", **work)
+    (line,) = (project / "spread").read_text().splitlines()
+    for words in ("--ntasks=2 --ntasks-per-node=1", "recorder", "torchrun --nnodes 2 --node-rank NODE_RANK",
+                  "--nproc-per-node 4 --master-addr first", "--no-python moco pretrain"):  # fmt: skip
+        assert words in line, line

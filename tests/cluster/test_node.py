@@ -140,6 +140,9 @@ def test_a_sweep_ends_in_one_experiment_a_task(cluster: None) -> None:
         assert 0.15 < measured < 1
         assert str(measured) in found[f"lr-{task}"].values()
         assert runs[f"lr-{task}"].data.metrics["val_accuracy"] == measured
+    node(".venv/bin/dvc exp apply lr-2")
+    model = "models/classifier/model_sub.pth"
+    assert here(model).read_bytes() == here(f"sweeps/lr/2/{model}").read_bytes()
 
 
 def extra_labels() -> str:

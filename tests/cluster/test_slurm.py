@@ -55,6 +55,11 @@ def test_a_shell_reads_the_profiles_path_back_as_it_was(path: str, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+def test_two_gpus_are_asked_for_whatever_the_profile_gives_others() -> None:
+    assert "#SBATCH --gres=gpu:2" in render("pretrain_2gpu", Profile(gres="gpu:1")).splitlines()
+    assert "#SBATCH --gres=gpu:1" in render("pretrain", Profile(gres="gpu:1")).splitlines()
+
+
 def test_options_follow_the_dependency_and_arguments_the_script() -> None:
     found = command(("--time=5",), ("--params", "p q.yaml"), "afterok:7")
     after = ["--dependency=afterok:7", "--kill-on-invalid-dep=yes"]
@@ -101,4 +106,4 @@ def test_without_sbatch_and_with_wrong_names_one_line_says_so(
 
 def test_shell_words_of_the_script_are_plain() -> None:
     for job in JOBS:
-        assert shlex.split(render(job).splitlines()[-1]) == ["exec", "slurm/launch", job, "$@"]
+        assert shlex.split(render(job).splitlines()[-1]) == ["exec", "slurm/launch", job.removesuffix("_2gpu"), "$@"]

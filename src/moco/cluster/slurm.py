@@ -17,8 +17,9 @@ from moco.tracking.store import shared_uri
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.
 WARNING = 300
 LOGS = Path("slurm/logs")
+TWO_GPUS = "_2gpu"  # a job of this ending is the stage before it, on two GPUs of one node
 PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval")
-JOBS = ("pretrain", "pretrain_continue", "train", "train_extra", "baseline", "finetune", "eval")
+JOBS = ("pretrain", "pretrain_2gpu", "pretrain_continue", "train", "train_extra", "baseline", "finetune", "eval")
 
 
 def _directive(option: str, value: str) -> str:
@@ -30,12 +31,13 @@ def render(job: str, profile: Profile | None = None, profile_path: str = "", swe
     """The script of a job. Without a profile: the text of slurm/JOB.sbatch, which takes what sites decide from
     sbatch's command line and MOCO_PROFILE. With a sweep: a job array."""
     lines = ["#!/bin/bash", f"#SBATCH --job-name=moco-{job}"]
-    if profile is not None:
-        wanted = {
-            "--partition": profile.partition, "--account": profile.account, "--gres": profile.gres,
-            "--cpus-per-task": profile.cpus, "--mem": profile.memory, "--time": profile.time,
-        }  # fmt: skip
-        lines += [_directive(option, value) for option, value in wanted.items() if value]
+    stage = job.removesuffix(TWO_GPUS)
+    site = profile or Profile()
+    wanted = {
+        "--partition": site.partition, "--account": site.account, "--gres": site.gres if stage == job else "gpu:2",
+        "--cpus-per-task": site.cpus, "--mem": site.memory, "--time": site.time,
+    }  # fmt: skip
+    lines += [_directive(option, value) for option, value in wanted.items() if value]
     if sweep is not None:
         lines += ["# One task for every combination of values.", f"#SBATCH --array=1-{len(sweep.tasks)}"]
     lines += [
@@ -51,7 +53,7 @@ def render(job: str, profile: Profile | None = None, profile_path: str = "", swe
         exports |= {"MOCO_SWEEP": str(sweep.folder), "MOCO_SHARED": " ".join(sweep.shared),
                     "MLFLOW_TRACKING_URI": shared_uri(sweep.config.tracking)}  # fmt: skip
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
-    return "\n".join([*lines, f'exec slurm/launch {job} "$@"']) + "\n"
+    return "\n".join([*lines, f'exec slurm/launch {stage} "$@"']) + "\n"
 
 
 def command(options: Sequence[str], arguments: Sequence[str], after: str | None) -> list[str]:

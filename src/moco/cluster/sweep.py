@@ -106,7 +106,7 @@ def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, .
         while more := {name for name, (_, before) in stages.items() if before & varied} - varied:
             varied |= more
         return frozenset(varied), tuple(name for name in stages if name not in varied and name not in EXTRA)
-    stage = job.removesuffix("_continue")
+    stage = job.removesuffix("_continue").removesuffix("_2gpu")
     for key, names in reached.items():
         if not names & {stage, "data"}:
             raise UserError(f"--sweep {key}: {job} does not depend on it; `pipeline` does all that do")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -154,3 +156,18 @@ def test_run_passes_the_exit_code_on(image: str, checkout: Path) -> None:
     command = [shutil.which("moco") or "moco", "image", "run", "--tag", image, "--", "sh", "-c", "echo out; exit 7"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (7, "out\n")
+
+
+def test_a_shell_inside_has_a_terminal_and_passes_its_exit_code_on(image: str, checkout: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [shutil.which("moco") or "moco", "image", "shell", "--tag", image]
+    process = subprocess.Popen(command, cwd=checkout, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = os.read(ours, 4096)  # the prompt
+    os.write(ours, b"test -t 0 && echo typed-$((40 + 2)) in $PWD; exit 7\n")
+    with contextlib.suppress(OSError):  # the end of the other side
+        while more := os.read(ours, 4096):
+            said += more
+    os.close(ours)
+    assert process.wait() == 7
+    assert b"typed-42 in /project" in said

@@ -57,9 +57,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
     build_sif(SIF, "localimage", SITE)
 
 
-def settings(**pretrain: object) -> None:
+def settings(uri: str = "sqlite:///mlflow.db", **pretrain: object) -> None:
     params = yaml.safe_load(here("params.yaml").read_text())
     params["pretrain"].update(pretrain)
+    params["tracking"]["uri"] = uri
     write("params.yaml", yaml.safe_dump(params, sort_keys=False))
 
 
@@ -104,11 +105,11 @@ def submit(*words: str) -> dict[str, str]:
 
 def test_all_jobs_run_in_the_sif_and_end_in_accuracies(cluster: None) -> None:
     """Some by plain sbatch, most as the pipeline, whose first stage is up to date by then."""
-    settings(epochs=2)
+    settings(epochs=2, uri="")  # MLflow takes seconds of every job; those below have it
     write("extra_labels.csv", extra_labels())
     used = profile("copy.conf", DATASET_COPY="yes", DATASET_MOUNT="overlay", LOCAL_TMP="/tmp")
     assert "copying" in finish(sbatch("pretrain", used, "--time=10"))
-    settings(epochs=4)
+    settings(epochs=4, uri="")
     (checkpoint,) = here("runs/pretrain").glob("*/checkpoint_001.pth")
     named = str(checkpoint.relative_to(here(PROJECT)))
     assert f"continuing from {named}" in finish(sbatch("pretrain_continue", used, "--time=10", arguments=(named,)))
@@ -128,6 +129,7 @@ def test_all_jobs_run_in_the_sif_and_end_in_accuracies(cluster: None) -> None:
 
 def test_a_sweep_ends_in_one_experiment_a_task(cluster: None) -> None:
     node("rm -rf sweeps")
+    settings()
     jobs = submit("train", "--profile", profile("bind.conf"), "--sweep", "train.lr=0.5,5", "--name", "lr")
     for task in (1, 2):
         finish(f"{jobs['train']}_{task}")
@@ -213,7 +215,7 @@ def logged_steps(name: str) -> list[int]:
 
 
 def test_two_tasks_share_one_pretraining(cluster: None) -> None:
-    settings(epochs=3)
+    settings(epochs=3, uri="")
     node("rm -rf runs/pretrain models/encoder.pth")
     log = finish(sbatch("pretrain", profile("two.conf"), "--time=10", "--ntasks=2"))
     assert "2 processes" in log, log

@@ -172,7 +172,7 @@ def undisturbed() -> Callable[[], bytes]:
 
 
 def test_preempted_three_times_and_out_of_time_once_the_weights_are_those_of_an_undisturbed_run(cluster: None) -> None:
-    epochs = 24
+    epochs = 36
     settings(epochs=epochs)
     node("rm -rf runs/pretrain models/encoder.pth")
     reference = undisturbed()

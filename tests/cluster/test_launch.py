@@ -237,3 +237,21 @@ def test_on_several_gpus_srun_starts_one_torchrun_a_node_with_a_process_for_each
     for words in ("--ntasks=2 --ntasks-per-node=1", "recorder", "torchrun --nnodes 2 --node-rank NODE_RANK",
                   "--nproc-per-node 4 --master-addr first", "--no-python moco pretrain"):  # fmt: skip
         assert words in line, line
+
+
+def test_jobs_of_one_project_do_not_meet_at_dvcs_lock(project: Path) -> None:
+    fake(
+        project,
+        "recorder",
+        f"""#!/bin/sh
+case "$*" in *" dvc "*) mkdir busy || echo clash >>clashes; sleep 0.2; rmdir busy;; esac
+{STALE}""",
+    )
+    profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER=str(project / "bin/recorder"))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    jobs = [
+        subprocess.Popen(["slurm/launch", stage], cwd=project, env={**clean, "MOCO_PROFILE": profile})
+        for stage in ("train", "baseline", "pretrain")
+    ]
+    assert [job.wait() for job in jobs] == [0, 0, 0]
+    assert not (project / "clashes").exists()

@@ -26,7 +26,7 @@ BASE = "nvidia/cuda:11.1.1-cudnn8-devel-ubuntu18.04"
 SITE = "/share/apps/images/cuda11.1-cudnn8-devel-ubuntu18.04.sif"  # the cluster's own base image
 SIF, DATASET = "/share/apps/images/moco.sif", "/scratch/DL21SP/student_dataset.sqsh"
 PROJECT = "/scratch/hpc/my project"
-LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING", "PREEMPTED", "STOPPED")
 
 
 def needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -11,8 +12,9 @@ from pathlib import Path
 from moco.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path` and renames the result over it.
+def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
+    """Calls `write` with a temporary path beside `path` and renames the result over it. Without `replace`, a file that
+    another process put there meanwhile stays.
 
     Raises UserError where the disk is full or not writable; what stood at `path` before is then still there.
     """
@@ -26,7 +28,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

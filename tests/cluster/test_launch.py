@@ -42,10 +42,14 @@ def test_a_wrong_profile_is_one_line_for_both_readers(project: Path, text: str, 
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def outside() -> dict[str, str]:
+    """The environment without that of a job, in which the tests themselves may run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+
+
 def launch(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     return subprocess.run(
-        ["slurm/launch", *arguments], cwd=project, env={**clean, **environment}, text=True, capture_output=True,
+        ["slurm/launch", *arguments], cwd=project, env={**outside(), **environment}, text=True, capture_output=True,
         check=False,
     )  # fmt: skip
 
@@ -248,9 +252,8 @@ case "$*" in *" dvc "*) mkdir busy || echo clash >>clashes; sleep 0.2; rmdir bus
 {STALE}""",
     )
     profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER=str(project / "bin/recorder"))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     jobs = [
-        subprocess.Popen(["slurm/launch", stage], cwd=project, env={**clean, "MOCO_PROFILE": profile})
+        subprocess.Popen(["slurm/launch", stage], cwd=project, env={**outside(), "MOCO_PROFILE": profile})
         for stage in ("train", "baseline", "pretrain")
     ]
     assert [job.wait() for job in jobs] == [0, 0, 0]

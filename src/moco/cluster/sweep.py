@@ -97,7 +97,9 @@ def _checked(text: str, task: Mapping[str, Any]) -> str:
 def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, ...]]:
     """The stages that do not come out the same for every task, and those that do."""
     stages = _graph(Path("dvc.yaml"))
-    reached = {key: {name for name, (own, _) in stages.items() if any(map(_meets(key), own))} for key in keys}
+    reached = {
+        key: {name for name, (own, _) in stages.items() if any(_meet(key, other) for other in own)} for key in keys
+    }
     if job == "pipeline":
         for key, names in reached.items():
             if not names - EXTRA.keys():
@@ -119,8 +121,9 @@ def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, .
     return frozenset({stage}), tuple(name for name in stages if name in needed)
 
 
-def _meets(key: str) -> Any:
-    return lambda own: f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}.")
+def _meet(one: str, other: str) -> bool:
+    """Whether of two dotted keys one is the other or a part of it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _graph(path: Path) -> dict[str, tuple[tuple[str, ...], frozenset[str]]]:

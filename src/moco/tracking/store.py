@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import TrackingConfig
+from moco.files import write_atomically
 
 SQLITE = "sqlite:///"
 
@@ -75,20 +76,7 @@ def create(uri: str) -> None:
     path = sqlite_file(uri)
     if path is None or path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="moco-store-") as folder:
         built = Path(folder) / "mlflow.db"
         _client(f"{SQLITE}{built}").search_experiments()  # which makes the tables
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        copy = Path(name)
-        try:
-            shutil.copyfile(built, copy)
-            with copy.open("rb") as file:
-                os.fsync(file.fileno())
-            copy.chmod(0o644)
-            os.link(copy, path)  # unlike a rename it never replaces a store that is in use already
-        except FileExistsError:
-            pass
-        finally:
-            copy.unlink(missing_ok=True)
+        write_atomically(path, lambda copy: shutil.copyfile(built, copy), replace=False)

@@ -117,7 +117,7 @@ def test_experiments_and_comparisons_show_something(workspace: Path) -> None:
     assert metrics["reports/pretrain/metrics.json"]["images_seen"]["diff"] == 40
     run(workspace, "dvc", "plots", "show", "-o", "plots")
     page = (workspace / "plots/index.html").read_text()
-    for words in ("contrastive loss", "kNN accuracy", "confusion", "reliability"):
+    for words in ("contrastive loss", "kNN accuracy", "confusion on val", "reliability"):
         assert words in page
     shutil.rmtree(workspace / "plots")
     restore(workspace)

@@ -202,7 +202,7 @@ def submit(
 
     check_job(job)
     send(job, read_profile(profile), profile, typer.echo, options=option or (), arguments=arguments or (),
-         dry_run=dry_run, sweep=plan(job, sweep, name) if sweep else None)  # fmt: skip
+         dry_run=dry_run, sweep=plan(job, sweep or (), name))  # fmt: skip
 
 
 image_app = typer.Typer(help="The container image (needs a Docker engine).", no_args_is_help=True)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from moco.errors import UserError
 
+# Read once, before there are threads: it can only be read by setting it.
+os.umask(_UMASK := os.umask(0))
+
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Calls `write` with a temporary path beside `path` and renames the result over it. Without `replace`, a file that
@@ -27,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
             write(temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_UMASK)
             if replace:
                 temporary.replace(path)
             else:

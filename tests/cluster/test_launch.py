@@ -183,30 +183,52 @@ def test_a_stage_that_is_up_to_date_is_not_done_again(project: Path) -> None:
     assert "moco eval --classifier models/finetuned" in (project / "record").read_text()
 
 
-def in_sweep(project: Path, work: str, stage: str = "train", **environment: str) -> list[str]:
-    """What one start of task 2 of array 40 runs, without what apptainer is told."""
-    (project / "sweeps/lr/2").mkdir(parents=True, exist_ok=True)
+def task(project: Path, work: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """One start of task 2 of array 40, and what it runs. STAGE: with its arguments; FRESH: what DVC finds unchanged."""
+    fake(
+        project,
+        "recorder",
+        """#!/bin/sh
+echo "$@" >>record
+case "$*" in *"dvc status --quiet $FRESH"*) exit 0;; *"dvc status"*) exit 1;; esac
+eval "$WORK"
+""",
+    )
+    fake(project, "scontrol", '#!/bin/sh\necho "scontrol $@" >>record\nexit 1\n')
     place = {"MOCO_SWEEP": str(project / "sweeps/lr"), "MOCO_SHARED": "data pretrain", "SLURM_ARRAY_JOB_ID": "40",
-             "SLURM_ARRAY_TASK_ID": "2"}  # fmt: skip
-    job(project, stage, 0, WORK=work, **{**place, **environment})
+             "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "7", "FRESH": "nothing", "STAGE": "train"}  # fmt: skip
+    place |= {"PATH": f"{project / 'bin'}:{os.environ['PATH']}", "WORK": work, **environment}
+    (project / "sweeps/lr/2").mkdir(parents=True, exist_ok=True)
+    done = launch(
+        project,
+        *place["STAGE"].split(),
+        MOCO_PROFILE=write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder"),
+        **place,
+    )
     record = project / "sweeps/lr/2/record"
     lines = record.read_text().splitlines() if record.exists() else []
     record.unlink(missing_ok=True)
-    return lines
+    return done, lines
 
 
 def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project: Path) -> None:
     (project / "dvc.lock").write_text("of the project\n")
     for stage in ("pretrain", "train"):
         (project / "reports" / stage).mkdir(parents=True)
-    lines = in_sweep(project, "true", MLFLOW_TRACKING_URI="sqlite:////store.db")
     place = project / "sweeps/lr/2"
+    (place / "slurm/logs/.task/src").mkdir(parents=True)
+    (place / "slurm/logs/.task/src/new.py").touch()
+    untracked = 'case "$*" in *"git ls-files"*) printf \'reports/train/a b.json\\0src/new.py\\0\';; esac'
+    _, lines = task(project, untracked, MLFLOW_TRACKING_URI="sqlite:////store.db", FRESH="data pretrain")
     assert [line.partition("dvc.yaml ")[2] for line in lines] == [
         "dvc checkout --quiet --allow-missing --force data pretrain",
         "dvc repro --quiet --single-item data",
+        "dvc status --quiet data pretrain",
+        "dvc status --quiet train",
         "moco train",
         "dvc commit --quiet --force train",
-        "dvc exp save --quiet --force --name lr-2 -I reports -I dvc.lock train",
+        "git ls-files -z --others --exclude-standard reports ./src/new.py",
+        "dvc exp save --quiet --force --name lr-2 -I dvc.lock -I reports/train/a b.json -I src/new.py train",
         "dvc exp push --quiet --no-cache --force origin lr-2",
     ]
     for line in lines:
@@ -215,12 +237,78 @@ def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project:
             assert word in line
     assert (place / "dvc.lock").read_text() == "of the project\n"
     assert [path.name for path in (place / "reports").iterdir()] == ["pretrain"], "train's are another's"
-    assert "checkout" not in "".join(in_sweep(project, "true", "eval")), "once for a workspace"
+    assert "checkout" not in "".join(task(project, "true", STAGE="eval")[1]), "once for a workspace"
+
+
+def test_without_an_image_a_task_has_the_name_of_its_experiment(project: Path) -> None:
+    (project / "sweeps/lr/2").mkdir(parents=True)
+    fake(project, "dvc", "#!/bin/sh\n[ $1 != status ]\n")
+    fake(project, "git", "#!/bin/sh\n")
+    fake(project, "moco", '#!/bin/sh\necho "$DVC_EXP_NAME" >>record\n')
+    (project / "bare.conf").touch()
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    place = {
+        "MOCO_SWEEP": str(project / "sweeps/lr"),
+        "SLURM_ARRAY_TASK_ID": "2",
+        "MOCO_PROFILE": str(project / "bare.conf"),
+    }
+    launch(project, "train", PATH=path, **place)
+    assert (project / "sweeps/lr/2/record").read_text() == "lr-2\n"
+
+
+def test_a_task_without_the_results_that_it_builds_on_says_so_and_does_nothing(project: Path) -> None:
+    done, lines = task(project, "true")
+    assert done.returncode == 1 and "moco train" not in "".join(lines)
+    assert (
+        done.stderr.count("\n") == 1 and "no result of data, pretrain" in done.stderr and "submit again" in done.stderr
+    )
+    assert not list((project / "sweeps/lr/2/slurm/logs").glob(".shared")), "the next start looks again"
+
+
+PUBLISHING = 'case "$*" in *"exp save"*) '
+
+
+def test_a_signal_while_the_experiment_is_saved_waits(project: Path) -> None:
+    works = PUBLISHING + "kill -TERM $PPID; kill -TERM $$; sleep 0.2; touch saved;; esac"
+    done, lines = task(project, works, FRESH="data pretrain")
+    assert done.returncode == 0 and (project / "sweeps/lr/2/saved").exists()
+    assert "exp push" in lines[-1]
+
+
+def test_an_experiment_that_cannot_be_left_is_tried_again_and_then_an_error(project: Path) -> None:
+    once = PUBLISHING + "[ -e tried ] || { touch tried; exit 1; };; esac"
+    done, lines = task(project, once, FRESH="data pretrain")
+    assert done.returncode == 0 and "".join(lines).count("exp save") == 2
+    done, lines = task(project, 'case "$*" in *"exp push"*) exit 1;; esac', FRESH="data pretrain")
+    assert done.returncode == 1 and "".join(lines).count("exp push") == 3
+    assert "lr-2 could not be left in" in done.stderr and "submitted again" in done.stderr
+    assert not list((project / "sweeps/lr/2/slurm/logs").glob("*.committed"))
+
+
+def test_a_start_after_a_publication_that_was_ended_puts_the_tasks_files_back(project: Path) -> None:
+    place = project / "sweeps/lr/2"
+    (place / "slurm/logs/.task").mkdir(parents=True)
+    (place / "slurm/logs/.task/params.yaml").write_text("the task's\n")
+    (place / "params.yaml").write_text("the commit's\n")
+    (place / "slurm/logs/.publishing").touch()
+    _, lines = task(project, "true", FRESH="data pretrain")
+    assert (place / "params.yaml").read_text() == "the task's\n"
+    assert "git for-each-ref" in lines[0] and "git reset" in lines[1]
+    assert not (place / "slurm/logs/.publishing").exists()
+
+
+def test_files_that_arguments_name_are_the_workspaces_or_else_the_projects(project: Path) -> None:
+    for name in ("runs/both.pth", "runs/one.pth", "sweeps/lr/2/runs/both.pth"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+    work = {"FRESH": "data pretrain", "STAGE": "eval --classifier runs/both.pth runs/one.pth absent"}
+    _, lines = task(project, "true", **work)
+    assert f"moco eval --classifier runs/both.pth {project}/runs/one.pth absent" in lines[-1], "and no experiment of it"
 
 
 def test_a_task_that_is_out_of_time_goes_back_alone(project: Path) -> None:
     told = "touch runs/pretrain/k/checkpoint_001.pth; kill -USR2 $PPID; sleep 0.3; exit 140;; esac"
-    lines = in_sweep(project, IN_MOCO + told, "pretrain", MOCO_SHARED="")
+    _, lines = task(project, IN_MOCO + told, STAGE="pretrain", MOCO_SHARED="")
     assert "scontrol requeue 40_2" in lines
 
 

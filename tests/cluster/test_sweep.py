@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweep_helpers import git, repository
 
-from conftest import ROOT, write_params
-from moco.cluster import sweep as sweeps
+from conftest import write_params
+from moco.cluster import workspaces
 from moco.cluster.profile import Profile
 from moco.cluster.slurm import PIPELINE, render, submit
-from moco.cluster.sweep import make, plan
+from moco.cluster.sweep import Sweep
+from moco.cluster.sweep import plan as plan_or_none
+from moco.cluster.workspaces import make
 from moco.errors import UserError
 from moco.params import load
 
@@ -21,29 +24,21 @@ from moco.params import load
 @pytest.fixture
 def checkout(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project in a repository, with one commit."""
-    shutil.copy(ROOT / "dvc.yaml", project)
-    shutil.copytree(ROOT / "slurm", project / "slurm", ignore=shutil.ignore_patterns("logs"))
-    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
     write_params(project, tracking__uri="sqlite:///mlflow.db")
-    monkeypatch.chdir(project)
-    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    git("init", "--quiet", "-b", "main")
-    git("config", "user.name", "A Name")
-    git("config", "user.email", "name@example.org")
-    git("add", "dvc.yaml", "params.yaml", "slurm", ".dvc/config")
-    git("commit", "--quiet", "-m", "one")
+    repository(project, monkeypatch)
     return project
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+def plan(job: str, settings: list[str], name: str | None) -> Sweep:
+    found = plan_or_none(job, settings, name)
+    assert found is not None
+    return found
 
 
 def test_every_combination_is_a_task_and_values_are_read_as_params_yaml_reads_them(checkout: Path) -> None:
     found = plan("pipeline", ["pretrain.crop_scale=[0.2, 1.0],[0.1, 1.0]", "train.lr=1,2e-1,3"], "tau")
     assert len(found.tasks) == 6
-    assert found.tasks[4] == {"pretrain.crop_scale": [0.1, 1.0], "train.lr": 0.2}
+    assert found.tasks[4].values == {"pretrain.crop_scale": [0.1, 1.0], "train.lr": 0.2}
     assert found.folder == checkout / "sweeps/tau" and not found.folder.exists(), "planning makes nothing"
 
 
@@ -56,11 +51,14 @@ def test_every_combination_is_a_task_and_values_are_read_as_params_yaml_reads_th
         ("pipeline", "data.generated.seed=1,2", [], ()),
         ("train", "train.lr=1,2", [], ("data", "pretrain")),
         ("train_extra", "train_extra.labels=a.csv,b.csv", [], ("data", "pretrain")),
+        ("pretrain", "data.generated.seed=1,2", [], ()),
     ],
 )  # fmt: skip
 def test_what_no_value_reaches_is_done_once_and_before(
     checkout: Path, job: str, key: str, once: list[str], shared: tuple[str, ...]
 ) -> None:
+    for name in ("a.csv", "b.csv"):
+        (checkout / name).touch()
     found = plan(job, [key], "a")
     assert found.shared == shared
     said: list[str] = []
@@ -98,13 +96,18 @@ def test_a_server_needs_no_address_in_the_script(checkout: Path) -> None:
         ("train", "pretrain.lr=1,2", "a", ("train does not depend", "pipeline")),
         ("train", "train.lr=1,2", "a b", ("--name a b",)),
         ("train", "train.lr=1,2", "../a", ("--name ../a",)),
-        ("train", "train.lr=1,2", "used", ("exists already", "--name")),
+        ("train", "train.lr=2020-13-45,1", "a", ("KEY=VALUE",)),
+        ("train", "train.lr=2020-10-10,1", "a", ("KEY=VALUE",)),
+        ("train", "train.lr=!!int x", "a", ("KEY=VALUE",)),
+        ("train", "train.lr={[a]: 1}", "a", ("KEY=VALUE",)),
+        ("finetune", "train.lr=1,2", "a", ("train depends on it too", "finetune needs", "pipeline")),
+        ("train", "data.generated.seed=1,2", "a", ("pretrain depends on it too", "pipeline")),
+        ("train_extra", "train_extra.labels=absent.csv", "a", ("train_extra.labels: absent.csv: not found",)),
     ],
 )
 def test_what_cannot_be_swept_is_one_line(
     checkout: Path, job: str, setting: str, name: str, words: tuple[str, ...]
 ) -> None:
-    (checkout / "sweeps/used").mkdir(parents=True)
     with pytest.raises(UserError) as caught:
         plan(job, [setting], name)
     assert "\n" not in str(caught.value)
@@ -141,11 +144,81 @@ def test_sources_that_git_does_not_know_are_refused(checkout: Path) -> None:
         make(plan("train", ["train.lr=1,2"], "lr"), print)
 
 
-def test_without_a_repository_one_line_says_so_and_nothing_is_left(checkout: Path) -> None:
+def test_settings_that_say_no_sweep_or_say_it_twice_are_one_line(checkout: Path) -> None:
+    assert plan_or_none("train", [], None) is None
+    with pytest.raises(UserError, match="--name lr: is a sweep's"):
+        plan_or_none("train", [], "lr")
+    with pytest.raises(UserError, match=r"train\.lr is swept already"):
+        plan("train", ["train.lr=1,2", "train.lr=3"], None)
+    (checkout / "dvc.yaml").unlink()
+    with pytest.raises(UserError, match=r"no dvc\.yaml here"):
+        plan("train", ["train.lr=1,2"], None)
+
+
+def test_each_task_finds_the_file_that_its_own_settings_name(checkout: Path) -> None:
+    for name in ("a.csv", "b.csv"):
+        (checkout / name).write_text(name)
+    make(plan("train_extra", ["train_extra.labels=a.csv,b.csv"], "extra"), lambda _: None)
+    assert [
+        (checkout / f"sweeps/extra/{n}").joinpath(f"{name}.csv").read_text() for n, name in ((1, "a"), (2, "b"))
+    ] == [
+        "a.csv",
+        "b.csv",
+    ]
+    assert not (checkout / "sweeps/extra/1/b.csv").exists()
+
+
+def test_changes_arrive_byte_for_byte_whatever_git_is_set_to(checkout: Path) -> None:
+    (checkout / "slurm/launch").write_bytes(b"one\r\ntwo \t\r\n\xff")
+    (checkout / "presets").mkdir(exist_ok=True)
+    (checkout / "presets/mine.yaml").write_text("new\n")
+    git("add", "presets/mine.yaml")
+    for key, value in (("diff.external", "true"), ("color.diff", "always"), ("diff.noprefix", "true")):
+        git("config", key, value)
+    make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    for place in (checkout / "sweeps/lr/1", checkout / "sweeps/lr/2/slurm/logs/.task"):
+        assert (place / "slurm/launch").read_bytes() == b"one\r\ntwo \t\r\n\xff"
+        assert (place / "presets/mine.yaml").read_text() == "new\n"
+
+
+def test_workspaces_are_used_again_only_for_the_same_sources_and_settings(checkout: Path) -> None:
+    assert make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    (checkout / "sweeps/lr/1/result").touch()
+    assert not make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    with pytest.raises(UserError, match="exists already, of other"):
+        make(plan("train", ["train.lr=1,3"], "lr"), lambda _: None)
+    (checkout / "slurm/launch").write_text("changed\n")
+    with pytest.raises(UserError, match="exists already, of other"):
+        make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    assert (checkout / "sweeps/lr/1/result").exists(), "what is there stays"
+
+
+def test_a_name_whose_experiments_exist_is_refused(checkout: Path) -> None:
+    reference = f"refs/exps/{'ab'}/{'c' * 38}"
+    git("update-ref", f"{reference}/lr-1-other", "HEAD")  # of a sweep named lr-1-other or of none
+    make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    shutil.rmtree(checkout / "sweeps")
+    git("update-ref", f"{reference}/lr-2", "HEAD")
+    with pytest.raises(UserError, match=r"lr-2: an experiment of this name exists.*--name"):
+        make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    assert not (checkout / "sweeps").exists()
+
+
+def test_of_two_submissions_at_once_the_second_leaves_the_first_alone(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plan("train", ["train.lr=1,2"], "lr")
+    monkeypatch.setattr(workspaces, "_made", lambda *_: False)  # both looked before either had made anything
+    make(found, lambda _: None)
+    with pytest.raises(UserError, match="cannot be made: File exists"):
+        make(found, lambda _: None)
+    assert (checkout / "sweeps/lr/2/params.yaml").exists()
+
+
+def test_without_a_repository_one_line_says_so(checkout: Path) -> None:
     shutil.rmtree(checkout / ".git")
     with pytest.raises(UserError, match="clones the project's repository"):
         make(plan("train", ["train.lr=1,2"], "lr"), print)
-    assert not (checkout / "sweeps").exists()
 
 
 def test_a_workspace_that_fails_takes_the_others_with_it(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +226,7 @@ def test_a_workspace_that_fails_takes_the_others_with_it(checkout: Path, monkeyp
         if place.name == "2":
             raise UserError("the disk is full")
 
-    monkeypatch.setattr(sweeps, "_link", fail)
+    monkeypatch.setattr(workspaces, "_link", fail)
     with pytest.raises(UserError, match="disk"):
         make(plan("train", ["train.lr=1,2,3"], "lr"), lambda _: None)
     assert not (checkout / "sweeps/lr").exists()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moco.cluster.profile import Profile
-from moco.cluster.sweep import Sweep, make
+from moco.cluster.sweep import Sweep
+from moco.cluster.workspaces import make
 from moco.errors import Say, UserError
 from moco.params import nearest
 from moco.tracking.store import shared_uri
@@ -92,18 +93,31 @@ def submit(
         say("\n".join(f"# {job}\n{text}" for job, _, text in texts))
         return []
     _check(profile, profile_path)
-    if sweep is not None:
-        make(sweep, say)
+    made = make(sweep, say) if sweep is not None else False
     LOGS.mkdir(parents=True, exist_ok=True)
     ids: list[str] = []
     before = None
     for job, array, text in texts:
         after = f"{'aftercorr' if array and before else 'afterok'}:{ids[-1]}" if ids else None
-        ids.append(_sbatch(command(options, arguments, after), text, job))
+        try:
+            ids.append(_sbatch(command(options, arguments, after), text, job))
+        except UserError as error:
+            if sweep is not None and made and not ids:
+                shutil.rmtree(sweep.folder, ignore_errors=True)
+            raise _cancelled(ids, error) from None
         before = array
         log = LOGS / f"moco-{job}-{ids[-1]}{'_*' if array else ''}.log"
         say(f"{job}: job {ids[-1]}{f'_[1-{len(array.tasks)}]' if array else ''}, log {log}")
     return ids
+
+
+def _cancelled(ids: Sequence[str], error: UserError) -> UserError:
+    """Half a pipeline is of no use: what was submitted before the job that Slurm refused."""
+    if not ids:
+        return error
+    done = subprocess.run(["scancel", *ids], capture_output=True, text=True, check=False)
+    said = "cancelled" if done.returncode == 0 else "not cancelled, though scancel was asked to"
+    return UserError(f"{error}; the jobs before it are {said}: {', '.join(ids)}")
 
 
 def _check(profile: Profile, path: Path) -> None:

@@ -1,20 +1,13 @@
-"""Sweeps: one task of a job array for every combination of values, each in a workspace of its own.
-
-A workspace is a clone of the project with its own params.yaml, and so its own DVC lock. DVC's cache and the MLflow
-store are the project's. Stages that no swept value reaches run once, in the project itself.
+"""Sweeps: what they come to. One task of a job array for every combination of values, each in a workspace of its own
+(`moco.cluster.workspaces` makes them). Stages that no swept value reaches run once, in the project itself.
 """
 
 from __future__ import annotations
 
-import getpass
 import itertools
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,74 +17,104 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from moco.config import Config
-from moco.errors import Say, UserError
-from moco.files import write_text
+from moco.errors import UserError
 from moco.params import load, parse
 from moco.presets import edit
 
 FOLDER = Path("sweeps")
 PARAMS = Path("params.yaml")
-DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
+_Graph = Mapping[str, tuple[tuple[str, ...], frozenset[str]]]
 # No stage of dvc.yaml, since it needs the user's file; a job all the same.
-EXTRA = {"train_extra": (("train_extra", "train"), frozenset({"data", "pretrain"}))}
+EXTRA: _Graph = {"train_extra": (("train_extra", "train"), frozenset({"data", "pretrain"}))}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One combination. values: by key; text and config: params.yaml with them."""
+
+    values: Mapping[str, Any]
+    text: str
+    config: Config
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+    def files(self) -> dict[str, str]:
+        """What params.yaml names by a relative path and git may not carry, by key."""
+        paths = {"data.path": self.config.data.path, "train_extra.labels": self.config.train_extra.labels}
+        return {key: path for key, path in paths.items() if path and not Path(path).is_absolute()}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """folder: absolute, with a workspace for each task, numbered from 1; tasks: params.yaml's changes in each;
-    varied: stages that a task does for itself; shared: stages whose results it takes from the project; config: the
-    project's own."""
+    """folder: absolute, with a workspace for each task, numbered from 1; varied: stages that a task does for itself;
+    shared: stages whose results it takes from the project; config: the project's own."""
 
     name: str
     folder: Path
-    tasks: Sequence[Mapping[str, Any]]
+    tasks: Sequence[Task]
     varied: frozenset[str]
     shared: tuple[str, ...]
     config: Config
 
 
-def plan(job: str, settings: Sequence[str], name: str | None) -> Sweep:
-    """What a sweep comes to. job: a stage, or `pipeline`; settings: KEY=VALUE,VALUE,… each; name: by default day and
-    time.
+def plan(job: str, settings: Sequence[str], name: str | None) -> Sweep | None:
+    """What a sweep comes to. job: a stage, or `pipeline`; settings: KEY=VALUE,VALUE,… each, none for no sweep; name:
+    by default day and time.
 
-    Raises UserError, before anything is made, for a key or value that params.yaml does not take, one that the job does
-    not depend on, and a name that is in use or cannot be an experiment's.
+    Raises UserError for a key or value that params.yaml does not take, a file that is not there, a key that the job
+    does not depend on or that others depend on whose results it needs, and a name that cannot be an experiment's.
     """
+    if not settings:
+        if name is not None:
+            raise UserError(f"--name {name}: is a sweep's; add --sweep KEY=VALUE,VALUE")
+        return None
     name = name or time.strftime("sweep-%m%d-%H%M%S")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"--name {name}: use letters, digits, - and _ only")
-    folder = (FOLDER / name).absolute()
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; choose another --name, or remove it")
-    values = dict(map(_values, settings))
-    tasks = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    values: dict[str, list[Any]] = {}
+    for setting in settings:
+        key, found = _values(setting)
+        if key in values:
+            raise UserError(f"--sweep {setting}: {key} is swept already; give all its values in one --sweep")
+        values[key] = found
     config, text = load(PARAMS), PARAMS.read_text(encoding="utf-8")
-    for task in tasks:
-        _checked(text, task)
+    tasks = [
+        _task(text, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())
+    ]
     varied, shared = _stages(job, list(values))
-    return Sweep(name, folder, tasks, varied, shared, config)
+    return Sweep(name, (FOLDER / name).absolute(), tasks, varied, shared, config)
 
 
 def _values(setting: str) -> tuple[str, list[Any]]:
     key, equals, text = setting.partition("=")
     try:
         values = YAML(typ="safe").load(f"[{text}]")  # unlike PyYAML, it knows 1e-4 for a number
-    except YAMLError:
+    except (YAMLError, ValueError, TypeError):  # not YAML, no such day, a list as a key
         values = []
-    if not equals or not values:
+    if not equals or not values or not all(map(_plain, values)):
         raise UserError(f"--sweep {setting}: expected KEY=VALUE,VALUE, for example pretrain.temperature=0.1,0.2")
     return key.strip(), values
 
 
-def _checked(text: str, task: Mapping[str, Any]) -> str:
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _task(text: str, values: Mapping[str, Any]) -> Task:
     """params.yaml with a task's values. Raises UserError where it does not take them."""
-    changed = edit(text, task, "--sweep")
-    shown = " ".join(f"{key}={value}" for key, value in task.items())
+    changed = edit(text, values, "--sweep")
+    shown = " ".join(f"{key}={value}" for key, value in values.items())
     try:
-        parse(changed, PARAMS)
+        task = Task(values, changed, parse(changed, PARAMS))
     except UserError as error:
         raise UserError(f"--sweep {shown}: {error}") from None
-    return changed
+    for key, path in task.files().items():
+        if key in values and not Path(path).exists():
+            raise UserError(f"--sweep {key}: {path}: not found")
+    return task
 
 
 def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -104,21 +127,38 @@ def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, .
         for key, names in reached.items():
             if not names - EXTRA.keys():
                 raise UserError(f"--sweep {key}: no stage of dvc.yaml depends on it")
-        varied = set().union(*reached.values())
-        while more := {name for name, (_, before) in stages.items() if before & varied} - varied:
-            varied |= more
+        varied = _downstream(set().union(*reached.values()), stages)
         return frozenset(varied), tuple(name for name in stages if name not in varied and name not in EXTRA)
     stage = job.removesuffix("_continue").removesuffix("_2gpu")
+    needed = _upstream(stage, stages)
     for key, names in reached.items():
         if not names & {stage, "data"}:
             raise UserError(f"--sweep {key}: {job} does not depend on it; `pipeline` does all that do")
-    needed: set[str] = set()
+        # A task prepares its own data; other results it takes from the project, which has them for one value alone.
+        if other := (_downstream(names, stages) & needed) - {"data"}:
+            first = next(name for name in stages if name in other)
+            raise UserError(f"--sweep {key}: {first} depends on it too, which {job} needs; `pipeline` does all that do")
+    varied = {stage} | {"data" for names in reached.values() if "data" in names}
+    return frozenset(varied), tuple(name for name in stages if name in needed - varied)
+
+
+def _downstream(names: Set[str], stages: _Graph) -> set[str]:
+    """These stages, and all that need their results, directly or not."""
+    found = set(names)
+    while more := {name for name, (_, before) in stages.items() if before & found} - found:
+        found |= more
+    return found
+
+
+def _upstream(stage: str, stages: _Graph) -> set[str]:
+    """All stages whose results a stage needs, directly or not."""
+    found: set[str] = set()
     todo = [stage]
     while todo:
-        before = stages[todo.pop()][1] - needed
-        needed |= before
+        before = stages[todo.pop()][1] - found
+        found |= before
         todo += before
-    return frozenset({stage}), tuple(name for name in stages if name in needed)
+    return found
 
 
 def _meet(one: str, other: str) -> bool:
@@ -126,8 +166,10 @@ def _meet(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _graph(path: Path) -> dict[str, tuple[tuple[str, ...], frozenset[str]]]:
+def _graph(path: Path) -> _Graph:
     """By stage, in their order: the parameters that it depends on, and the stages whose outputs it reads."""
+    if not path.is_file():
+        raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     makers = {out: name for name, stage in stages.items() for out in stage.get("outs", []) if isinstance(out, str)}
     graph = {
@@ -135,69 +177,3 @@ def _graph(path: Path) -> dict[str, tuple[tuple[str, ...], frozenset[str]]]:
         for name, stage in stages.items()
     }
     return {**graph, **EXTRA}
-
-
-def make(sweep: Sweep, say: Say) -> None:
-    """The workspaces: the project as it is now, changes that are not committed included.
-
-    Raises UserError where the project is no git repository with a commit, has sources that git does not know, or a
-    workspace cannot be made; then nothing is left of them.
-    """
-    project = Path.cwd()
-    unknown = _git("ls-files", "--others", "--exclude-standard", "src", "dvc.yaml", "presets").splitlines()
-    if unknown:
-        raise UserError(f"{unknown[0]}: git does not know it, and the sweep would run without it; `git add` it")
-    changes = _git("diff", "--binary", "HEAD")
-    text = PARAMS.read_text(encoding="utf-8")
-    cache = _run(*DVC, "cache", "dir").strip()
-    who = {"user.name": getpass.getuser(), "user.email": f"{getpass.getuser()}@{socket.gethostname()}"}
-    who |= {key: found for key in who if (found := _git("config", "--get", "--default", "", key).strip())}
-    try:
-        for number, task in enumerate(sweep.tasks, 1):
-            place = sweep.folder / str(number)
-            _git("clone", "--quiet", str(project), str(place))
-            if changes:
-                _git("-C", str(place), "apply", "--whitespace=nowarn", "-", text=changes)
-            for key, value in who.items():  # for the commit that holds an experiment
-                _git("-C", str(place), "config", key, value)
-            write_text(place / PARAMS, _checked(text, task))
-            _configure(place, sweep.folder / "1", cache)
-            for path in (sweep.config.data.path, sweep.config.train_extra.labels):
-                _link(path, project, place)
-            say(f"{sweep.name}-{number}: {' '.join(f'{key}={value}' for key, value in task.items())}")
-    except BaseException:
-        shutil.rmtree(sweep.folder, ignore_errors=True)
-        raise
-
-
-def _configure(place: Path, first: Path, cache: str) -> None:
-    """DVC of a workspace uses the project's cache, and whatever the project has set for this machine alone."""
-    local = Path(".dvc/config.local")
-    if place == first:
-        if local.exists():
-            shutil.copy(local, place / local)
-        _run(*DVC, "--cd", str(place), "cache", "dir", "--local", cache)
-    else:
-        shutil.copy(first / local, place / local)
-
-
-def _link(path: str | None, project: Path, place: Path) -> None:
-    """What params.yaml names by a relative path, and git does not carry, is found in the workspace too."""
-    if path and not Path(path).is_absolute() and (project / path).exists() and not (place / path).exists():
-        (place / path).parent.mkdir(parents=True, exist_ok=True)
-        (place / path).symlink_to(project / path)
-
-
-def _git(*words: str, text: str | None = None) -> str:
-    return _run("git", *words, text=text)
-
-
-def _run(*words: str, text: str | None = None) -> str:
-    try:
-        done = subprocess.run(words, input=text, capture_output=True, text=True, check=False, errors="surrogateescape")
-    except FileNotFoundError:
-        raise UserError(f"{words[0]}: not found; a sweep clones the project's repository with it") from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-        raise UserError(f"a sweep clones the project's repository: `{' '.join(words[:3])}` says: {reason}")
-    return done.stdout

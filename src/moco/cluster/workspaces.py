@@ -1,0 +1,144 @@
+"""The workspaces of a sweep: clones of the project, each with its own params.yaml, and so its own DVC lock.
+
+DVC's cache and the MLflow store are the project's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from moco.cluster.sweep import PARAMS, Sweep
+from moco.errors import Say, UserError
+from moco.files import write_text
+
+DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
+# Written last into a sweep's folder: a digest of all that its workspaces were made from.
+MADE = "made-from"
+# In a workspace, outside of git: what differs there from the commit. slurm/launch puts it back at every start, since
+# DVC, ended while it saves an experiment, leaves the files of the commit.
+KEPT = Path("slurm/logs/.task")
+
+
+def make(sweep: Sweep, say: Say) -> bool:
+    """The workspaces: the project as it is now, changes that are not committed included. Those of an earlier
+    submission are used again where they were made from the same sources and settings. Returns whether any was made.
+
+    Raises UserError where the project is no git repository with a commit or has sources that git does not know, the
+    name is in use by a sweep of something else, or a workspace cannot be made; then nothing is left of them.
+    """
+    changes, digest = _sources(sweep)
+    if _made(sweep, digest):
+        say(f"{sweep.folder}: made before from the same sources and settings; its tasks go on there")
+        return False
+    try:
+        sweep.folder.mkdir(parents=True)
+    except OSError as error:  # also where another submission was faster
+        raise UserError(f"{sweep.folder}: cannot be made: {error.strerror}") from None
+    try:
+        _make(sweep, changes, say)
+        write_text(sweep.folder / MADE, digest)
+    except BaseException:
+        shutil.rmtree(sweep.folder, ignore_errors=True)
+        raise
+    return True
+
+
+def _sources(sweep: Sweep) -> tuple[bytes, str]:
+    """What the project differs by from its commit, as a patch, and a digest of all that tasks are made from."""
+    unknown = _git("ls-files", "--others", "--exclude-standard", "src", "dvc.yaml", "presets").splitlines()
+    if unknown:
+        raise UserError(f"{unknown[0]}: git does not know it, and the sweep would run without it; `git add` it")
+    with contextlib.suppress(UserError):  # it ends with 1 where files differ
+        _git("update-index", "-q", "--refresh")
+    # The plumbing command, since `diff` heeds what users set: colours, prefixes, programs of their own.
+    changes = _run("git", "diff-index", "-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD")
+    digest = hashlib.sha256(_git("rev-parse", "HEAD").encode() + changes)
+    for task in sweep.tasks:
+        digest.update(task.text.encode())
+    return changes, digest.hexdigest()
+
+
+def _made(sweep: Sweep, digest: str) -> bool:
+    """Whether the workspaces are there already. Raises UserError where what has their name is something else."""
+    if sweep.folder.exists():
+        mark = sweep.folder / MADE
+        if mark.exists() and mark.read_text(encoding="utf-8") == digest:
+            return True
+        raise UserError(
+            f"{sweep.folder}: exists already, of other sources or settings; choose another --name or remove it"
+        )
+    found = _git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/*/*/{sweep.name}-*").splitlines()
+    if taken := [name for name in found if name.removeprefix(f"{sweep.name}-").isdecimal()]:
+        raise UserError(f"{taken[0]}: an experiment of this name exists; choose another --name, or `dvc exp remove` it")
+    return False
+
+
+def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
+    project = Path.cwd()
+    cache = _run(*DVC, "cache", "dir").decode().strip()
+    who = {"user.name": getpass.getuser(), "user.email": f"{getpass.getuser()}@{socket.gethostname()}"}
+    who |= {key: found for key in who if (found := _git("config", "--get", "--default", "", key).strip())}
+    for number, task in enumerate(sweep.tasks, 1):
+        place = sweep.folder / str(number)
+        _git("clone", "--quiet", "--origin", "origin", str(project), str(place))
+        if changes:
+            _run("git", "-C", str(place), "apply", "--whitespace=nowarn", "-", given=changes)
+        for key, value in who.items():  # for the commit that holds an experiment
+            _git("-C", str(place), "config", key, value)
+        write_text(place / PARAMS, task.text)
+        shutil.rmtree(place / "reports", ignore_errors=True)  # of other settings, where they are committed
+        _keep(place)
+        _configure(place, sweep.folder / "1", cache)
+        for path in task.files().values():
+            _link(path, project, place)
+        say(f"{sweep.name}-{number}: {task}")
+
+
+def _keep(place: Path) -> None:
+    """A copy of what a workspace differs by from its commit, beside git and DVC."""
+    lists = (
+        ("diff-index", "--name-only", "--diff-filter=d", "-z", "HEAD"),
+        ("ls-files", "--others", "--exclude-standard", "-z"),
+    )
+    for name in [name for words in lists for name in _git("-C", str(place), *words).split("\0") if name]:
+        (place / KEPT / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(place / name, place / KEPT / name, follow_symlinks=False)
+
+
+def _configure(place: Path, first: Path, cache: str) -> None:
+    """DVC of a workspace uses the project's cache, and whatever the project has set for this machine alone."""
+    local = Path(".dvc/config.local")
+    if place == first:
+        if local.exists():
+            shutil.copy(local, place / local)
+        _run(*DVC, "--cd", str(place), "cache", "dir", "--local", cache)
+    else:
+        shutil.copy(first / local, place / local)
+
+
+def _link(path: str, project: Path, place: Path) -> None:
+    if (project / path).exists() and not (place / path).exists():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).symlink_to(project / path)
+
+
+def _git(*words: str) -> str:
+    return _run("git", *words).decode(errors="surrogateescape")
+
+
+def _run(*words: str, given: bytes = b"") -> bytes:
+    try:
+        done = subprocess.run(words, input=given, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{words[0]}: not found; a sweep clones the project's repository with it") from None
+    if done.returncode != 0:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        raise UserError(f"a sweep clones the project's repository: `{' '.join(words[:3])}` says: {reason}")
+    return done.stdout

@@ -61,3 +61,10 @@ def test_a_server_needs_no_ui_of_its_own(moco: Moco, project: Path) -> None:
     write_params(project, tracking__uri="https://mlflow.example.org")
     done = moco("ui")
     assert done.returncode == 0 and "https://mlflow.example.org" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_made_is_one_line(moco: Moco, project: Path) -> None:
+    (project / "file").touch()
+    write_params(project, tracking__uri=f"sqlite:///{project}/file/mlflow.db")
+    assert_one_line_error(moco("ui", "--port", str(free_port())), "file/mlflow.db", "cannot be written")

@@ -31,9 +31,9 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
             probe.bind((HOST, port))
         except OSError:
             raise UserError(f"port {port} is in use; choose another with --port") from None
+    create(uri)
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
-    create(uri)
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port),
     ]  # fmt: skip

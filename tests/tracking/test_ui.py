@@ -64,6 +64,7 @@ def test_a_server_needs_no_ui_of_its_own(moco: Moco, project: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
 def test_a_store_that_cannot_be_made_is_one_line(moco: Moco, project: Path) -> None:
     (project / "file").touch()
     write_params(project, tracking__uri=f"sqlite:///{project}/file/mlflow.db")

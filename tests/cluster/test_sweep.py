@@ -128,6 +128,7 @@ def test_workspaces_carry_what_is_not_committed_and_share_the_cache(checkout: Pa
         assert (config.train.lr, config.pretrain.seed) == (lr, 5)
         assert (place / "slurm/launch").read_text() == "changed\n"
         assert (place / "images").resolve() == (checkout / "images").resolve()
+        assert "images" not in git("-C", str(place), "status", "--short")
         assert git("-C", str(place), "remote", "get-url", "origin") == str(checkout)
         assert git("-C", str(place), "config", "--local", "user.email") == "name@example.org"
         cache = subprocess.run(
@@ -176,21 +177,40 @@ def test_changes_arrive_byte_for_byte_whatever_git_is_set_to(checkout: Path) -> 
     for key, value in (("diff.external", "true"), ("color.diff", "always"), ("diff.noprefix", "true")):
         git("config", key, value)
     make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
-    for place in (checkout / "sweeps/lr/1", checkout / "sweeps/lr/2/slurm/logs/.task"):
+    for place in (checkout / "sweeps/lr/1", checkout / "sweeps/lr/2"):
         assert (place / "slurm/launch").read_bytes() == b"one\r\ntwo \t\r\n\xff"
         assert (place / "presets/mine.yaml").read_text() == "new\n"
 
 
-def test_workspaces_are_used_again_only_for_the_same_sources_and_settings(checkout: Path) -> None:
+def test_workspaces_are_used_again_only_for_the_same_job_sources_and_settings(checkout: Path) -> None:
+    """Results, notes and commits of them are no other sources."""
+    (checkout / "src").mkdir()
+    for name in ("dvc.lock", "README.md", "src/code.py"):
+        (checkout / name).touch()
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "results")
     assert make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
     (checkout / "sweeps/lr/1/result").touch()
+    (checkout / "dvc.lock").write_text("new results")
+    (checkout / "README.md").write_text("a note")
+    git("commit", "--quiet", "-a", "-m", "newer results")
     assert not make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
-    with pytest.raises(UserError, match="exists already, of other"):
-        make(plan("train", ["train.lr=1,3"], "lr"), lambda _: None)
-    (checkout / "slurm/launch").write_text("changed\n")
-    with pytest.raises(UserError, match="exists already, of other"):
+    for job, values in (("train", "train.lr=1,3"), ("pipeline", "train.lr=1,2")):
+        with pytest.raises(UserError, match="exists already, of another job"):
+            make(plan(job, [values], "lr"), lambda _: None)
+    (checkout / "src/code.py").write_text("changed")
+    with pytest.raises(UserError, match="exists already, of another job"):
+        make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
+    (checkout / "sweeps/lr/made-from").unlink()
+    with pytest.raises(UserError, match="unfinished"):
         make(plan("train", ["train.lr=1,2"], "lr"), lambda _: None)
     assert (checkout / "sweeps/lr/1/result").exists(), "what is there stays"
+
+
+def test_a_path_that_leads_elsewhere_from_a_workspace_is_refused(checkout: Path) -> None:
+    write_params(checkout, data__path="../images")
+    with pytest.raises(UserError, match=r"data\.path: \.\./images: leads out of the project"):
+        plan("train", ["train.lr=1,2"], "lr")
 
 
 def test_a_name_whose_experiments_exist_is_refused(checkout: Path) -> None:

@@ -3,7 +3,6 @@ runs each job at once, and in place of the stages one that writes down what they
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -41,6 +40,9 @@ for kind in ("outs", "plots", "metrics"):
         path = path / "model" if path.name in ("classifier", "finetuned") else path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("step,loss\\n1,1\\n" if path.suffix == ".csv" else json.dumps(made))
+done = pathlib.Path("runs", stage, "key", "done")
+done.parent.mkdir(parents=True, exist_ok=True)
+done.write_text(os.environ.get("SLURM_JOB_ID", ""))
 """
 # As Slurm would: the batch script, once for each task, with what a job finds in its environment.
 SBATCH = f"""#!{sys.executable}
@@ -143,14 +145,16 @@ def test_a_pipeline_sweep_ends_in_experiments_made_from_their_own_values(checkou
 
 
 def test_a_task_takes_no_results_of_other_settings(checkout: Path) -> None:
-    """Neither where the project has none, nor where its settings changed meanwhile."""
+    """Neither where the project has none, nor where its settings changed meanwhile. Its results are in git."""
     send("train", "train.lr=0.25", name="none")
     log = jobs(checkout)["100_1"]
-    assert log.endswith("exit 1") and log.count("error: ") == 1 and "no result of data, pretrain" in log, log
+    assert log.endswith("exit 1") and log.count("error: ") == 1 and "bring data, pretrain up to date" in log, log
     subprocess.run(["dvc", "repro", "--quiet", "pretrain"], check=True)
+    git("add", "--all")
+    git("commit", "--quiet", "-m", "results")
     write_params(checkout, pretrain__seed=8)
     send("train", "train.lr=0.25", name="changed")
-    assert "no result of data, pretrain" in jobs(checkout)["101_1"]
+    assert "params.yaml" in (log := jobs(checkout)["101_1"]) and "bring data, pretrain up to date" in log, "and why"
     assert not experiments()
     subprocess.run(["dvc", "repro", "--quiet", "pretrain"], check=True)
     send("train", "train.lr=0.25", name="changed")  # the same again, in the same workspace
@@ -169,7 +173,7 @@ def test_a_pipeline_that_slurm_refuses_in_part_leaves_no_jobs_and_a_failed_task_
     assert jobs(checkout)["101_1"].endswith("exit 1") and not experiments()
     monkeypatch.delenv("FAIL")
     monkeypatch.delenv("REFUSE")
-    send("pretrain", "pretrain.seed=1", name="seed")
+    send("pipeline", "pretrain.seed=1", name="seed")
     assert set(experiments()) == {"seed-1"}
     monkeypatch.setenv("REFUSE", "train")
     with pytest.raises(UserError, match=r"train: .*invalid partition$"):
@@ -177,32 +181,41 @@ def test_a_pipeline_that_slurm_refuses_in_part_leaves_no_jobs_and_a_failed_task_
     assert not (checkout / "sweeps/lr").exists(), "nothing was submitted that could run there"
 
 
-def test_tasks_leave_results_of_their_own_alone_even_when_one_was_ended_as_it_published(checkout: Path) -> None:
-    """In a project whose reports are committed. SIGKILL comes while DVC saves, at the moment at which the task's own
-    settings and sources are away."""
+def test_tasks_leave_results_of_their_own_alone_even_when_one_was_ended_as_it_published(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a project whose reports are committed. A git that kills its own shell ends the first publication half-way, and
+    then Slurm puts the same job back."""
     subprocess.run(["dvc", "repro", "--quiet", "eval"], check=True)
     git("add", "--all")
     git("commit", "--quiet", "-m", "results")
     (checkout / "src/mine.py").write_text("new\n")
     git("add", "src/mine.py")
+    (checkout / "dvc.yaml").write_text((checkout / "dvc.yaml").read_text() + "\n# not committed\n")
+    real, tool = shutil.which("git"), checkout.parent / "tools/git"
+    kills = f'[ "$1" = commit-tree ] && mkdir "$JOBS/killed" 2>/dev/null && kill -KILL $PPID\nexec {real} "$@"\n'
+    tool.write_text(f"#!/bin/sh\n{kills}")
+    tool.chmod(0o755)
     send("train", "train.lr=0.25,0.5", name="lr")
-    place = checkout / "sweeps/lr/2"
-    settings = (place / "params.yaml").read_text()
-    (place / "slurm/logs/.publishing").touch()
-    saving = subprocess.Popen(["dvc", "exp", "save", "--quiet", "--force", "--name", "lr-2", "train"], cwd=place)
-    while saving.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            if (place / "params.yaml").read_text() != settings:
-                saving.kill()
-    assert saving.wait() == -9
-    (place / ".git/index.lock").touch()  # as git leaves it
-    send("train", "train.lr=0.25,0.5", name="lr")
-    assert jobs(checkout)["101_2"].endswith("exit 0"), jobs(checkout)
-    assert (place / "params.yaml").read_text() == settings
+    assert all(log.endswith("exit 0") for log in jobs(checkout).values()), jobs(checkout)
+    place = checkout / "sweeps/lr/1"
+    for name in (".job-10001.committed", ".index"):
+        (place / "slurm/logs" / name).unlink(missing_ok=True)
+    environment = {
+        "MOCO_SWEEP": str(checkout / "sweeps/lr"), "MOCO_SHARED": "data pretrain", "MOCO_PROFILE": "site.conf",
+        "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "10001", "SLURM_RESTART_COUNT": "1",
+    }  # fmt: skip
+    again = subprocess.run(
+        ["slurm/launch", "train"], env={**os.environ, **environment}, capture_output=True, check=True
+    )
+    assert b"up to date" in again.stdout and (checkout.parent / "jobs/killed").exists()
     for name, lr in (("lr-1", 0.25), ("lr-2", 0.5)):
         commit = experiments()[name]
         assert made(commit, "train")["params"]["train"]["lr"] == lr
         assert yaml.safe_load(git("show", f"{commit}:params.yaml"))["train"]["lr"] == lr
         tree = git("ls-tree", "-r", "--name-only", commit).splitlines()
         assert "src/mine.py" in tree and "reports/pretrain/metrics.json" in tree
+        assert "not committed" in git("show", f"{commit}:dvc.yaml")
         assert not [path for path in tree if path.startswith("reports/eval")], "of another classifier"
+    shown = subprocess.run(["dvc", "exp", "show", "--csv"], capture_output=True, text=True, check=True).stdout
+    assert [line.count("lr-") for line in shown.splitlines() if "lr-" in line] == [1, 1]

@@ -115,8 +115,11 @@ def _cancelled(ids: Sequence[str], error: UserError) -> UserError:
     """Half a pipeline is of no use: what was submitted before the job that Slurm refused."""
     if not ids:
         return error
-    done = subprocess.run(["scancel", *ids], capture_output=True, text=True, check=False)
-    said = "cancelled" if done.returncode == 0 else "not cancelled, though scancel was asked to"
+    try:
+        code = subprocess.run(["scancel", *ids], capture_output=True, check=False).returncode
+    except FileNotFoundError:
+        code = 127
+    said = "cancelled" if code == 0 else f"still there (scancel ended with {code})"
     return UserError(f"{error}; the jobs before it are {said}: {', '.join(ids)}")
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -114,6 +115,10 @@ def _task(text: str, values: Mapping[str, Any]) -> Task:
     for key, path in task.files().items():
         if key in values and not Path(path).exists():
             raise UserError(f"--sweep {key}: {path}: not found")
+        if os.path.normpath(path).startswith(".."):
+            raise UserError(
+                f"{key}: {path}: leads out of the project, and elsewhere from a task's folder; make it absolute"
+            )
     return task
 
 
@@ -173,7 +178,7 @@ def _graph(path: Path) -> _Graph:
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     makers = {out: name for name, stage in stages.items() for out in stage.get("outs", []) if isinstance(out, str)}
     graph = {
-        name: (tuple(stage.get("params", [])), frozenset(makers[dep] for dep in stage["deps"] if dep in makers))
+        name: (tuple(stage.get("params", [])), frozenset(makers[dep] for dep in stage.get("deps", []) if dep in makers))
         for name, stage in stages.items()
     }
     return {**graph, **EXTRA}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import os
 import shutil
 import socket
 import subprocess
@@ -21,9 +22,7 @@ from moco.files import write_text
 DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
 # Written last into a sweep's folder: a digest of all that its workspaces were made from.
 MADE = "made-from"
-# In a workspace, outside of git: what differs there from the commit. slurm/launch puts it back at every start, since
-# DVC, ended while it saves an experiment, leaves the files of the commit.
-KEPT = Path("slurm/logs/.task")
+SOURCES = ("src", "dvc.yaml")  # what decides, with params.yaml, what a task comes to
 
 
 def make(sweep: Sweep, say: Say) -> bool:
@@ -39,41 +38,44 @@ def make(sweep: Sweep, say: Say) -> bool:
         return False
     try:
         sweep.folder.mkdir(parents=True)
+        try:
+            _make(sweep, changes, say)
+            write_text(sweep.folder / MADE, digest)
+        except BaseException:
+            shutil.rmtree(sweep.folder, ignore_errors=True)
+            raise
     except OSError as error:  # also where another submission was faster
-        raise UserError(f"{sweep.folder}: cannot be made: {error.strerror}") from None
-    try:
-        _make(sweep, changes, say)
-        write_text(sweep.folder / MADE, digest)
-    except BaseException:
-        shutil.rmtree(sweep.folder, ignore_errors=True)
-        raise
+        raise UserError(f"{sweep.folder}: cannot be made: {error.strerror or error}") from None
     return True
 
 
 def _sources(sweep: Sweep) -> tuple[bytes, str]:
-    """What the project differs by from its commit, as a patch, and a digest of all that tasks are made from."""
-    unknown = _git("ls-files", "--others", "--exclude-standard", "src", "dvc.yaml", "presets").splitlines()
+    """What the project differs by from its commit, as a patch, and a digest of what decides the tasks' results."""
+    unknown = _git("ls-files", "--others", "--exclude-standard", *SOURCES, "presets").splitlines()
     if unknown:
         raise UserError(f"{unknown[0]}: git does not know it, and the sweep would run without it; `git add` it")
     with contextlib.suppress(UserError):  # it ends with 1 where files differ
         _git("update-index", "-q", "--refresh")
-    # The plumbing command, since `diff` heeds what users set: colours, prefixes, programs of their own.
-    changes = _run("git", "diff-index", "-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD")
-    digest = hashlib.sha256(_git("rev-parse", "HEAD").encode() + changes)
-    for task in sweep.tasks:
-        digest.update(task.text.encode())
-    return changes, digest.hexdigest()
+    tree = _run("git", "ls-tree", "-r", "HEAD", "--", *SOURCES) + _patch(*SOURCES)
+    stages = f"{sorted(sweep.varied)} {sweep.shared}"
+    parts = [tree, *(text.encode() for text in (stages, *(task.text for task in sweep.tasks)))]
+    return _patch(), hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _patch(*paths: str) -> bytes:
+    """By the plumbing command, since `diff` heeds what users set: colours, prefixes, programs of their own."""
+    return _run("git", "diff-index", "-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", *paths)
 
 
 def _made(sweep: Sweep, digest: str) -> bool:
     """Whether the workspaces are there already. Raises UserError where what has their name is something else."""
     if sweep.folder.exists():
-        mark = sweep.folder / MADE
-        if mark.exists() and mark.read_text(encoding="utf-8") == digest:
+        mark, hint = sweep.folder / MADE, "choose another --name or remove it"
+        if not mark.exists():
+            raise UserError(f"{sweep.folder}: unfinished; if no other submission is making it just now, {hint}")
+        if mark.read_text(encoding="utf-8") == digest:
             return True
-        raise UserError(
-            f"{sweep.folder}: exists already, of other sources or settings; choose another --name or remove it"
-        )
+        raise UserError(f"{sweep.folder}: exists already, of another job, other sources or settings; {hint}")
     found = _git("for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/*/*/{sweep.name}-*").splitlines()
     if taken := [name for name in found if name.removeprefix(f"{sweep.name}-").isdecimal()]:
         raise UserError(f"{taken[0]}: an experiment of this name exists; choose another --name, or `dvc exp remove` it")
@@ -83,33 +85,20 @@ def _made(sweep: Sweep, digest: str) -> bool:
 def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
     project = Path.cwd()
     cache = _run(*DVC, "cache", "dir").decode().strip()
-    who = {"user.name": getpass.getuser(), "user.email": f"{getpass.getuser()}@{socket.gethostname()}"}
-    who |= {key: found for key in who if (found := _git("config", "--get", "--default", "", key).strip())}
+    who = {key: _git("config", "--get", "--default", "", key).strip() for key in ("user.name", "user.email")}
     for number, task in enumerate(sweep.tasks, 1):
         place = sweep.folder / str(number)
         _git("clone", "--quiet", "--origin", "origin", str(project), str(place))
         if changes:
             _run("git", "-C", str(place), "apply", "--whitespace=nowarn", "-", given=changes)
         for key, value in who.items():  # for the commit that holds an experiment
-            _git("-C", str(place), "config", key, value)
+            _git("-C", str(place), "config", key, value or f"{getpass.getuser()}@{socket.gethostname()}")
         write_text(place / PARAMS, task.text)
         shutil.rmtree(place / "reports", ignore_errors=True)  # of other settings, where they are committed
-        _keep(place)
         _configure(place, sweep.folder / "1", cache)
         for path in task.files().values():
             _link(path, project, place)
         say(f"{sweep.name}-{number}: {task}")
-
-
-def _keep(place: Path) -> None:
-    """A copy of what a workspace differs by from its commit, beside git and DVC."""
-    lists = (
-        ("diff-index", "--name-only", "--diff-filter=d", "-z", "HEAD"),
-        ("ls-files", "--others", "--exclude-standard", "-z"),
-    )
-    for name in [name for words in lists for name in _git("-C", str(place), *words).split("\0") if name]:
-        (place / KEPT / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(place / name, place / KEPT / name, follow_symlinks=False)
 
 
 def _configure(place: Path, first: Path, cache: str) -> None:
@@ -124,9 +113,12 @@ def _configure(place: Path, first: Path, cache: str) -> None:
 
 
 def _link(path: str, project: Path, place: Path) -> None:
+    """What git does not carry is found in the workspace too, and is no part of its experiment."""
     if (project / path).exists() and not (place / path).exists():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).symlink_to(project / path)
+        with (place / ".git/info/exclude").open("a", encoding="utf-8") as file:
+            file.write(f"/{os.path.normpath(path)}\n")
 
 
 def _git(*words: str) -> str:

@@ -33,8 +33,9 @@ demo: install
 test: install
 	python -m pytest -m "not slow" --durations=5
 
+# TESTS: some of them, by folder or file.
 test-slow: install
-	python -m pytest -m "slow and not container and not cluster" --durations=5
+	python -m pytest -m "slow and not container and not cluster" --durations=5 $(TESTS)
 
 # Needs a Docker engine that has the base image, or can fetch it.
 test-container: install

@@ -26,6 +26,8 @@ LEVELS = [
     {"moco.training", "moco.submission", "moco.presets"},
     {"moco.tracking"},
     {"moco.stages", "moco.cluster"},
+    {"moco.cli_options"},
+    {"moco.cli_cluster", "moco.cli_runs"},
     {"moco.cli"},
 ]
 # These decide nothing about a stage's outputs: they carry values, messages, records and whole files.
@@ -152,5 +154,6 @@ def test_the_package_is_importable_without_mlflow_and_dvc() -> None:
     """Nothing outside tracking needs them, so that GPU machines without them can run every stage."""
     for module, path in MODULES.items():
         assert importlib.util.find_spec(module) is not None
-        text = path.read_text()
-        assert not re.search(r"^(import|from) (mlflow|dvc|docker)", text, re.M), module
+        if module != "moco.tracking.classifier_model":  # which MLflow copies and runs; nothing here imports it
+            assert not re.search(r"^(import|from) (mlflow|dvc|docker)", path.read_text(), re.M), module
+        assert "moco.tracking.classifier_model" not in imports(module)

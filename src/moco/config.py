@@ -186,6 +186,7 @@ class TrackingConfig:
     """MLflow."""
 
     uri: str
+    offline: bool
     experiment: str
     registered_model: str
 

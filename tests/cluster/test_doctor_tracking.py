@@ -82,7 +82,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_store(uri: str, mounts: Path = doctor_tracking.MOUNTS) -> Finding:
-    return doctor_tracking.mlflow(TrackingConfig(uri, "experiment", "model"), mounts)
+    return doctor_tracking.mlflow(TrackingConfig(uri, False, "experiment", "model"), mounts)
 
 
 class Server(BaseHTTPRequestHandler):

@@ -10,9 +10,10 @@ import pytest
 from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.tracking.metric_log import MetricLog, metric_history, read_events
+from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run
 
-TRACKING = TrackingConfig("", "e", "m")
+TRACKING = TrackingConfig("", False, "e", "m")
 
 
 def steps(path: Path) -> list[int]:
@@ -67,7 +68,7 @@ def test_a_file_is_kept_with_the_run_as_it_was(tmp_path: Path) -> None:
     """The next run overwrites its place, perhaps before MLflow has it."""
     with Run(tmp_path / "run", "train", TRACKING, print) as record:
         (tmp_path / "model_sub.pth").write_text("ours")
-        record.model([tmp_path / "model_sub.pth"], {})
+        record.model([tmp_path / "model_sub.pth"], {}, (32, 32))
         (tmp_path / "model_sub.pth").write_text("another's")
     (event,) = [e for e in read_events(record.path) if e["event"] == "model"]
     assert [(tmp_path / "run" / file).read_text() for file in event["files"]] == ["ours"]
@@ -76,7 +77,7 @@ def test_a_file_is_kept_with_the_run_as_it_was(tmp_path: Path) -> None:
 def test_taking_up_a_run_makes_the_steps_after_its_state_void(tmp_path: Path) -> None:
     for first, last in ((0, 4), (2, 6)):
         with Run(tmp_path, "pretrain", TRACKING, print) as record:
-            record.start({}, {}, first)
+            record.start({}, UNKNOWN, first)
             for step in range(first + 1, last):
                 record.log({"loss": float(first)}, step)
     assert [(line["step"], line["metrics"]["loss"]) for line in metric_history(tmp_path / "metrics.jsonl")] == [

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # MLflow and SQLAlchemy deprecate things among themselves
 ]
 
-CONFIG = TrackingConfig("sqlite:///mlflow.db", "experiment", "classifier")
+CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier")
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_the_pipeline_is_tracked_from_end_to_end(moco: Moco, project: Path) -> N
     client = connect()
     runs = client.search_runs([client.get_experiment_by_name("moco-pipeline").experiment_id])
     by_stage = {run.data.tags["stage"]: run for run in runs}
-    assert set(by_stage) == {"pretrain", "train", "eval"}
+    assert set(by_stage) == {"pretrain", "train", "eval", "pipeline"}
     score = by_stage["eval"].data
     for name in ("data.source", "pretrain.temperature", "train.lr", "eval.batch_size"):
         assert name in score.params, "the whole chain of parameters stands beside the accuracy"
@@ -182,7 +182,9 @@ def test_a_dead_server_costs_a_warning_and_sync_brings_the_rest(
     for _ in range(2):
         assert moco("sync").returncode == 0
     client = connect()
-    (run,) = client.search_runs([client.get_experiment_by_name("moco-pipeline").experiment_id])
+    (run,) = client.search_runs(
+        [client.get_experiment_by_name("moco-pipeline").experiment_id], "tags.stage = 'pretrain'"
+    )
     assert [step for step, _ in history(client, run.info.run_id, "loss")] == list(range(1, 11))
     state = json.loads(next((project / "runs/pretrain").glob("*/mlflow.json")).read_text())
     assert state["run_id"] == run.info.run_id

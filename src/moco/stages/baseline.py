@@ -25,7 +25,7 @@ from moco.stages.architecture import chosen_architecture
 from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
-from moco.tracking.provenance import provenance
+from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
@@ -42,12 +42,11 @@ def run(config: Config) -> None:
     architecture = chosen_architecture(model, manifest)
     network_settings = {f"pretrain.{name}": getattr(model, name) for name in ("encoder", "stem", "width", "stages")}
     chain = {**manifest.settings, **network_settings, **flatten(config.train, "train"), **flatten(section, "baseline")}
-    tags = {**provenance(device), "data_digest": manifest.digest}
     views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
     classes = len(manifest.classes)
     key = run_key(chain, manifest.digest)
     with open_run_folder("baseline", key) as folder, Run(folder.path, "baseline", config.tracking, say) as record:
-        record.start(chain, tags)
+        record.start(chain, origin(config, manifest, device))
         random = strip_head(_network(architecture, classes, section.seed))
         _, linear = classify(random, splits, views, config.train, classes, device, lambda *_: None)
         say(f"baseline: linear classifier on random weights: val {linear['val_accuracy']:.2%}")

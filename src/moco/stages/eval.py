@@ -38,10 +38,13 @@ from moco.stages.workspace import (
     say,
     scratch_folder,
 )  # fmt: skip
-from moco.tracking.provenance import provenance
+from moco.tracking import pictures
+from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, set_up
+
+WORST = 24  # mistakes drawn
 
 
 @dataclass
@@ -75,17 +78,26 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
-    tags = {**provenance(device), "data_digest": manifest.digest}
     key = run_key({**chain, "weights": sha256(classifier / "model_sub.pth")}, manifest.digest)
     with open_run_folder("eval", key) as folder, Run(folder.path, "eval", config.tracking, say) as record:
-        record.start(chain, tags)
+        record.start(chain, origin(config, manifest, device))
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream(maker)}, 0)
         for path in _write(report, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
+        if (scores.predicted != scores.labels).any():
+            record.picture("mistakes", lambda path: _draw_mistakes(val, scores, manifest.classes, path))
         folder.finish()
     say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {report}")
+
+
+def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: Path) -> None:
+    """The images of which the classifier was surest and wrong."""
+    wrong = np.flatnonzero(scores.predicted != scores.labels)
+    worst = wrong[np.argsort(-scores.confidence[wrong])][:WORST]
+    said = [f"{classes[scores.labels[i]]}\nas {classes[scores.predicted[i]]}" for i in worst]
+    pictures.mistakes(np.stack([val.images[i] for i in worst]), said).save(path, "png")
 
 
 def _settings(folder: Path, hint: str) -> dict[str, str]:

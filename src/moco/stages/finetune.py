@@ -41,7 +41,7 @@ from moco.stages.workspace import (
     say,
     scratch_folder,
 )  # fmt: skip
-from moco.tracking.provenance import provenance
+from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
@@ -135,12 +135,13 @@ def _run(
     if saved is not None:
         step.load_state(saved)
         choice.best = saved["best"]
-    record.start(chain, {**provenance(device), "data_digest": manifest.digest}, state.step)
+    record.start(chain, origin(config, manifest, device), state.step)
     if saved is None:
         record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
 
     def save(state: LoopState) -> None:
-        checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
+        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
+        record.checkpoint(path, state.step)
 
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
     train_supervised(
@@ -198,7 +199,7 @@ def _write(
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     record.artifact(report / "metrics.json")
     record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True))
-    record.model(files, {name: f"{value:.4f}" for name, value in accuracies.items()})
+    record.model(files, {name: f"{value:.4f}" for name, value in accuracies.items()}, (manifest.height, manifest.width))
     say(
         f"finetune: epoch {found.epoch}, held-out accuracy {found.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {FINETUNED}"

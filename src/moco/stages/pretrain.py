@@ -39,7 +39,9 @@ from moco.stages.workspace import (
     say,
     scratch_folder,
 )  # fmt: skip
-from moco.tracking.provenance import provenance
+from moco.tracking import pictures
+from moco.tracking.metric_log import metric_history
+from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.checkpoints import CheckpointFolder, load_weights
@@ -52,6 +54,7 @@ from moco.training.progress import ProgressDisplay
 COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
 MAY_DIFFER = {"pretrain.epochs", "pretrain.minutes", *HOUSEKEEPING}  # when resuming from a named file
 MONITOR_BATCH = 512  # images
+SHOWN = 8  # images whose views are drawn
 ORIGIN = "resumed_from"  # in the run's folder: digest of the checkpoint that the user named
 
 
@@ -148,14 +151,16 @@ def _run(
     def save(state: LoopState) -> None:
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
         several = {"processes": processes.size} if processes.size > 1 else {}
-        checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
+        path = checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
+        if record is not None:
+            record.checkpoint(path, state.step)
 
     chain = {**manifest.settings, **params}
     with contextlib.ExitStack() as stack:
 
         def begin() -> Run:
             record = stack.enter_context(Run(folder.path, "pretrain", config.tracking, say))
-            record.start(chain, {**provenance(device), "data_digest": manifest.digest}, state.step)
+            record.start(chain, origin(config, manifest, device), state.step)
             return record
 
         record = processes.alone(begin)
@@ -172,9 +177,24 @@ def _run(
             record.artifact(write_metrics(record.path, report / "metrics.json", summary))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
+            _draw(record, splits["unlabeled"].images, step.views)
 
         processes.alone(finish)
         processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
+
+
+def _draw(record: Run, images: np.ndarray, views: Views) -> None:
+    """The curves, and what the network learned to tell apart."""
+
+    def draw_views(path: Path) -> None:
+        some = np.array(images[:SHOWN])
+        pictures.views(some, lambda unit, generator: views.augment(unit.to(views.device), generator)).save(path, "png")
+
+    def draw_curves(path: Path) -> None:
+        pictures.draw_curves(metric_history(record.path), ("loss", "knn_accuracy", "lr"))(path)
+
+    record.picture("views", draw_views)
+    record.picture("curves", draw_curves)
 
 
 def _train(

@@ -33,7 +33,9 @@ from moco.stages.workspace import (
     say,
     scratch_folder,
 )  # fmt: skip
-from moco.tracking.provenance import provenance
+from moco.tracking import pictures
+from moco.tracking.metric_log import metric_history
+from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.linear import LinearFit, fit_linear
@@ -42,6 +44,7 @@ from moco.training.numerics import choose_device, set_up
 FEATURE_BATCH = 256  # images
 CROP_SCALE = (0.5, 1.0)  # of the extra views: light, since the classifier will see whole images
 VAL_NEIGHBOURS = 20
+QUERIES, NEIGHBOURS = 8, 8  # images drawn
 
 Log = Callable[[dict[str, float], int], None]
 Metrics = dict[str, float]
@@ -94,14 +97,18 @@ def train_classifier(
         reason = str(error).splitlines()[0]
         raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
     chain = {**encoder.settings, **flatten(section, "train"), **settings}
-    tags = {**provenance(device), "data_digest": manifest.digest}
     key = run_key(chain, manifest.digest)
     with open_run_folder(stage, key) as run_folder, Run(run_folder.path, stage, config.tracking, say) as record:
         labelled = sum(len(inputs.splits[name].images) for name in ("train", "extra") if name in inputs.splits)
         say(f"{stage}: features of {labelled} labelled images on {device}")
-        record.start(chain, tags)
+        record.start(chain, origin(config, manifest, device))
         views, classes = linear_views(manifest, device), len(manifest.classes)
-        fit, results = classify(strip_head(network), inputs.splits, views, section, classes, device, record.log)
+
+        def look(train_features: Tensor, val_features: Tensor) -> None:
+            _draw(record, inputs, train_features, val_features)
+
+        body = strip_head(network)
+        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look)
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -111,7 +118,11 @@ def train_classifier(
         report = REPORTS / stage
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
-        record.model(files, {name: f"{value:.4f}" for name, value in results.items()})
+        record.model(
+            files, {name: f"{value:.4f}" for name, value in results.items()}, (manifest.height, manifest.width)
+        )
+        curves = ("loss", "held_out_accuracy")
+        record.picture("curves", pictures.draw_curves(metric_history(record.path), curves))
         run_folder.finish()
     say(
         f"{stage}: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
@@ -143,9 +154,10 @@ def feature_sets(
 
 def classify(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: TrainConfig,
-    classes: int, device: torch.device, log: Log,
+    classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[LinearFit, Metrics]:  # fmt: skip
-    """Fits the linear layer on features of train (and `extra`); returns it with the accuracies.
+    """Fits the linear layer on features of train (and `extra`); returns it with the accuracies. look: gets the features
+    of both and those of val (N x D each).
 
     The epoch is chosen on a held-out part of train; with `refit` the layer is then trained on all labels
     for so many epochs. val is measured once, at the end, and decides nothing. Images of `extra` are never held out:
@@ -173,7 +185,28 @@ def classify(
     results["val_knn_accuracy"] = features.knn_accuracy(
         stack[0], labels, val_features, val_labels, neighbours=VAL_NEIGHBOURS, classes=classes
     )
+    if look is not None:
+        look(stack[0], val_features)
     return fit, results
+
+
+def _draw(record: Run, inputs: Inputs, train_features: Tensor, val_features: Tensor) -> None:
+    """What the features say of some validation images, and a map of more."""
+    train, val, names = inputs.splits["train"], inputs.splits["val"], inputs.manifest.classes
+    assert train.labels is not None and val.labels is not None
+    known = nn.functional.normalize(train_features[: len(train.labels)], dim=1)
+    near = (nn.functional.normalize(val_features[:QUERIES], dim=1) @ known.T).topk(min(NEIGHBOURS, len(known)), 1)
+    actual, labels = ([names[label] for label in part] for part in (val.labels[:QUERIES], train.labels))
+
+    def draw_neighbours(path: Path) -> None:
+        sheet = pictures.neighbours(val.images[:QUERIES], actual, train.images, labels, near.indices.numpy())
+        sheet.save(path, "png")
+
+    def draw_map(path: Path) -> None:
+        pictures.draw_map(val_features.numpy(), val.labels, names)(path)  # type: ignore[arg-type]
+
+    record.picture("neighbours", draw_neighbours)
+    record.picture("features", draw_map)
 
 
 def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,17 +1,23 @@
 """The metric log: append-only JSON lines, one file a run. It is the truth; everything else is fed from it.
 
-Every line is an object with `event` and `time` (seconds since 1970):
-    start     stage, params, tags       a process begins or takes up the run
-    resume    step                      metrics of later steps, written before this line, are void
-    metrics   step, metrics             numbers by name
-    artifact  path                      a file worth keeping with the run; paths are relative to the log's folder
-    model     files, tags               a trained classifier: its files, to be registered
-    end       status                    FINISHED, FAILED or KILLED
+Every line is an object with `event` and `time` (seconds since 1970); docs/metric-log.md describes them for others:
+    start       format, stage, name,    a process begins or takes up the run
+                params, tags,
+                dataset, pipeline
+    resume      step                    metrics of later steps, written before this line, are void
+    metrics     step, metrics           numbers by name
+    system      metrics                 the machine, by name
+    checkpoint  step, path, metrics     a state was saved; metrics: the last value of each
+    artifact    path                    a file worth keeping with the run; paths are relative to the log's folder
+    model       files, tags, needs      a trained classifier: its files, to be registered; needs: its packages
+    end         status                  FINISHED, FAILED or KILLED
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -20,9 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moco.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+NAME = "metrics.jsonl"
+LOCK = "lock"  # beside the log, held by the process that makes the run
+QUIET = 600.0  # seconds without a line after which a run that nobody holds counts as dead
 
 
 class MetricLog:
@@ -47,19 +58,25 @@ class MetricLog:
         if self.torn:
             raise UserError(f"{self.path}: cannot be written: the disk is full")
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Forces what was written onto the disk. Raises UserError where that fails."""
         try:
-            with self.file:
-                os.fsync(self.file.fileno())
+            os.fsync(self.file.fileno())
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without fsync
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
+    def close(self) -> None:
+        """The same, and closes the file."""
+        try:
+            self.sync()
+        finally:
+            self.file.close()
+
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole line, in order. A torn line (crash while writing) is passed over."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 event = json.loads(line)
@@ -67,6 +84,12 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(event, dict) and "event" in event:
                 yield event
+
+
+def identity(path: Path) -> str:
+    """Tells one run from all others, wherever its log lies: a digest of the first line, which never changes."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.readline()).hexdigest()[:32]
 
 
 def metric_history(path: Path) -> list[dict[str, Any]]:
@@ -78,6 +101,37 @@ def metric_history(path: Path) -> list[dict[str, Any]]:
         elif event["event"] == "resume":
             kept = [line for line in kept if line["step"] <= event["step"]]
     return kept
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The last valid value of every metric."""
+    last: dict[str, float] = {}
+    for line in metric_history(path):
+        last.update(line["metrics"])
+    return last
+
+
+def close_abandoned(path: Path, quiet: float = QUIET) -> None:
+    """Ends the log of a run whose process is gone without a word, by SIGKILL or with its machine: KILLED.
+
+    quiet: seconds since the last line. A lock alone does not tell, where other machines do not see it.
+    """
+    last = ""
+    for event in read_events(path):
+        if event["event"] in ("start", "end"):
+            last = event["event"]
+    if last != "start" or time.time() - path.stat().st_mtime < quiet:
+        return
+    with contextlib.suppress(Timeout, OSError), FileLock(path.parent / LOCK, timeout=0):
+        log = MetricLog(path)
+        log.write("end", status="KILLED")
+        log.close()
+
+
+def as_text(value: Any) -> str:
+    """A parameter's value as MLflow keeps it; a tuple as the list that params.yaml has."""
+    text = str(value)
+    return f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

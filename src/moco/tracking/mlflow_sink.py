@@ -1,7 +1,9 @@
 """Feeds metric logs into MLflow.
 
-A replay starts where the last one ended: the run's id, the place in the log and the last step of each metric
-are kept in mlflow.json beside the log, so that repeating a replay changes nothing.
+A replay starts where the last one ended: the run's id, the place in the log and the last step of each metric are kept
+in mlflow.json beside the log. Where that file is of another store, or lost, the run is found by the log's identity,
+which it carries as a tag, and what it has already is asked from the store: repeating a replay, from any machine,
+changes nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +14,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from moco.config import TrackingConfig
 from moco.files import write_text
-from moco.tracking import store
-from moco.tracking.metric_log import finite, read_events
+from moco.tracking import pipeline_run, registry, store
+from moco.tracking.metric_log import NAME, as_text, finite, identity, read_events
 
 BATCH = 500  # metrics a request; MLflow allows 1,000
 STATE = "mlflow.json"
-ALIAS = "candidate"
+LOG_TAG = "moco.log"
+JOBS_TAG = "slurm_job_ids"
+BUSY = 60.0  # seconds to wait for another process that replays the same log
 
 
 @dataclass
 class SinkState:
-    """What MLflow has. events: lines of the log that were replayed. last_step: by metric."""
+    """What MLflow has. events: lines of the log that were replayed. last_step: by metric. began: seconds since 1970.
+    parent: the pipeline's run."""
 
     uri: str
     run_id: str | None = None
     events: int = 0
     last_step: dict[str, int] = field(default_factory=dict)
+    began: float = 0.0
+    parent: str | None = None
 
 
 class MlflowSink:
@@ -37,8 +46,9 @@ class MlflowSink:
 
     def __init__(self, folder: Path, config: TrackingConfig) -> None:
         self.folder, self.config = folder, config
+        self.log = folder / NAME
         self.uri = store.store_uri(config)
-        self.state = self._load()
+        self.state = SinkState(self.uri)
         self.client: Any = None
 
     def _load(self) -> SinkState:
@@ -48,24 +58,35 @@ class MlflowSink:
             return SinkState(self.uri)
         return state if state.uri == self.uri else SinkState(self.uri)
 
-    def _connect(self) -> Any:
+    def replay(self) -> None:
+        """Brings MLflow up to the end of the log. Raises whatever MLflow raises, and TimeoutError where another process
+        is at it; can be called again."""
         if self.client is None:
             self.client = store.client(self.uri)
-        return self.client
+        try:
+            with FileLock(self.folder / "mlflow.lock", timeout=BUSY):
+                self.state = self._load()
+                self._replay()
+        except Timeout:
+            raise TimeoutError("another process is bringing this run there") from None
 
-    def replay(self) -> None:
-        """Brings MLflow up to the end of the log. Raises whatever MLflow raises; can be called again."""
-        self._connect()
+    @property
+    def run_id(self) -> str:
+        assert self.state.run_id is not None
+        return self.state.run_id
+
+    def _replay(self) -> None:
         pending: list[Any] = []
         steps: dict[str, int] = {}  # last step of each metric in `pending`
         reached = self.state.events
         handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "artifact": self._artifact, "model": self._model, "end": self._end,
+            "start": self._start, "artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model,
+            "end": self._end,
         }  # fmt: skip
-        for number, event in enumerate(read_events(self.folder / "metrics.jsonl")):
+        for number, event in enumerate(read_events(self.log)):
             if number < self.state.events:
                 continue
-            if event["event"] == "metrics":
+            if event["event"] in ("metrics", "system"):
                 pending.extend(self._metrics(event, steps))
             else:
                 self._send(pending, steps, number)
@@ -79,8 +100,9 @@ class MlflowSink:
 
     def _send(self, pending: list[Any], steps: dict[str, int], events: int) -> None:
         """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
+        for first in range(0, len(pending), BATCH):
+            self.client.log_batch(self.run_id, metrics=pending[first : first + BATCH])
         if pending:
-            self.client.log_batch(self.state.run_id, metrics=pending)
             self.state.last_step.update(steps)
             self._remember(events)
         pending.clear()
@@ -94,19 +116,52 @@ class MlflowSink:
         from mlflow.entities import Param, RunTag
 
         if self.state.events > 0:  # another process goes on with the run
-            self.client.update_run(self.state.run_id, status="RUNNING")
+            self._continued(event)
             return
-        if self.state.run_id is None:
-            began = int(event["time"] * 1000)
-            run = self.client.create_run(self._experiment(), run_name=event["name"], start_time=began)
-            self.state.run_id = run.info.run_id
-            self._remember(0)
+        self.state.began = event["time"]
+        if self.state.run_id is None and not self._adopt():
+            self._create(event)
+        params = [Param(name, as_text(value)) for name, value in event["params"].items()]
+        for first in range(0, len(params), 100):  # MLflow's limit of a request
+            self.client.log_batch(self.run_id, params=params[first : first + 100])
         tags = {**event["tags"], "stage": event["stage"]}
-        self.client.log_batch(
-            self.state.run_id,
-            params=[Param(name, str(value)) for name, value in event["params"].items()],
-            tags=[RunTag(name, str(value)) for name, value in tags.items()],
-        )
+        if job := event["tags"].get("slurm_job_id"):
+            tags[JOBS_TAG] = job
+        self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+        if dataset := event.get("dataset"):
+            self.client.log_inputs(self.run_id, datasets=[_dataset(dataset)])
+        if pipeline := event.get("pipeline"):
+            self.state.parent = pipeline_run.join(self.client, self._experiment(), self.run_id, pipeline, event["time"])
+
+    def _create(self, event: dict[str, Any]) -> None:
+        run = self.client.create_run(
+            self._experiment(), run_name=event["name"], start_time=int(event["time"] * 1000),
+            tags={LOG_TAG: identity(self.log)},
+        )  # fmt: skip
+        self.state.run_id = run.info.run_id
+        self._remember(0)
+
+    def _adopt(self) -> bool:
+        """Takes up the run of this log that the store has from another machine, or from before the state was lost."""
+        found = self.client.search_runs([self._experiment()], f"tags.`{LOG_TAG}` = '{identity(self.log)}'")
+        if not found:
+            return False
+        run = found[0]
+        self.state.run_id = run.info.run_id
+        for name in run.data.metrics:
+            points = self.client.get_metric_history(run.info.run_id, name)
+            self.state.last_step[name] = max(point.step for point in points)
+        self._remember(0)
+        return True
+
+    def _continued(self, event: dict[str, Any]) -> None:
+        self.client.update_run(self.run_id, status="RUNNING")
+        if job := event["tags"].get("slurm_job_id"):
+            before = self.client.get_run(self.run_id).data.tags.get(JOBS_TAG, "").split()
+            if job not in before:
+                self.client.set_tag(self.run_id, JOBS_TAG, " ".join([*before, job]))
+        if self.state.parent:
+            self.client.update_run(self.state.parent, status="RUNNING")
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -121,9 +176,11 @@ class MlflowSink:
         return str(found.experiment_id)
 
     def _metrics(self, event: dict[str, Any], steps: dict[str, int]) -> list[Any]:
+        """The step of what is measured of the machine is its second of the run."""
         from mlflow.entities import Metric
 
-        step, fresh = int(event["step"]), []
+        step = int(event["step"] if event["event"] == "metrics" else event["time"] - self.state.began)
+        fresh = []
         for name, value in finite(event["metrics"]).items():
             if step > steps.get(name, self.state.last_step.get(name, -1)):  # else sent before a resume
                 steps[name] = step
@@ -132,23 +189,30 @@ class MlflowSink:
 
     def _artifact(self, event: dict[str, Any]) -> None:
         if (self.folder / event["path"]).exists():
-            self.client.log_artifact(self.state.run_id, str(self.folder / event["path"]))
+            self.client.log_artifact(self.run_id, str(self.folder / event["path"]))
+
+    def _checkpoint(self, event: dict[str, Any]) -> None:
+        registry.log_checkpoint(self.client, self._experiment(), self.run_id, event)
 
     def _model(self, event: dict[str, Any]) -> None:
-        """Uploads the two files that make a classifier, and registers them as a version."""
-        from mlflow.exceptions import MlflowException
-
-        for path in event["files"]:
-            self.client.log_artifact(self.state.run_id, str(self.folder / path), "classifier")
+        files = [self.folder / path for path in event["files"]]
         name = self.config.registered_model
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if "exist" not in str(error).lower():
-                raise
-        source = f"{self.client.get_run(self.state.run_id).info.artifact_uri}/classifier"
-        version = self.client.create_model_version(name, source, self.state.run_id, tags=event["tags"])
-        self.client.set_registered_model_alias(name, ALIAS, version.version)
+        registry.register(self.client, self._experiment(), self.run_id, name, files, event)
 
     def _end(self, event: dict[str, Any]) -> None:
-        self.client.set_terminated(self.state.run_id, event["status"], int(event["time"] * 1000))
+        when = int(event["time"] * 1000)
+        self.client.set_terminated(self.run_id, event["status"], when)
+        if self.state.parent:
+            pipeline_run.leave(self.client, self._experiment(), self.state, self.log, event["status"], when)
+
+
+def _dataset(described: dict[str, Any]) -> Any:
+    """The manifest's digest as MLflow keeps data sets: 32 of its 64 digits, as MLflow takes no more than 36."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    profile = json.dumps({"images": described["images"], "digest": described["digest"]})
+    dataset = Dataset(
+        name=described["name"], digest=described["digest"][:32], source_type="local",
+        source=json.dumps(described["source"]), profile=profile,
+    )  # fmt: skip
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])

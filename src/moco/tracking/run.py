@@ -1,22 +1,31 @@
-"""A stage's run: writes the metric log and lets a thread carry it to MLflow."""
+"""A stage's run: writes the metric log, and starts the process that carries it to MLflow."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import shutil
-import threading
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, Say, UserError
-from moco.files import write_atomically
-from moco.tracking.metric_log import FORMAT, MetricLog, finite
-from moco.tracking.mlflow_sink import MlflowSink
-from moco.tracking.store import available
+from moco.files import write_atomically, write_text
+from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
+from moco.tracking.origin import UNKNOWN, Origin
+from moco.tracking.store import available, store_uri, without_password
+from moco.tracking.system import SystemSampler
 
-EVERY = 10.0  # seconds between two deliveries to MLflow
-PATIENCE = 120.0  # seconds that the end of a run waits for the last delivery
+PATIENCE = 20.0  # seconds that the end of a run waits for MLflow to have everything
+NEEDS = ("torch", "torchvision", "numpy", "pillow")  # of a classifier that is loaded elsewhere
+
+
+left_alone: list[subprocess.Popen[str]] = []  # still at work when their runs had ended
 
 
 class Run:
@@ -26,38 +35,74 @@ class Run:
     """
 
     def __init__(self, folder: Path, stage: str, config: TrackingConfig, say: Say) -> None:
-        self.folder, self.stage, self.say = folder, stage, say
-        self.metric_log = MetricLog(folder / "metrics.jsonl")
-        self.path = folder / "metrics.jsonl"
-        self.ended = threading.Event()
-        self.problem: str | None = None
-        self.thread: threading.Thread | None = None
-        if config.uri and available():
-            self.sink = MlflowSink(folder, config)
-            self.thread = threading.Thread(target=self._deliver, daemon=True)
+        self.folder, self.stage, self.config, self.say = folder, stage, config, say
+        self.path = folder / NAME
+        self.metric_log = MetricLog(self.path)
+        self.last: dict[str, float] = {}
+        self.origin = UNKNOWN
+        self.process: subprocess.Popen[str] | None = None
+        self.sampler = SystemSampler(lambda metrics: self.metric_log.write("system", metrics=metrics))
 
-    def start(self, params: dict[str, Any], tags: dict[str, str], step: int = 0) -> None:
+    def start(self, params: dict[str, Any], origin: Origin, step: int = 0) -> None:
         """step: that of the state from which the run goes on. Metrics of later steps, written by a process that
         was stopped, are void: they are about to be made again."""
-        again = self.metric_log.continued
-        name = f"{self.stage}-{self.folder.name}"
-        self.metric_log.write("start", format=FORMAT, stage=self.stage, name=name, params=params, tags=tags)
+        again, self.origin = self.metric_log.continued, origin
+        self.metric_log.write(
+            "start", format=FORMAT, stage=self.stage, name=f"{self.stage}-{self.folder.name}", params=params,
+            tags=origin.tags, dataset=origin.dataset, pipeline=origin.pipeline,
+        )  # fmt: skip
         if again:
             self.metric_log.write("resume", step=step)
-        if self.thread is not None:
-            self.thread.start()
+        for name, text in origin.files.items():
+            write_text(self.folder / "origin" / name, text)
+            self.metric_log.write("artifact", path=f"origin/{name}", folder="origin")
+        self._begin_delivery()
+        self.sampler.start()
+
+    def _begin_delivery(self) -> None:
+        if not self.config.uri or self.config.offline or not available():
+            return
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moco.tracking.delivery", str(self.folder)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            start_new_session=True,  # Ctrl-C is for the run alone
+        )  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asdict(self.config)) + "\n")
+        self.process.stdin.flush()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers that are not finite are left out."""
-        self.metric_log.write("metrics", step=step, metrics=finite(metrics))
+        known = finite(metrics)
+        self.last.update(known)
+        self.metric_log.write("metrics", step=step, metrics=known)
+
+    def checkpoint(self, path: Path, step: int) -> None:
+        """A state was saved: what was measured up to it is on the disk as well."""
+        self.metric_log.write("checkpoint", step=step, path=str(path), metrics=self.last)
+        self.metric_log.sync()
 
     def artifact(self, path: Path) -> None:
         """A file worth keeping with the run."""
         self.metric_log.write("artifact", path=self._keep(path, "artifacts"))
 
-    def model(self, files: list[Path], tags: dict[str, str]) -> None:
-        """A trained classifier, to be registered."""
-        self.metric_log.write("model", files=[self._keep(path, "classifier") for path in files], tags=tags)
+    def picture(self, name: str, write: Callable[[Path], object]) -> None:
+        """A PNG for people, named without its ending. What goes wrong with it is a warning: nothing depends on it."""
+        path = self.folder / "artifacts" / f"{name}.png"
+        try:
+            write_atomically(path, write)
+        except Exception as error:
+            self.say(f"warning: {path.name} could not be drawn: {error}")
+        else:
+            self.metric_log.write("artifact", path=f"artifacts/{path.name}")
+
+    def model(self, files: list[Path], tags: dict[str, str], image: tuple[int, int]) -> None:
+        """A trained classifier, to be registered. image: height and width of what it takes."""
+        needs = {name: importlib.metadata.version(name).partition("+")[0] for name in NEEDS}
+        self.metric_log.write(
+            "model", files=[self._keep(path, "classifier") for path in files], tags=tags, needs=needs, image=image,
+            data_digest=self.origin.tags.get("data_digest", ""),
+        )  # fmt: skip
 
     def _keep(self, path: Path, folder: str) -> str:
         """Copies a file beside the log: at its own place the next run will overwrite it, perhaps before MLflow
@@ -73,6 +118,7 @@ class Run:
     ) -> None:
         killed = isinstance(error, (Interrupted, KeyboardInterrupt))
         status = "FINISHED" if error is None else "KILLED" if killed else "FAILED"
+        self.sampler.stop()
         try:
             try:
                 self.metric_log.write("end", status=status)
@@ -83,23 +129,24 @@ class Run:
                 raise
             self.say(f"warning: {problem}")  # what went wrong before is what the user must see
         finally:
-            self.ended.set()
-        if self.thread is not None and self.thread.is_alive():
-            self.thread.join(PATIENCE)
-            if self.thread.is_alive():
-                self.problem = f"no answer within {PATIENCE:.0f} s"
-        if self.problem is not None:
+            problem_there = self._end_delivery()
+        if problem_there:
+            place = without_password(store_uri(self.config))
             self.say(
-                f"warning: MLflow at {self.sink.uri} did not take everything ({self.problem}); "
+                f"warning: MLflow at {place} does not have everything yet ({problem_there}); "
                 f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"
             )
 
-    def _deliver(self) -> None:
-        last = False
-        while not last:
-            last = self.ended.wait(EVERY)
-            try:
-                self.sink.replay()
-                self.problem = None
-            except Exception as error:  # whatever a server does must not reach the training
-                self.problem = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    def _end_delivery(self) -> str:
+        """Lets the process know, and waits a while; it goes on alone where a server is slow."""
+        if self.process is None:
+            return ""
+        try:
+            output, _ = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            left_alone.append(self.process)
+            return f"it takes longer than {PATIENCE:.0f} s"
+        code = self.process.returncode
+        return output.strip() or (f"the process that brings it there ended with {code}" if code else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,6 +45,42 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
 
 
+def without_password(uri: str) -> str:
+    """For messages."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line for what a store says: what is wrong, and what to do."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    shown = without_password(uri)
+    newer = f"{shown} has the schema of a newer MLflow than the one here; `pip install --upgrade mlflow`"
+    older = f"{shown} has the schema of an older MLflow; after a backup: `mlflow db upgrade {shown}`"
+    known = {
+        "out-of-date database schema": older if _is_known_schema(said) else newer,
+        "Can't locate revision": newer,
+        "file is not a database": f"{shown}: not a SQLite store; set tracking.uri to another file",
+        "unable to open database file": f"{shown}: cannot be opened; look at its folder's rights, or set tracking.uri",
+        "error code 401": f"{shown} refuses the credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        "error code 403": f"{shown} does not permit this to the user; ask whoever runs the server",
+        "error code 404": f"{shown} is no MLflow server, or an older one; look at tracking.uri",
+        "UnsupportedModelRegistryStoreURIException": f"{shown} has no model registry; use a database or a server",
+        "Max retries exceeded": f"{shown} does not answer; is the server running, and tracking.uri right?",
+    }
+    for words, meaning in known.items():
+        if words in said or words == type(error).__name__:
+            return meaning
+    return said[:200]
+
+
+def _is_known_schema(said: str) -> bool:
+    """Whether MLflow here has the migration to the schema that its message names."""
+    found, package = re.search(r"found version (\w+)", said), importlib.util.find_spec("mlflow")
+    if found is None or package is None or package.origin is None:
+        return True
+    return any((Path(package.origin).parent / "store/db_migrations/versions").glob(f"{found[1]}_*.py"))
+
+
 def artifact_location(uri: str) -> str | None:
     """For the artifacts of a SQLite store: a folder beside it. None where the server has its own."""
     path = sqlite_file(uri)
@@ -59,6 +96,7 @@ def client(uri: str) -> Any:
 def _client(uri: str) -> Any:
     # A job reports to its user's store and to nobody else.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration

@@ -1,0 +1,75 @@
+"""The process that carries a run's metric log to MLflow while the run goes on: beside it, so that whatever a server
+does, or does not do, costs the training nothing.
+
+    python -m moco.tracking.delivery RUN-FOLDER
+
+Its standard input tells which store (one line of JSON), and by its end that the run has ended, in whatever way. What
+could not be brought there stands in the one line that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from moco.config import TrackingConfig
+from moco.tracking.metric_log import NAME, close_abandoned
+from moco.tracking.mlflow_sink import MlflowSink
+from moco.tracking.store import explain
+
+EVERY = 10.0  # seconds between two deliveries
+LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts again
+# MLflow's own would keep at it for minutes; what is not taken now is taken at the next delivery.
+REQUESTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
+def deliver(folder: Path, config: TrackingConfig) -> str:
+    """Until the run has ended; returns what went wrong in the end, or ''."""
+    sink = MlflowSink(folder, config)
+    ended, wait = False, 0.0  # at first at once: MLflow takes seconds to import
+    while not ended:
+        ended, wait = _ended_within(wait), EVERY
+        problem = ""
+        for attempt in range(LAST_TRIES if ended else 1):
+            time.sleep(attempt)
+            if ended:
+                close_abandoned(folder / NAME, quiet=0)
+            try:
+                sink.replay()
+                problem = ""
+                break
+            except Exception as error:  # MLflow and its HTTP layers raise many kinds
+                problem = explain(error, sink.uri)
+    return problem
+
+
+def _ended_within(seconds: float) -> bool:
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _line() -> bytes:
+    """The first line, and nothing beyond it, which a buffer would take."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return line
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are the run's; this ends with it
+    for name, value in REQUESTS.items():
+        os.environ.setdefault(name, value)
+    config = TrackingConfig(**json.loads(_line()))
+    problem = deliver(Path(sys.argv[1]), config)
+    if problem:
+        print(problem, flush=True)
+
+
+if __name__ == "__main__":
+    main()

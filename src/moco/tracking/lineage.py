@@ -1,0 +1,110 @@
+"""From a registered classifier back to commit, settings and data."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moco.config import TrackingConfig
+from moco.errors import Say, UserError
+from moco.files import write_text
+from moco.tracking.store import available, client, explain, store_uri
+
+PARAMS, PATCH = "params.yaml", "changes.patch"
+# What is told of the run, in this order: tag and words.
+TOLD = (
+    ("git_commit", "commit"), ("git_dirty", "with changes"), ("dvc_experiment", "DVC experiment"),
+    ("data_digest", "data"), ("slurm_job_ids", "Slurm jobs"), ("image", "image"), ("host", "host"),
+    ("device", "device"), ("threads", "threads"), ("torch", "torch"), ("python", "Python"), ("packages", "packages"),
+)  # fmt: skip
+
+
+def show(config: TrackingConfig, wanted: str, restore: bool, say: Say) -> None:
+    """Tells what a version was made from. restore: checks its commit out here, with what was not committed, and writes
+    its params.yaml.
+
+    Raises UserError where there is no such version, or the folder has changes that would be lost.
+    """
+    if not available():
+        raise UserError("mlflow is not installed here; run this where it is")
+    if not config.uri:
+        raise UserError("tracking.uri is empty; set it in params.yaml")
+    uri = store_uri(config)
+    try:
+        with tempfile.TemporaryDirectory(prefix="moco-origin-") as folder:
+            connected = client(uri)
+            version = _version(connected, config.registered_model, wanted)
+            run = connected.get_run(version.run_id)
+            _tell(version, run, say)
+            if restore:
+                names = {file.path for file in connected.list_artifacts(version.run_id)}
+                kept = {
+                    name: connected.download_artifacts(version.run_id, name, folder)
+                    for name in (PARAMS, PATCH) if name in names
+                }  # fmt: skip
+                _restore(run.data.tags, kept, say)
+            _advise(version, run, restore, say)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow and its HTTP layers raise many kinds
+        raise UserError(explain(error, uri)) from None
+
+
+def _version(connected: Any, model: str, wanted: str) -> Any:
+    known = {str(version.version): version for version in connected.search_model_versions(f"name = '{model}'")}
+    if not known:
+        raise UserError(f"no version of {model} is registered; `moco train` makes one")
+    if wanted in known:
+        return known[wanted]
+    aliases = {alias: str(number) for alias, number in connected.get_registered_model(model).aliases.items()}
+    if wanted not in aliases:
+        choices = ", ".join([*aliases, *sorted(known, key=int)])
+        raise UserError(f"{model} has no version or alias '{wanted}'; known: {choices}")
+    return known[aliases[wanted]]
+
+
+def _tell(version: Any, run: Any, say: Say) -> None:
+    tags = run.data.tags
+    lines = {
+        "model": f"{version.name}, version {version.version}", "sha256": version.tags.get("sha256", ""),
+        "held-out": version.tags.get("best_held_out_accuracy", ""), "val": version.tags.get("val_accuracy", ""),
+        "champion": version.tags.get("champion_gate", ""),
+        "run": f"{run.info.run_name} ({run.info.run_id})", "stage": tags.get("stage", ""),
+    }  # fmt: skip
+    lines |= {words: tags[tag] for tag, words in TOLD if tag in tags}
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        if value:
+            say(f"{name:<{width}}  {value}")
+
+
+def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
+    if "git_commit" not in tags:
+        raise UserError("the run knows no commit: it was made outside of a git repository")
+    if PARAMS not in kept:
+        raise UserError("the run has no params.yaml: it is of an earlier version, or has not been synced whole")
+    if changed := _git("status", "--porcelain", "--untracked-files=no"):
+        raise UserError(f"{changed.split()[-1]}: changed here, and would be lost; commit or stash it, then repeat")
+    _git("checkout", "--quiet", "--detach", tags["git_commit"])
+    if PATCH in kept:
+        _git("apply", "--whitespace=nowarn", kept[PATCH])
+    write_text(Path(PARAMS), Path(kept[PARAMS]).read_text(encoding="utf-8"))
+    say(f"checked out {tags['git_commit'][:12]}{' with its changes' if PATCH in kept else ''}; {PARAMS} is the run's")
+
+
+def _advise(version: Any, run: Any, restored: bool, say: Say) -> None:
+    stage = run.data.tags.get("stage", "train")
+    first = "" if restored else f"in a clone of the project: `moco origin {version.version} --restore`, then "
+    say(f"make it again: {first}`dvc repro {stage}`; model_sub.pth then has the sha256 above (on a CPU of this kind)")
+
+
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError("git: not found; --restore checks out a commit with it") from None
+    if done.returncode != 0:
+        raise UserError(f"`git {words[0]}` says: {(done.stderr.strip().splitlines() or ['nothing'])[0]}")
+    return done.stdout.strip()

@@ -1,0 +1,107 @@
+"""Where a run comes from: commit and what differed from it, settings, data, host, job, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import moco
+from moco.config import Config, flatten
+from moco.data.manifest import Manifest
+from moco.files import sha256
+
+# Where, not what: runs on other machines belong to the same pipeline.
+PLACES = {"data.path", "data.mounted"}
+DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
+PATCH_LIMIT = 5_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """tags: by name. dataset: name, digest, source, images by split. pipeline: key, name, params and tags of the run
+    above those of the stages. files: texts to keep with the run, by name."""
+
+    tags: dict[str, str]
+    dataset: dict[str, Any]
+    pipeline: dict[str, Any]
+    files: dict[str, str]
+
+
+UNKNOWN = Origin({}, {}, {}, {})
+
+
+def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
+    """What cannot be found out is left out."""
+    tags = {**_code(), **_machine(device), "data_digest": manifest.digest}
+    params: dict[str, Any] = {}
+    for section in ("pretrain", "train", "baseline", "finetune", "eval"):
+        params.update(flatten(getattr(config, section), section))
+    params = {**manifest.settings, **params}
+    key = hashlib.sha256(json.dumps([params, manifest.digest], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    shared = {name: tags[name] for name in ("git_commit", "git_dirty", "dvc_experiment", "data_digest") if name in tags}
+    dataset = {
+        "name": manifest.source.get("name") or config.data.source, "digest": manifest.digest,
+        "source": {"source": config.data.source, "path": config.data.path},
+        "images": {name: split.count for name, split in manifest.splits.items()},
+    }  # fmt: skip
+    pipeline = {"key": key, "name": tags.get("dvc_experiment", f"pipeline-{key}"), "params": params, "tags": shared}
+    files = {"params.yaml": params_text(config)}
+    if (patch := _git(*DIFF)) and len(patch) < PATCH_LIMIT:
+        files["changes.patch"] = patch + "\n"
+    return Origin(tags, dataset, pipeline, files)
+
+
+def params_text(config: Config) -> str:
+    """params.yaml of these settings, without a password that may stand in the store's address."""
+    uri = re.sub(r"//[^/@]*@", "//", config.tracking.uri)
+    tree = asdict(replace(config, tracking=replace(config.tracking, uri=uri)))
+    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False)
+
+
+def _code() -> dict[str, str]:
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    lock = Path("dvc.lock")
+    packages = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
+    tags = {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else str(bool(status)).lower(),
+        "dvc_experiment": os.environ.get("DVC_EXP_NAME"),
+        "dvc_lock": sha256(lock) if lock.is_file() else None,
+        "packages": hashlib.sha256("\n".join(packages).encode()).hexdigest(),
+        "moco": moco.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    tags = {
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "image": os.environ.get("MOCO_IMAGE") or os.environ.get("APPTAINER_CONTAINER"),
+        "image_digest": os.environ.get("MOCO_IMAGE_DIGEST"),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace").strip("\n") if done.returncode == 0 else None

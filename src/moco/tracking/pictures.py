@@ -1,0 +1,139 @@
+"""Pictures that go with a run, for people to look at. They decide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+TILE = 72  # pixels of a small image's side, at least
+FRAME, GAP, CAPTION = 3, 6, 14  # pixels
+RIGHT, WRONG, PLAIN = (40, 160, 70), (200, 50, 40), (120, 120, 120)
+MAPPED = 1000  # images of the feature map
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """image: uint8 H x W x 3, RGB."""
+
+    image: np.ndarray
+    caption: str = ""
+    colour: tuple[int, int, int] = PLAIN
+
+
+def grid(rows: Sequence[Sequence[Tile]]) -> Image.Image:
+    """Framed images in rows, with a caption below each; small ones are enlarged by whole factors."""
+    height, width = rows[0][0].image.shape[:2]
+    factor = max(1, -(-TILE // max(height, width)))
+    size = (width * factor, height * factor)
+    captions = max(tile.caption.count("\n") + 1 for row in rows for tile in row)  # lines
+    step_x, step_y = size[0] + 2 * FRAME + GAP, size[1] + 2 * FRAME + GAP + CAPTION * captions
+    sheet = Image.new("RGB", (step_x * max(map(len, rows)) + GAP, step_y * len(rows) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, tiles in enumerate(rows):
+        for column, tile in enumerate(tiles):
+            x, y = GAP + column * step_x, GAP + row * step_y
+            draw.rectangle((x, y, x + size[0] + 2 * FRAME - 1, y + size[1] + 2 * FRAME - 1), fill=tile.colour)
+            sheet.paste(Image.fromarray(tile.image).resize(size, Image.Resampling.NEAREST), (x + FRAME, y + FRAME))
+            words = "\n".join(line[: max(1, size[0] // 6)] for line in tile.caption.split("\n"))
+            draw.text((x + FRAME, y + size[1] + 2 * FRAME), words, fill="black", spacing=0)
+    return sheet
+
+
+def views(images: np.ndarray, augment: Callable[[Tensor, torch.Generator], Tensor], count: int = 6) -> Image.Image:
+    """Images (uint8 N x H x W x 3), each with `count` of the views that pretraining learns to tell apart. augment:
+    of images in [0, 1], N x 3 x H x W."""
+    generator = torch.Generator().manual_seed(SEED)
+    unit = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    made = [augment(unit, generator).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
+            for _ in range(count)]  # fmt: skip
+    rows = []
+    for number, image in enumerate(images):
+        shown = [_resized(image, made[0].shape[1:3]), *(view[number] for view in made)]
+        rows.append([Tile(view, "view" if place else "image") for place, view in enumerate(shown)])
+    return grid(rows)
+
+
+def _resized(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0])))
+
+
+def neighbours(
+    queries: np.ndarray, actual: Sequence[str], gallery: np.ndarray, labels: Sequence[str], nearest: np.ndarray
+) -> Image.Image:
+    """Validation images and, beside each, the labelled ones that are nearest in the features: framed green where the
+    class is the same. queries: uint8 Q x H x W x 3; nearest: Q x K, rows of the gallery."""
+    rows = []
+    for query, own, found in zip(queries, actual, nearest, strict=True):
+        tiles = [Tile(gallery[i], labels[i], RIGHT if labels[i] == own else WRONG) for i in found]
+        rows.append([Tile(query, own), *tiles])
+    return grid(rows)
+
+
+def mistakes(images: np.ndarray, said: Sequence[str], columns: int = 6) -> Image.Image:
+    """Images (uint8 N x H x W x 3) that were classified wrongly, with what was said of each."""
+    tiles = [Tile(image, words, WRONG) for image, words in zip(images, said, strict=True)]
+    return grid([tiles[first : first + columns] for first in range(0, len(tiles), columns)])
+
+
+def flat_map(features: np.ndarray) -> np.ndarray:
+    """N x 2: t-SNE (van der Maaten and Hinton 2008) of the features N x D, or of few images their first two principal
+    components."""
+    if len(features) < 50:
+        centred = features - features.mean(0)
+        _, _, directions = np.linalg.svd(centred, full_matrices=False)
+        return np.asarray(centred @ directions[:2].T)
+    from sklearn.manifold import TSNE
+
+    return np.asarray(TSNE(init="pca", perplexity=30, max_iter=500, random_state=SEED).fit_transform(features))
+
+
+def draw_map(features: np.ndarray, labels: np.ndarray, classes: list[str]) -> Callable[[Path], None]:
+    """Of some validation images: features N x D, labels N. Returns what writes the PNG."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    chosen = np.random.default_rng(SEED).permutation(len(features))[:MAPPED]
+    points = flat_map(features[chosen].astype(np.float64))
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    axes = figure.subplots()
+    used = labels[chosen]
+    colours = colormaps["tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "nipy_spectral"]
+    for number, name in enumerate(classes):
+        of_class = points[used == number]
+        axes.scatter(
+            of_class[:, 0],
+            of_class[:, 1],
+            color=colours(number if len(classes) <= 20 else number / len(classes)),
+            s=14,
+            label=name,
+        )
+    if len(classes) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xticks=[], yticks=[], title=f"features of {len(chosen)} validation images")
+    return lambda path: figure.savefig(path, format="png", dpi=110)
+
+
+def draw_curves(history: list[dict[str, object]], names: Sequence[str]) -> Callable[[Path], None]:
+    """Metrics over the steps, one below the other. history: lines of the metric log. Returns what writes the PNG."""
+    from matplotlib.figure import Figure
+
+    lines = {name: [(line["step"], line["metrics"][name]) for line in history if name in line["metrics"]]  # type: ignore[index, operator]
+             for name in names}  # fmt: skip
+    known = {name: points for name, points in lines.items() if points}
+    figure = Figure(figsize=(8, 2.6 * max(len(known), 1)), layout="constrained")
+    for axes, (name, points) in zip(
+        figure.subplots(max(len(known), 1), 1, squeeze=False)[:, 0], known.items(), strict=False
+    ):
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "")
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    return lambda path: figure.savefig(path, format="png", dpi=110)

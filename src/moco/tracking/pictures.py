@@ -14,7 +14,7 @@ from torch import Tensor
 TILE = 72  # pixels of a small image's side, at least
 FRAME, GAP, CAPTION = 3, 6, 14  # pixels
 RIGHT, WRONG, PLAIN = (40, 160, 70), (200, 50, 40), (120, 120, 120)
-MAPPED = 1000  # images of the feature map
+MAPPED = 500  # images of the feature map: a second or two
 SEED = 0
 
 
@@ -93,7 +93,7 @@ def flat_map(features: np.ndarray) -> np.ndarray:
         return np.asarray(centred @ directions[:2].T)
     from sklearn.manifold import TSNE
 
-    return np.asarray(TSNE(init="pca", perplexity=30, max_iter=500, random_state=SEED).fit_transform(features))
+    return np.asarray(TSNE(init="pca", perplexity=30, max_iter=300, random_state=SEED).fit_transform(features))
 
 
 def draw_map(features: np.ndarray, labels: np.ndarray, classes: list[str]) -> Callable[[Path], None]:

@@ -121,8 +121,11 @@ def train_classifier(
         record.model(
             files, {name: f"{value:.4f}" for name, value in results.items()}, (manifest.height, manifest.width)
         )
-        curves = ("loss", "held_out_accuracy")
-        record.picture("curves", pictures.draw_curves(metric_history(record.path), curves))
+
+        def draw_curves(path: Path) -> None:
+            pictures.draw_curves(metric_history(record.path), ("loss", "held_out_accuracy"))(path)
+
+        record.picture("curves", draw_curves)
         run_folder.finish()
     say(
         f"{stage}: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "

@@ -76,14 +76,21 @@ class MetricLog:
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole line, in order. A torn line (crash while writing) is passed over."""
+    return (event for event, _ in read_from(path, 0))
+
+
+def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The events that stand after a place in the file, in bytes, each with the place after it. A line that is still
+    being written waits for the next time."""
     with path.open("rb") as file:
-        for line in file:
+        file.seek(offset)
+        while (line := file.readline()).endswith(b"\n"):
             try:
                 event = json.loads(line)
             except ValueError:
                 continue
             if isinstance(event, dict) and "event" in event:
-                yield event
+                yield event, file.tell()
 
 
 def identity(path: Path) -> str:

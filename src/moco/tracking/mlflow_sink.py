@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from moco.config import TrackingConfig
 from moco.files import write_text
 from moco.tracking import pipeline_run, registry, store
-from moco.tracking.metric_log import NAME, as_text, finite, identity, read_events
+from moco.tracking.metric_log import NAME, as_text, finite, identity, read_from
 
 BATCH = 500  # metrics a request; MLflow allows 1,000
 STATE = "mlflow.json"
@@ -30,12 +30,12 @@ BUSY = 60.0  # seconds to wait for another process that replays the same log
 
 @dataclass
 class SinkState:
-    """What MLflow has. events: lines of the log that were replayed. last_step: by metric. began: seconds since 1970.
+    """What MLflow has. offset: bytes of the log that were replayed. last_step: by metric. began: seconds since 1970.
     parent: the pipeline's run."""
 
     uri: str
     run_id: str | None = None
-    events: int = 0
+    offset: int = 0
     last_step: dict[str, int] = field(default_factory=dict)
     began: float = 0.0
     parent: str | None = None
@@ -78,44 +78,42 @@ class MlflowSink:
     def _replay(self) -> None:
         pending: list[Any] = []
         steps: dict[str, int] = {}  # last step of each metric in `pending`
-        reached = self.state.events
+        reached = self.state.offset
         handlers: dict[str, Callable[[dict[str, Any]], None]] = {
             "start": self._start, "artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model,
             "end": self._end,
         }  # fmt: skip
-        for number, event in enumerate(read_events(self.log)):
-            if number < self.state.events:
-                continue
+        for event, after in read_from(self.log, self.state.offset):
             if event["event"] in ("metrics", "system"):
                 pending.extend(self._metrics(event, steps))
             else:
-                self._send(pending, steps, number)
+                self._send(pending, steps, reached)
                 if handler := handlers.get(event["event"]):
                     handler(event)
-                self._remember(number + 1)
-            reached = number + 1
+                self._remember(after)
+            reached = after
             if len(pending) >= BATCH:
                 self._send(pending, steps, reached)
         self._send(pending, steps, reached)
 
-    def _send(self, pending: list[Any], steps: dict[str, int], events: int) -> None:
+    def _send(self, pending: list[Any], steps: dict[str, int], offset: int) -> None:
         """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
         for first in range(0, len(pending), BATCH):
             self.client.log_batch(self.run_id, metrics=pending[first : first + BATCH])
         if pending:
             self.state.last_step.update(steps)
-            self._remember(events)
+            self._remember(offset)
         pending.clear()
         steps.clear()
 
-    def _remember(self, events: int) -> None:
-        self.state.events = events
+    def _remember(self, offset: int) -> None:
+        self.state.offset = offset
         write_text(self.folder / STATE, json.dumps(asdict(self.state)))
 
     def _start(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
-        if self.state.events > 0:  # another process goes on with the run
+        if self.state.offset > 0:  # another process goes on with the run
             self._continued(event)
             return
         self.state.began = event["time"]

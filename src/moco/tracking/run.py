@@ -22,6 +22,7 @@ from moco.tracking.store import available, store_uri, without_password
 from moco.tracking.system import SystemSampler
 
 PATIENCE = 20.0  # seconds that the end of a run waits for MLflow to have everything
+HASTE = 4.0  # the same where the run was told to stop: Slurm gives it some seconds, and somebody waits for the node
 NEEDS = ("torch", "torchvision", "numpy", "pillow")  # of a classifier that is loaded elsewhere
 
 
@@ -129,7 +130,7 @@ class Run:
                 raise
             self.say(f"warning: {problem}")  # what went wrong before is what the user must see
         finally:
-            problem_there = self._end_delivery()
+            problem_there = self._end_delivery(HASTE if killed else PATIENCE)
         if problem_there:
             place = without_password(store_uri(self.config))
             self.say(
@@ -137,16 +138,16 @@ class Run:
                 f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"
             )
 
-    def _end_delivery(self) -> str:
+    def _end_delivery(self, patience: float) -> str:
         """Lets the process know, and waits a while; it goes on alone where a server is slow."""
         if self.process is None:
             return ""
         try:
-            output, _ = self.process.communicate(timeout=PATIENCE)
+            output, _ = self.process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
             assert self.process.stdout is not None
             self.process.stdout.close()
             left_alone.append(self.process)
-            return f"it takes longer than {PATIENCE:.0f} s"
+            return f"it takes longer than {patience:.0f} s"
         code = self.process.returncode
         return output.strip() or (f"the process that brings it there ended with {code}" if code else "")

@@ -59,7 +59,8 @@ def test_a_full_disk_is_a_user_error_and_does_not_hide_the_one_before(tmp_path: 
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left"):
         log.write("metrics", step=1, metrics={})
     log.file.close()
-    with pytest.raises(UserError, match="first"), Run(tmp_path, "train", TRACKING, said.append):
+    with pytest.raises(UserError, match="first"), Run(tmp_path, "train", TRACKING, said.append) as record:
+        record.started = True
         raise UserError("first")
     assert "No space left" in said[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import Moco, assert_one_line_error, write_params
 from moco.config import TrackingConfig
 from moco.tracking.metric_log import MetricLog, metric_history
 from moco.tracking.mlflow_sink import MlflowSink
+from moco.tracking.run import Run
 from moco.tracking.store import store_uri
 
 pytestmark = [
@@ -195,3 +197,67 @@ def test_without_a_store_the_metric_log_is_enough(moco: Moco, project: Path) -> 
         assert moco(stage).returncode == 0
     assert not (project / "mlflow.db").exists()
     assert_one_line_error(moco("sync"), "tracking.uri is empty")
+
+
+def test_a_run_that_was_stopped_before_it_began_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), Run(folder, "train", TrackingConfig("", False, "e", "m"), print):
+        raise KeyboardInterrupt
+    log = MetricLog(folder / "metrics.jsonl")
+    log.write("end", status="KILLED")  # as an earlier version wrote it
+    log.close()
+    MlflowSink(folder, CONFIG).replay()
+    log = begin(folder)
+    log.write("metrics", step=1, metrics={"loss": 0.5})
+    log.close()
+    for _ in range(2):
+        MlflowSink(folder, CONFIG).replay()
+    assert only_run().info.status == "RUNNING"
+    assert history(connect(), only_run().info.run_id, "loss") == [(1, 0.5)]
+
+
+def test_another_store_at_the_same_address_gets_everything(tmp_path: Path) -> None:
+    log = begin(tmp_path / "run")
+    log.write("metrics", step=1, metrics={"loss": 0.5})
+    log.write("end", status="FINISHED")
+    log.close()
+    MlflowSink(tmp_path / "run", CONFIG).replay()
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:  # as if it were new
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            store.execute(f"DELETE FROM {table}")
+    store.close()
+    MlflowSink(tmp_path / "run", CONFIG).replay()
+    assert history(connect(), only_run().info.run_id, "loss") == [(1, 0.5)]
+    connect().delete_run(only_run().info.run_id)
+    MlflowSink(tmp_path / "run", CONFIG).replay()
+    assert connect().search_runs([connect().get_experiment_by_name("experiment").experiment_id]) == [], "stays deleted"
+
+
+def test_void_steps_that_were_not_sent_yet_are_not_sent(tmp_path: Path) -> None:
+    log = begin(tmp_path / "run")
+    for step in (1, 2, 3):
+        log.write("metrics", step=step, metrics={"loss": 9.0})
+    log.write("resume", step=1)
+    for step in (2, 3, 4):
+        log.write("metrics", step=step, metrics={"loss": float(step)})
+    log.close()
+    MlflowSink(tmp_path / "run", CONFIG).replay()
+    assert history(connect(), only_run().info.run_id, "loss") == [(1, 9.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_checkpoint_whose_request_failed_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    log = begin(tmp_path / "run")
+    log.write("checkpoint", step=7, path="checkpoint_001.pth", metrics={"loss": 0.5})
+    log.close()
+    finalize = MlflowClient.finalize_logged_model
+    monkeypatch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MlflowSink(tmp_path / "run", CONFIG).replay()
+    monkeypatch.setattr(MlflowClient, "finalize_logged_model", finalize)
+    for _ in range(2):
+        MlflowSink(tmp_path / "run", CONFIG).replay()
+    (model,) = connect().search_logged_models([connect().get_experiment_by_name("experiment").experiment_id])
+    assert (model.name, str(model.status), model.tags["path"]) == ("checkpoint-step-7", "READY", "checkpoint_001.pth")
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("checkpoint.loss", 0.5, 7)]

@@ -55,3 +55,18 @@ def test_a_store_that_another_process_made_meanwhile_stays(tmp_path: Path, monke
     store.create(f"sqlite:///{path}")
     assert path.read_text() == "of another"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://host:5000", "http://host:5000"),
+        ("http://user:secret@host:5000 says no", "http://host:5000 says no"),
+        ("http://u:secret/w@host", "http://host"),
+        ("http://u:secret@w@host", "http://host"),
+        ("postgresql://h/db?password=secret&x=1", "postgresql://h/db?password=...&x=1"),
+    ],
+)
+def test_no_message_has_a_password(text: str, shown: str) -> None:
+    assert store.without_password(text) == shown
+    assert "secret" not in store.explain(RuntimeError(f"cannot read {text}"), text)

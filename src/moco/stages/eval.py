@@ -79,7 +79,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": sha256(classifier / "model_sub.pth")}, manifest.digest)
-    with open_run_folder("eval", key) as folder, Run(folder.path, "eval", config.tracking, say) as record:
+    with open_run_folder("eval", key) as folder, Run(folder.path, report.name, config.tracking, say) as record:
         record.start(chain, origin(config, manifest, device))
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)

@@ -47,6 +47,8 @@ def collect(project: Path) -> list[Pipeline]:
         if start is None or "pipeline" not in start:  # by an earlier version
             continue
         known, digest = start["pipeline"], start["dataset"]["digest"]
+        if not of_pipeline(start["params"], known["params"]):  # the classifier is of other settings, or from elsewhere
+            continue
         row = found.setdefault(known["key"], Pipeline(known["name"], known["params"], digest))
         row.status = next((e.get("status", "RUNNING") for e in reversed(events) if e["event"] in ("start", "end")), "")
         metrics = {f"{start['stage']}.{name}": value for name, value in last_values(log).items()}

@@ -25,7 +25,7 @@ from moco.tracking.store import explain
 EVERY = 10.0  # seconds between two deliveries
 LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts again
 # MLflow's own would keep at it for minutes; what is not taken now is taken at the next delivery.
-REQUESTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+REQUESTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 def deliver(folder: Path, config: TrackingConfig) -> str:
@@ -37,9 +37,9 @@ def deliver(folder: Path, config: TrackingConfig) -> str:
         problem = ""
         for attempt in range(LAST_TRIES if ended else 1):
             time.sleep(attempt)
-            if ended:
-                close_abandoned(folder / NAME, quiet=0)
             try:
+                if ended:
+                    close_abandoned(folder / NAME, quiet=0)
                 sink.replay()
                 problem = ""
                 break

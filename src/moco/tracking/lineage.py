@@ -87,9 +87,14 @@ def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
         raise UserError("the run has no params.yaml: it is of an earlier version, or has not been synced whole")
     if changed := _git("status", "--porcelain", "--untracked-files=no"):
         raise UserError(f"{changed.split()[-1]}: changed here, and would be lost; commit or stash it, then repeat")
+    before = _git("rev-parse", "--abbrev-ref", "HEAD")
     _git("checkout", "--quiet", "--detach", tags["git_commit"])
     if PATCH in kept:
-        _git("apply", "--whitespace=nowarn", kept[PATCH])
+        try:
+            _git("apply", "--whitespace=nowarn", kept[PATCH])
+        except UserError:
+            _git("checkout", "--quiet", before if before != "HEAD" else "-")
+            raise
     write_text(Path(PARAMS), Path(kept[PARAMS]).read_text(encoding="utf-8"))
     say(f"checked out {tags['git_commit'][:12]}{' with its changes' if PATCH in kept else ''}; {PARAMS} is the run's")
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,19 +45,21 @@ class MetricLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.continued = path.exists() and path.stat().st_size > 0
         # A crash or a full disk in the middle of a line: the next one ends it, so that it is skipped alone.
-        self.torn = self.continued and not path.read_bytes().endswith(b"\n")
+        self.torn = self.continued and _last_byte(path) != b"\n"
         self.file = path.open("ab", buffering=0)
+        self.lock = threading.Lock()  # the run's own thread writes, and that which samples the machine
 
     def write(self, event: str, **fields: Any) -> None:
         """Raises UserError where the disk is full."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str)
-        data = f"{chr(10) if self.torn else ''}{line}\n".encode()
-        try:
-            self.torn = self.file.write(data) != len(data)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        if self.torn:
-            raise UserError(f"{self.path}: cannot be written: the disk is full")
+        with self.lock:
+            data = f"{chr(10) if self.torn else ''}{line}\n".encode()
+            try:
+                self.torn = self.file.write(data) != len(data)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+            if self.torn:
+                raise UserError(f"{self.path}: cannot be written: the disk is full")
 
     def sync(self) -> None:
         """Forces what was written onto the disk. Raises UserError where that fails."""
@@ -72,6 +75,12 @@ class MetricLog:
             self.sync()
         finally:
             self.file.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

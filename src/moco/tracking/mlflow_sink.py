@@ -48,15 +48,17 @@ class MlflowSink:
         self.folder, self.config = folder, config
         self.log = folder / NAME
         self.uri = store.store_uri(config)
-        self.state = SinkState(self.uri)
+        self.shown_uri = store.without_password(self.uri)  # as it is remembered
+        self.state = SinkState(self.shown_uri)
         self.client: Any = None
+        self.checked = False
 
     def _load(self) -> SinkState:
         try:
             state = SinkState(**json.loads((self.folder / STATE).read_text()))
         except (OSError, ValueError, TypeError):
-            return SinkState(self.uri)
-        return state if state.uri == self.uri else SinkState(self.uri)
+            return SinkState(self.shown_uri)
+        return state if state.uri == self.shown_uri else SinkState(self.shown_uri)
 
     def replay(self) -> None:
         """Brings MLflow up to the end of the log. Raises whatever MLflow raises, and TimeoutError where another process
@@ -66,9 +68,28 @@ class MlflowSink:
         try:
             with FileLock(self.folder / "mlflow.lock", timeout=BUSY):
                 self.state = self._load()
-                self._replay()
+                if self._is_wanted():
+                    self._replay()
         except Timeout:
             raise TimeoutError("another process is bringing this run there") from None
+
+    def _is_wanted(self) -> bool:
+        """Whether the store still has the run that the state speaks of. Another store may answer at the same address,
+        or an empty one: then all begins anew. A run that somebody deleted stays deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if self.checked or self.state.run_id is None:
+            return True
+        try:
+            run = self.client.get_run(self.state.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None
+        if run is None or run.data.tags.get(LOG_TAG) != identity(self.log):
+            self.state = SinkState(self.shown_uri)
+        self.checked = True
+        return run is None or run.info.lifecycle_stage == "active"
 
     @property
     def run_id(self) -> str:
@@ -83,8 +104,13 @@ class MlflowSink:
             "start": self._start, "artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model,
             "end": self._end,
         }  # fmt: skip
-        for event, after in read_from(self.log, self.state.offset):
-            if event["event"] in ("metrics", "system"):
+        resumed = [(after, e["step"]) for e, after in read_from(self.log, reached) if e["event"] == "resume"]
+        for event, after in read_from(self.log, reached):
+            if self.state.run_id is None and event["event"] != "start":
+                continue
+            if event["event"] == "metrics" and any(after < place and event["step"] > step for place, step in resumed):
+                pass  # void, and not sent yet
+            elif event["event"] in ("metrics", "system"):
                 pending.extend(self._metrics(event, steps))
             else:
                 self._send(pending, steps, reached)
@@ -113,7 +139,7 @@ class MlflowSink:
     def _start(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
-        if self.state.offset > 0:  # another process goes on with the run
+        if self.state.run_id is not None and self.state.offset > 0:  # another process goes on with the run
             self._continued(event)
             return
         self.state.began = event["time"]
@@ -128,7 +154,8 @@ class MlflowSink:
         self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
         if dataset := event.get("dataset"):
             self.client.log_inputs(self.run_id, datasets=[_dataset(dataset)])
-        if pipeline := event.get("pipeline"):
+        pipeline = event.get("pipeline")
+        if pipeline and pipeline_run.of_pipeline(event["params"], pipeline["params"]):
             self.state.parent = pipeline_run.join(self.client, self._experiment(), self.run_id, pipeline, event["time"])
 
     def _create(self, event: dict[str, Any]) -> None:
@@ -138,10 +165,16 @@ class MlflowSink:
         )  # fmt: skip
         self.state.run_id = run.info.run_id
         self._remember(0)
+        for other in self._known():  # of a request that was answered too late, and made again
+            if other.info.run_id != self.state.run_id:
+                self.client.delete_run(other.info.run_id)
+
+    def _known(self) -> list[Any]:
+        return list(self.client.search_runs([self._experiment()], f"tags.`{LOG_TAG}` = '{identity(self.log)}'"))
 
     def _adopt(self) -> bool:
         """Takes up the run of this log that the store has from another machine, or from before the state was lost."""
-        found = self.client.search_runs([self._experiment()], f"tags.`{LOG_TAG}` = '{identity(self.log)}'")
+        found = self._known()
         if not found:
             return False
         run = found[0]
@@ -171,6 +204,8 @@ class MlflowSink:
                 return str(self.client.create_experiment(self.config.experiment, artifact_location=place))
             except MlflowException:  # another job was faster
                 found = self.client.get_experiment_by_name(self.config.experiment)
+                if found is None:
+                    raise
         return str(found.experiment_id)
 
     def _metrics(self, event: dict[str, Any], steps: dict[str, int]) -> list[Any]:
@@ -194,6 +229,8 @@ class MlflowSink:
 
     def _model(self, event: dict[str, Any]) -> None:
         files = [self.folder / path for path in event["files"]]
+        if not all(path.exists() for path in files):  # somebody tidied up; the run's numbers count all the same
+            return
         name = self.config.registered_model
         registry.register(self.client, self._experiment(), self.run_id, name, files, event)
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +20,8 @@ import moco
 from moco.config import Config, flatten
 from moco.data.manifest import Manifest
 from moco.files import sha256
+from moco.tracking.store import without_password
 
-# Where, not what: runs on other machines belong to the same pipeline.
-PLACES = {"data.path", "data.mounted"}
 DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
 PATCH_LIMIT = 5_000_000  # bytes
 
@@ -31,12 +29,12 @@ PATCH_LIMIT = 5_000_000  # bytes
 @dataclass(frozen=True)
 class Origin:
     """tags: by name. dataset: name, digest, source, images by split. pipeline: key, name, params and tags of the run
-    above those of the stages. files: texts to keep with the run, by name."""
+    above those of the stages. files: to keep with the run, by name."""
 
     tags: dict[str, str]
     dataset: dict[str, Any]
     pipeline: dict[str, Any]
-    files: dict[str, str]
+    files: dict[str, bytes]
 
 
 UNKNOWN = Origin({}, {}, {}, {})
@@ -46,7 +44,7 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     """What cannot be found out is left out."""
     tags = {**_code(), **_machine(device), "data_digest": manifest.digest}
     params: dict[str, Any] = {}
-    for section in ("pretrain", "train", "baseline", "finetune", "eval"):
+    for section in ("pretrain", "train", "train_extra", "baseline", "finetune", "eval"):
         params.update(flatten(getattr(config, section), section))
     params = {**manifest.settings, **params}
     key = hashlib.sha256(json.dumps([params, manifest.digest], sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -57,15 +55,15 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
         "images": {name: split.count for name, split in manifest.splits.items()},
     }  # fmt: skip
     pipeline = {"key": key, "name": tags.get("dvc_experiment", f"pipeline-{key}"), "params": params, "tags": shared}
-    files = {"params.yaml": params_text(config)}
-    if (patch := _git(*DIFF)) and len(patch) < PATCH_LIMIT:
-        files["changes.patch"] = patch + "\n"
+    files = {"params.yaml": params_text(config).encode()}
+    if (patch := _git_bytes(*DIFF)) and len(patch) < PATCH_LIMIT:
+        files["changes.patch"] = patch
     return Origin(tags, dataset, pipeline, files)
 
 
 def params_text(config: Config) -> str:
     """params.yaml of these settings, without a password that may stand in the store's address."""
-    uri = re.sub(r"//[^/@]*@", "//", config.tracking.uri)
+    uri = without_password(config.tracking.uri)
     tree = asdict(replace(config, tracking=replace(config.tracking, uri=uri)))
     return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False)
 
@@ -100,8 +98,13 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
+    said = _git_bytes(*arguments)
+    return None if said is None else said.decode(errors="replace").strip("\n")
+
+
+def _git_bytes(*arguments: str) -> bytes | None:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode(errors="replace").strip("\n") if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None

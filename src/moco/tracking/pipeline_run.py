@@ -42,8 +42,11 @@ def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], wh
 
 
 def of_pipeline(params: Mapping[str, Any], pipeline: Mapping[str, Any]) -> bool:
-    """Whether a stage of these parameters, those of its whole chain, is one of the pipeline's."""
-    return all(as_text(value) == as_text(pipeline[name]) for name, value in params.items() if name in pipeline)
+    """Whether a stage of these parameters, those of its whole chain, is one of the pipeline's. A classifier that came
+    from elsewhere has none but those of its evaluation."""
+    return any(name.startswith("pretrain.") for name in params) and all(
+        as_text(value) == as_text(pipeline[name]) for name, value in params.items() if name in pipeline
+    )
 
 
 def _inherit(client: Any, experiment: str, parent: str, pipeline: dict[str, Any]) -> None:
@@ -84,8 +87,7 @@ def leave(client: Any, experiment: str, state: Any, log: Path, status: str, when
     metrics = [Metric(f"{stage}.{name}", value, when, 0) for name, value in values.items()]
     for first in range(0, len(metrics), 500):
         client.log_batch(state.parent, metrics=metrics[first : first + 500])
-    siblings = client.search_runs(
-        [experiment], f"tags.`{PARENT_TAG}` = '{state.parent}' AND attributes.status = 'RUNNING'", max_results=1
-    )
-    if not siblings:
-        client.set_terminated(state.parent, status, when)
+    stages = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{state.parent}'")
+    if not any(run.info.status == "RUNNING" for run in stages):  # also where runs are brought here late
+        last = max(stages, key=lambda run: run.info.end_time or 0)
+        client.set_terminated(state.parent, last.info.status, last.info.end_time)

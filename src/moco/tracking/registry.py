@@ -17,6 +17,7 @@ import numpy as np
 from moco.files import sha256
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+GATE, TRAINED = "champion_gate", "trained"  # tags of a version; seconds since 1970
 CODE = Path(__file__).parent / "classifier_model.py"
 WEIGHTS = "model_sub.pth"
 ACCURACY = "best_held_out_accuracy"
@@ -28,9 +29,10 @@ def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, A
     from mlflow.entities import Metric
 
     step, name = int(event["step"]), f"checkpoint-step-{int(event['step'])}"
-    if any(model.name == name for model in _models_of(client, experiment, run_id)):
+    known = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'")
+    if known and str(known[0].status) == "READY":
         return
-    model = client.create_logged_model(
+    model = known[0] if known else client.create_logged_model(
         experiment, name=name, source_run_id=run_id, model_type="checkpoint",
         tags={"path": str(event["path"]), "step": str(step)},
     )  # fmt: skip
@@ -40,10 +42,6 @@ def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, A
     if metrics:
         client.log_batch(run_id, metrics=metrics)
     client.finalize_logged_model(model.model_id, "READY")
-
-
-def _models_of(client: Any, experiment: str, run_id: str) -> list[Any]:
-    return list(client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"))
 
 
 def register(client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any]) -> None:
@@ -62,11 +60,19 @@ def register(client: Any, experiment: str, run_id: str, name: str, files: list[P
     )  # fmt: skip
     if version is None:
         model_id = _upload(client, experiment, run_id, name, files, event)
-        tags = {**event["tags"], "sha256": digest, "data_digest": event.get("data_digest", "")}
-        version = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
-        client.set_registered_model_alias(name, CANDIDATE, version.version)
-    if "champion_gate" not in version.tags:
-        _gate(client, name, client.get_model_version(name, version.version))
+        tags = {
+            **event["tags"],
+            "sha256": digest,
+            "data_digest": event.get("data_digest", ""),
+            TRAINED: str(event["time"]),
+        }
+        made = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
+        version = client.get_model_version(name, made.version)
+    if GATE not in version.tags:  # written last: what was interrupted before is made good
+        candidate = _alias(client, name, CANDIDATE)
+        if candidate is None or float(candidate.tags.get(TRAINED, 0)) <= float(version.tags[TRAINED]):
+            client.set_registered_model_alias(name, CANDIDATE, version.version)
+        _gate(client, name, version)
 
 
 def _create_registered_model(client: Any, name: str) -> None:
@@ -126,7 +132,7 @@ def _gate(client: Any, name: str, version: Any) -> None:
         reason = f"{reason}; champion was version {champion.version}"
     if better:
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    client.set_model_version_tag(name, version.version, "champion_gate", f"{'moved' if better else 'kept'}: {reason}")
+    client.set_model_version_tag(name, version.version, GATE, f"{'moved' if better else 'kept'}: {reason}")
 
 
 def judge(ours: dict[str, str], theirs: dict[str, str] | None) -> tuple[bool, str]:

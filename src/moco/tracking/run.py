@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, Say, UserError
-from moco.files import write_atomically, write_text
+from moco.files import write_atomically
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
 from moco.tracking.origin import UNKNOWN, Origin
 from moco.tracking.store import available, store_uri, without_password
@@ -24,6 +26,10 @@ from moco.tracking.system import SystemSampler
 PATIENCE = 20.0  # seconds that the end of a run waits for MLflow to have everything
 HASTE = 4.0  # the same where the run was told to stop: Slurm gives it some seconds, and somebody waits for the node
 NEEDS = ("torch", "torchvision", "numpy", "pillow")  # of a classifier that is loaded elsewhere
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 left_alone: list[subprocess.Popen[str]] = []  # still at work when their runs had ended
@@ -40,6 +46,7 @@ class Run:
         self.path = folder / NAME
         self.metric_log = MetricLog(self.path)
         self.last: dict[str, float] = {}
+        self.started = False
         self.origin = UNKNOWN
         self.process: subprocess.Popen[str] | None = None
         self.sampler = SystemSampler(lambda metrics: self.metric_log.write("system", metrics=metrics))
@@ -47,30 +54,36 @@ class Run:
     def start(self, params: dict[str, Any], origin: Origin, step: int = 0) -> None:
         """step: that of the state from which the run goes on. Metrics of later steps, written by a process that
         was stopped, are void: they are about to be made again."""
-        again, self.origin = self.metric_log.continued, origin
+        again, self.origin, self.started = self.metric_log.continued, origin, True
         self.metric_log.write(
             "start", format=FORMAT, stage=self.stage, name=f"{self.stage}-{self.folder.name}", params=params,
             tags=origin.tags, dataset=origin.dataset, pipeline=origin.pipeline,
         )  # fmt: skip
         if again:
             self.metric_log.write("resume", step=step)
-        for name, text in origin.files.items():
-            write_text(self.folder / "origin" / name, text)
-            self.metric_log.write("artifact", path=f"origin/{name}", folder="origin")
+        for name, content in ({} if again else origin.files).items():  # of where it began, as are the tags
+            write_atomically(self.folder / "origin" / name, partial(_write, content))
+            self.metric_log.write("artifact", path=f"origin/{name}")
         self._begin_delivery()
         self.sampler.start()
 
     def _begin_delivery(self) -> None:
         if not self.config.uri or self.config.offline or not available():
             return
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moco.tracking.delivery", str(self.folder)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            start_new_session=True,  # Ctrl-C is for the run alone
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(asdict(self.config)) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moco.tracking.delivery", str(self.folder)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                start_new_session=True,  # Ctrl-C is for the run alone
+            )  # fmt: skip
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(asdict(self.config)) + "\n")
+            self.process.stdin.flush()
+        except OSError as error:  # a limit on processes, say
+            self.say(
+                f"warning: nothing goes to MLflow during this run ({error}); `moco sync` brings it there afterwards"
+            )
+            self.process = None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers that are not finite are left out."""
@@ -99,7 +112,10 @@ class Run:
 
     def model(self, files: list[Path], tags: dict[str, str], image: tuple[int, int]) -> None:
         """A trained classifier, to be registered. image: height and width of what it takes."""
-        needs = {name: importlib.metadata.version(name).partition("+")[0] for name in NEEDS}
+        needs = {}
+        for name in NEEDS:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                needs[name] = importlib.metadata.version(name).partition("+")[0]
         self.metric_log.write(
             "model", files=[self._keep(path, "classifier") for path in files], tags=tags, needs=needs, image=image,
             data_digest=self.origin.tags.get("data_digest", ""),
@@ -122,7 +138,8 @@ class Run:
         self.sampler.stop()
         try:
             try:
-                self.metric_log.write("end", status=status)
+                if self.started:
+                    self.metric_log.write("end", status=status)
             finally:
                 self.metric_log.close()
         except UserError as problem:
@@ -149,5 +166,8 @@ class Run:
             self.process.stdout.close()
             left_alone.append(self.process)
             return f"it takes longer than {patience:.0f} s"
+        except (Interrupted, KeyboardInterrupt):  # the stage is over; only the waiting is given up
+            left_alone.append(self.process)
+            return "the waiting was interrupted"
         code = self.process.returncode
         return output.strip() or (f"the process that brings it there ended with {code}" if code else "")

@@ -46,13 +46,13 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def without_password(uri: str) -> str:
-    """For messages."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    """For messages and files: text in which no address has a user's name or password."""
+    return re.sub(r"(password=)[^&\s]+", r"\1...", re.sub(r"//\S*@", "//", uri))
 
 
 def explain(error: BaseException, uri: str) -> str:
     """One line for what a store says: what is wrong, and what to do."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = without_password(" ".join(str(error).split())) or type(error).__name__
     shown = without_password(uri)
     newer = f"{shown} has the schema of a newer MLflow than the one here; `pip install --upgrade mlflow`"
     older = f"{shown} has the schema of an older MLflow; after a backup: `mlflow db upgrade {shown}`"

@@ -38,8 +38,8 @@ def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None], 
     logs = sorted((folder / NAME for folder in runs), key=_began) if runs else logs_of(project)
     failed = []
     for log in logs:
-        close_abandoned(log)
         try:
+            close_abandoned(log)
             MlflowSink(log.parent, config).replay()
         except Exception as error:  # MLflow and its HTTP layers raise many kinds
             failed.append(f"{log.parent}: {explain(error, store_uri(config))}")

@@ -27,7 +27,7 @@ class SystemSampler:
     def stop(self) -> None:
         self.ended.set()
         if self.thread.ident is not None:
-            self.thread.join()
+            self.thread.join(5)  # a driver that hangs is not waited for
 
     def _sample(self) -> None:
         _cpu()  # the first call begins to count

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, UserError
-from moco.tracking.store import available, create, store_uri
+from moco.tracking.store import available, create, store_uri, without_password
 
 HOST = "127.0.0.1"
 
@@ -23,7 +23,7 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         raise UserError("mlflow is not installed here; run this where it is")
     uri = store_uri(config)
     if uri.startswith(("http://", "https://")):
-        say(f"tracking.uri is a server: open {uri}")
+        say(f"tracking.uri is a server: open {without_password(uri)}")
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

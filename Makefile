@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow test-container test-cluster lint types lock lock-image install clean
+.PHONY: demo test test-slow test-long test-container test-cluster lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -35,7 +35,10 @@ test: install
 
 # TESTS: some of them, by folder or file.
 test-slow: install
-	python -m pytest -m "slow and not container and not cluster" --durations=5 $(TESTS)
+	python -m pytest -m "slow and not long and not container and not cluster" --durations=5 $(TESTS)
+
+test-long: install
+	python -m pytest -m long --durations=5
 
 # Needs a Docker engine that has the base image, or can fetch it.
 test-container: install

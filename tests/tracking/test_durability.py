@@ -55,6 +55,7 @@ while True:
 """
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_twenty_times_has_every_step_once(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,9 +78,7 @@ def test_a_run_that_is_killed_twenty_times_has_every_step_once(
     assert history(client(project), run, "loss") == ours
 
 
-def test_a_killed_run_is_shown_as_killed_and_goes_on_as_one(
-    moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_is_shown_as_killed(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process beside it notices, and tells MLflow."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write_params(project, tracking__uri=STORE, pretrain__epochs=4000, pretrain__monitor_every=1000)
@@ -143,6 +142,7 @@ sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
+@pytest.mark.long
 def test_ten_runs_that_begin_at_once_share_a_new_store(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

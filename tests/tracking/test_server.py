@@ -40,8 +40,8 @@ def logged(project: Path, stage: str) -> list[dict[str, dict[str, float]]]:
 def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     moco: Moco, project: Path, server: MlflowServer
 ) -> None:
-    write_params(project, tracking__uri=server.uri, pretrain__epochs=500, pretrain__monitor_every=200,
-                 pretrain__checkpoint_every=200)  # fmt: skip
+    write_params(project, tracking__uri=server.uri, pretrain__epochs=300, pretrain__monitor_every=100,
+                 pretrain__checkpoint_every=100)  # fmt: skip
     server.start()
     assert moco("data").returncode == 0
     training = subprocess.Popen(
@@ -84,7 +84,7 @@ def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     assert len(client.search_model_versions("name = 'moco-classifier'")) == versions
 
 
-@pytest.mark.parametrize(("status", "delay"), [(500, 0.0), (200, 30.0)])
+@pytest.mark.parametrize(("status", "delay"), [(500, 0.0), pytest.param(200, 30.0, marks=pytest.mark.long)])
 def test_a_server_that_fails_or_is_late_delays_nothing(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch, status: int, delay: float
 ) -> None:

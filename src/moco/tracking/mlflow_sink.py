@@ -19,9 +19,8 @@ from filelock import FileLock, Timeout
 from moco.config import TrackingConfig
 from moco.files import write_text
 from moco.tracking import pipeline_run, registry, store
-from moco.tracking.metric_log import NAME, as_text, finite, identity, read_from
+from moco.tracking.metric_log import NAME, finite, identity, read_from
 
-BATCH = 500  # metrics a request; MLflow allows 1,000
 STATE = "mlflow.json"
 LOG_TAG = "moco.log"
 JOBS_TAG = "slurm_job_ids"
@@ -118,15 +117,14 @@ class MlflowSink:
                     handler(event)
                 self._remember(after)
             reached = after
-            if len(pending) >= BATCH:
+            if len(pending) >= store.BATCH:
                 self._send(pending, steps, reached)
         self._send(pending, steps, reached)
 
     def _send(self, pending: list[Any], steps: dict[str, int], offset: int) -> None:
         """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
-        for first in range(0, len(pending), BATCH):
-            self.client.log_batch(self.run_id, metrics=pending[first : first + BATCH])
         if pending:
+            store.log_metrics(self.client, self.run_id, pending)
             self.state.last_step.update(steps)
             self._remember(offset)
         pending.clear()
@@ -137,7 +135,7 @@ class MlflowSink:
         write_text(self.folder / STATE, json.dumps(asdict(self.state)))
 
     def _start(self, event: dict[str, Any]) -> None:
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import RunTag
 
         if self.state.run_id is not None and self.state.offset > 0:  # another process goes on with the run
             self._continued(event)
@@ -145,9 +143,7 @@ class MlflowSink:
         self.state.began = event["time"]
         if self.state.run_id is None and not self._adopt():
             self._create(event)
-        params = [Param(name, as_text(value)) for name, value in event["params"].items()]
-        for first in range(0, len(params), 100):  # MLflow's limit of a request
-            self.client.log_batch(self.run_id, params=params[first : first + 100])
+        store.log_params(self.client, self.run_id, event["params"])
         tags = {**event["tags"], "stage": event["stage"]}
         if job := event["tags"].get("slurm_job_id"):
             tags[JOBS_TAG] = job

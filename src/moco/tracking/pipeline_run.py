@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.tracking.metric_log import as_text, last_values, read_events
+from moco.tracking.store import log_metrics, log_params
 
 KEY_TAG = "moco.pipeline"
 MADE_TAG = "moco.made"
@@ -20,8 +21,6 @@ PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
 def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], when: float) -> str:
     """Makes the run of a stage a child of its pipeline's, which is made where it is missing. pipeline: key, name,
     params, tags. Returns the parent's id."""
-    from mlflow.entities import Param
-
     found = _of_pipeline(client, experiment, pipeline["key"])
     if not found:
         made = client.create_run(
@@ -33,9 +32,7 @@ def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], wh
             client.delete_run(made.info.run_id)
         _inherit(client, experiment, str(found[0].info.run_id), pipeline)
     parent = str(found[0].info.run_id)
-    params = [Param(name, as_text(value)) for name, value in pipeline["params"].items()]
-    for first in range(0, len(params), 100):  # MLflow's limit of a request; again the same, they change nothing
-        client.log_batch(parent, params=params[first : first + 100])
+    log_params(client, parent, pipeline["params"])
     client.set_tag(run_id, PARENT_TAG, parent)
     client.update_run(parent, status="RUNNING")
     return parent
@@ -60,8 +57,7 @@ def _inherit(client: Any, experiment: str, parent: str, pipeline: dict[str, Any]
         stage = run.data.tags.get("stage", "pipeline")
         if stage != "pipeline" and of_pipeline(run.data.params, pipeline["params"]):
             values = [Metric(f"{stage}.{name}", value, run.info.end_time, 0) for name, value in _own(run).items()]
-            for first in range(0, len(values), 500):
-                client.log_batch(parent, metrics=values[first : first + 500])
+            log_metrics(client, parent, values)
 
 
 def _own(run: Any) -> dict[str, float]:
@@ -85,8 +81,7 @@ def leave(client: Any, experiment: str, state: Any, log: Path, status: str, when
     stage = next(event["stage"] for event in read_events(log) if event["event"] == "start")
     values = last_values(log) if status == "FINISHED" else {}
     metrics = [Metric(f"{stage}.{name}", value, when, 0) for name, value in values.items()]
-    for first in range(0, len(metrics), 500):
-        client.log_batch(state.parent, metrics=metrics[first : first + 500])
+    log_metrics(client, state.parent, metrics)
     stages = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{state.parent}'")
     if not any(run.info.status == "RUNNING" for run in stages):  # also where runs are brought here late
         last = max(stages, key=lambda run: run.info.end_time or 0)

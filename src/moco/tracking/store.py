@@ -8,13 +8,16 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moco.config import TrackingConfig
 from moco.files import write_atomically
+from moco.tracking.metric_log import as_text
 
 SQLITE = "sqlite:///"
+BATCH = 500  # metrics a request
 
 
 def available() -> bool:
@@ -102,6 +105,21 @@ def _client(uri: str) -> Any:
     for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
+
+
+def log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
+    """In as many requests as MLflow's limit of 100 needs. The same values again change nothing."""
+    from mlflow.entities import Param
+
+    known = [Param(name, as_text(value)) for name, value in params.items()]
+    for first in range(0, len(known), 100):
+        client.log_batch(run_id, params=known[first : first + 100])
+
+
+def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
+    """In requests of 500; MLflow allows 1,000."""
+    for first in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
 
 
 def create(uri: str) -> None:

@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
-from conftest import write_params
+from conftest import Moco, assert_one_line_error, write_params
 from moco.cluster import doctor_tracking
 from moco.cluster.finding import Finding, attempt
 from moco.config import TrackingConfig
@@ -165,6 +166,47 @@ def test_mlflow_file(project: Path, read_only: Path) -> None:
     (project / "mounts").write_text("server:/home / nfs4 rw 0 0\n")
     found = look_at_store("sqlite:///mlflow.db", project / "mounts")
     assert found.status == "warn" and found.found.endswith("is on nfs4")
+
+
+def write_old_runs(folder: Path) -> None:
+    """As MLflow 2 did: a folder of an experiment with one run."""
+    experiment = folder / "mlruns/0"
+    (experiment / "1234abcd/metrics").mkdir(parents=True)
+    shared = {"lifecycle_stage": "active", "experiment_id": "0"}
+    location = {"artifact_location": experiment.as_uri(), "name": "Default", **shared}
+    run = {
+        "artifact_uri": f"{experiment.as_uri()}/1234abcd/artifacts", "run_id": "1234abcd", "run_uuid": "1234abcd",
+        "run_name": "old", "start_time": 1600000000000, "end_time": 1600000001000, "status": 3, "user_id": "me",
+        "source_name": "", "source_type": 4, "source_version": "", "entry_point_name": "", "tags": [], **shared,
+    }  # fmt: skip
+    (experiment / "meta.yaml").write_text(yaml.safe_dump(location))
+    (experiment / "1234abcd/meta.yaml").write_text(yaml.safe_dump(run))
+    (experiment / "1234abcd/metrics/loss").write_text("1600000000500 0.5 1\n")
+
+
+def test_old_runs_are_found(project: Path) -> None:
+    assert doctor_tracking.old_runs() is None
+    (project / "mlruns/7/8/artifacts").mkdir(parents=True)  # a server's artifacts are no store
+    assert doctor_tracking.old_runs() is None
+    write_old_runs(project)
+    found = doctor_tracking.old_runs()
+    assert found is not None and found.status == "warn" and "mlruns has runs of an older MLflow" in found.found
+    assert look_at_store("mlruns").status == look_at_store(f"file://{project}/mlruns").status == "warn"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
+def test_the_command_that_is_named_brings_old_runs_into_a_store(moco: Moco, project: Path) -> None:
+    write_params(project, tracking__uri="mlruns")
+    write_old_runs(project)
+    failed = moco("ui")
+    assert_one_line_error(failed, "no stores of files", "sqlite:///mlflow.db")
+    (named, *_) = re.findall(r"`(mlflow [^`]+)`", failed.stderr)
+    subprocess.run(named.split(), cwd=project, check=True, capture_output=True)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlruns.db")
+    assert [(run.info.run_name, run.data.metrics) for run in client.search_runs(["0"])] == [("old", {"loss": 0.5})]
 
 
 def test_mlflow_elsewhere_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import shutil
@@ -120,6 +121,39 @@ def test_the_pipeline_runs_inside_and_its_files_belong_to_the_owner(image: str, 
     assert "up to date" in inside(image, checkout, "dvc", "repro")
 
 
+@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
+def test_what_ran_without_a_network_is_synced_from_outside(image: str, checkout: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    project = tmp_path / "offline"
+    project.mkdir()
+    shutil.copytree(checkout / "dataset", project / "dataset")
+    params = tiny_params(tracking__uri="http://tracking.invalid:5000", tracking__offline=True)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    subprocess.run(["chmod", "-R", "a+rwX", str(tmp_path.parent)], check=True)
+    for stage in ("data", "pretrain", "train", "eval"):
+        said = inside(image, project, "moco", stage, options=("--network", "none"))
+        assert "warning" not in said, "offline is what was asked for"
+    assert not list(project.glob("runs/*/*/mlflow.json"))
+
+    uri = f"sqlite:///{project}/mlflow.db"
+    command = [shutil.which("moco") or "moco", "sync"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "3 of 3 runs" in done.stdout) == (0, True), done.stdout + done.stderr
+    client = MlflowClient(uri)
+    (experiment,) = [found.experiment_id for found in client.search_experiments() if found.name != "Default"]
+    for log in project.glob("runs/*/*/metrics.jsonl"):
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        written = [(e["step"], e["metrics"]["loss"]) for e in events if "loss" in e.get("metrics", {})]
+        (run,) = client.search_runs([experiment], f"tags.stage = '{events[0]['stage']}'")
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [(point.step, point.value) for point in history] == written
+        assert written or events[0]["stage"] != "pretrain"
+    assert client.get_model_version_by_alias(params["tracking"]["registered_model"], "candidate").version == "1"
+
+
 def test_without_git_inside_and_with_a_checkout_of_somebody_else(image: str, checkout: Path) -> None:
     hide = ("--volume", "/dev/null:/usr/bin/git:ro")
     assert "up to date" in inside(image, checkout, "dvc", "repro", options=hide)
@@ -152,10 +186,20 @@ def test_a_base_that_is_gone_is_one_line(engine: Any, checkout: Path) -> None:
     assert line.startswith("error: the build failed") and "--base" in line
 
 
-def test_run_passes_the_exit_code_on(image: str, checkout: Path) -> None:
-    command = [shutil.which("moco") or "moco", "image", "run", "--tag", image, "--", "sh", "-c", "echo out; exit 7"]
+def test_run_tells_which_image_it_is_and_passes_the_exit_code_on(engine: Any, image: str, checkout: Path) -> None:
+    command = [
+        shutil.which("moco") or "moco",
+        "image",
+        "run",
+        "--tag",
+        image,
+        "--",
+        "sh",
+        "-c",
+        "echo $MOCO_IMAGE_DIGEST; exit 7",
+    ]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (7, "out\n")
+    assert (done.returncode, done.stdout) == (7, f"{engine.images.get(image).id}\n")
 
 
 def test_a_shell_inside_has_a_terminal_and_passes_its_exit_code_on(image: str, checkout: Path) -> None:
@@ -164,10 +208,10 @@ def test_a_shell_inside_has_a_terminal_and_passes_its_exit_code_on(image: str, c
     process = subprocess.Popen(command, cwd=checkout, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     said = os.read(ours, 4096)  # the prompt
-    os.write(ours, b"test -t 0 && echo typed-$((40 + 2)) in $PWD; exit 7\n")
+    os.write(ours, b"test -t 0 && echo typed-$((40 + 2)) in $PWD of $MOCO_IMAGE; exit 7\n")
     with contextlib.suppress(OSError):  # the end of the other side
         while more := os.read(ours, 4096):
             said += more
     os.close(ours)
     assert process.wait() == 7
-    assert b"typed-42 in /project" in said
+    assert f"typed-42 in /project of {image}".encode() in said

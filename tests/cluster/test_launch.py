@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside
 
 from moco.cluster.profile import read_profile
 from moco.errors import UserError
+from moco.tracking.origin import sif_identity
+
+IDENTITY = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,9 @@ def test_a_job_that_cannot_run_says_why_in_one_line(
 def test_the_container_command_quotes_nothing_twice(project: Path) -> None:
     """A recorder in place of apptainer: every word arrives whole, the dataset where the profile wants it."""
     image, dataset = project / "my image $1.sif", project / "data 'set'.sqsh"
-    image.touch()
+    image.write_bytes(
+        b"#!/usr/bin/env run-singularity\n\0" + b"SIF_MAGIC\0" + b"01\0" + b"02\0" + IDENTITY.bytes + bytes(64)
+    )
     dataset.write_bytes(b"hsqs")
     fake(project, "recorder", '#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >>record; echo END >>record\n')
     path = f"{project / 'bin'}:{os.environ['PATH']}"
@@ -76,7 +82,10 @@ def test_the_container_command_quotes_nothing_twice(project: Path) -> None:
         for call in calls:
             place = call.index(wanted[0], call.index("--pwd")) if mount == "overlay" else call.index(wanted[1]) - 1
             assert call[place : place + 2] == wanted
+            assert f"MOCO_IMAGE_DIGEST=sif:{IDENTITY}" in call
             assert call[call.index(str(image)) - 2 : call.index(str(image))] == ["--nv", "--writable-tmpfs"]
+    assert sif_identity(str(image)) == f"sif:{IDENTITY}", "as a run finds it that sees its image"
+    assert sif_identity(str(dataset)) is sif_identity(None) is sif_identity(str(project)) is None
 
 
 def job(project: Path, stage: str, start: int, **environment: str) -> str:

@@ -125,6 +125,10 @@ def test_all_jobs_run_in_the_sif_and_end_in_accuracies(cluster: None) -> None:
         assert 0.15 < measured["val_accuracy"] < 1, f"{stage}: {measured}"
     assert "up to date" in node(f"{BARE} {SIF} dvc status")
     assert not list(here("/tmp").glob("moco-dataset-*")), "the copy is gone with its job"
+    identity = re.search(r"ID:\s+(\S+)", node(f"apptainer sif header {SIF}"))
+    assert identity is not None
+    for log in here("runs").glob("*/*/metrics.jsonl"):
+        assert f'"image_digest": "sif:{identity[1]}"' in log.read_text(), log
 
 
 def test_a_sweep_ends_in_one_experiment_a_task(cluster: None) -> None:

@@ -25,12 +25,15 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_the_address_that_is_printed_answers_and_ctrl_c_ends_it(project: Path) -> None:
     write_params(project, tracking__uri="sqlite:///mlflow.db")
+    (project / "mlruns/0").mkdir(parents=True)
+    (project / "mlruns/0/meta.yaml").touch()
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moco.cli", "ui", "--port", str(port)], cwd=project, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None
+    assert process.stdout.readline().startswith("note: mlruns has runs of an older MLflow"), "which no page shows"
     assert f"http://127.0.0.1:{port}" in process.stdout.readline()
     deadline = time.monotonic() + 120
     while True:

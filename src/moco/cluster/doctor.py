@@ -53,6 +53,8 @@ def _project(params: Path, check: Callable[[str, Callable[[], Finding]], None]) 
         check("dataset", lambda: doctor_project.dataset(config.data))
         check("scratch", lambda: doctor_project.scratch(config.runtime))
         check("mlflow", lambda: doctor_tracking.mlflow(config.tracking))
+        if old_runs := doctor_tracking.old_runs():
+            check("mlruns", lambda: old_runs)
     else:
         check("project", lambda: note("project", "dataset, scratch and mlflow are checked once params is valid"))
     check("dvc", doctor_tracking.dvc)

@@ -27,7 +27,7 @@ from moco.cluster.finding import (
     writing_problem,
 )
 from moco.config import TrackingConfig
-from moco.tracking.store import available, sqlite_file, store_uri
+from moco.tracking.store import available, file_store, sqlite_file, store_uri, stray
 
 SERVER_SECONDS = 3.0
 LATER = "runs go on all the same, and `moco sync` brings the rest"
@@ -90,12 +90,20 @@ def mlflow(config: TrackingConfig, mounts: Path = MOUNTS) -> Finding:
     uri = store_uri(config)
     if not uri:
         return note("mlflow", "no store is set (tracking.uri): the metric log is all there is")
+    if folder := file_store(uri):
+        return warn("mlflow", f"{folder}: MLflow has no stores of files any more", "set tracking.uri to a database")
     if file := sqlite_file(uri):
         return _sqlite(file, mounts)
     if uri.startswith(("http://", "https://")):
         return _server(uri)
     # Never the whole address: it may hold a password.
     return note("mlflow", f"a store of the kind {uri.partition(':')[0]}, not tried")
+
+
+def old_runs() -> Finding | None:
+    """Of an MLflow that wrote files; None where there are none."""
+    found, _, remedy = stray().partition("; ")
+    return warn("mlruns", found, remedy) if found else None
 
 
 def _sqlite(file: Path, mounts: Path) -> Finding:

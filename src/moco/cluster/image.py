@@ -102,15 +102,17 @@ def _commit(folder: Path) -> str:
     return done.stdout.strip() if done is not None and done.returncode == 0 else "unknown"
 
 
-def _options(folder: Path, dataset: Path | None, gpus: bool) -> dict[str, Any]:
-    """The checkout at /project, files owned by the caller, the dataset read-only at /dataset."""
+def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict[str, Any]:
+    """The checkout at /project, files owned by the caller, the dataset read-only at /dataset; runs carry the image."""
     import docker
 
     if dataset is not None and not dataset.is_dir():
         raise UserError(f"{dataset}: dataset folder not found")
     volumes = [f"{folder.absolute()}:{PROJECT}"] + ([f"{dataset.absolute()}:/dataset:ro"] if dataset else [])
     devices = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpus else []
-    return {"user": f"{os.getuid()}:{os.getgid()}", "volumes": volumes, "device_requests": devices}
+    environment = [f"MOCO_IMAGE={(image.tags or [image.short_id])[0]}", f"MOCO_IMAGE_DIGEST={image.id}"]
+    user = f"{os.getuid()}:{os.getgid()}"
+    return {"user": user, "volumes": volumes, "device_requests": devices, "environment": environment}
 
 
 def _find(client: Any, tag: str) -> Any:
@@ -133,11 +135,11 @@ def run(
     import docker
 
     client = connect()
-    _find(client, tag)
+    image = _find(client, tag)
     try:
         container = client.containers.run(
             tag, list(command), detach=True, init=True, working_dir=PROJECT, shm_size="1g",
-            **_options(folder, dataset, gpus),
+            **_options(image, folder, dataset, gpus),
         )  # fmt: skip
     except docker.errors.DockerException as error:
         raise UserError(f"the engine refuses to run {tag}: {_reason(error)}") from None
@@ -159,11 +161,12 @@ def run(
 
 def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: Path = Path()) -> int:
     """An interactive shell in the image. The SDK has no terminal, so this is the `docker` command's work."""
-    _find(connect(), tag)
+    image = _find(connect(), tag)
     if shutil.which("docker") is None:
         raise UserError("docker: command not found; an interactive shell needs it beside the engine")
-    options = _options(folder, dataset, gpus)
+    options = _options(image, folder, dataset, gpus)
     volumes = [word for volume in options["volumes"] for word in ("--volume", volume)]
+    volumes += [word for setting in options["environment"] for word in ("--env", setting)]
     arguments = [
         "docker", "run", "--rm", "--interactive", "--tty", "--init", "--user", options["user"], *volumes,
         *(["--gpus", "all"] if gpus else []), "--workdir", PROJECT, tag, "bash",

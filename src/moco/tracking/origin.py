@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import subprocess
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,23 @@ def _machine(device: torch.device) -> dict[str, str]:
     tags = {
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "image": os.environ.get("MOCO_IMAGE") or os.environ.get("APPTAINER_CONTAINER"),
-        "image_digest": os.environ.get("MOCO_IMAGE_DIGEST"),
+        "image_digest": os.environ.get("MOCO_IMAGE_DIGEST") or sif_identity(os.environ.get("APPTAINER_CONTAINER")),
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def sif_identity(image: str | None) -> str | None:
+    """The UUID in a SIF's header, new with every build (https://github.com/apptainer/sif, Header.ID): a digest of the
+    whole file would take a minute. slurm/launch does the same where the file cannot be seen from inside."""
+    try:
+        with Path(image or "").open("rb") as file:
+            header = file.read(64)
+    except OSError:
+        return None
+    return f"sif:{uuid.UUID(bytes=header[48:64])}" if header[32:41] == b"SIF_MAGIC" else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import TrackingConfig
+from moco.errors import UserError
 from moco.files import write_atomically
 from moco.tracking.metric_log import as_text
 
 SQLITE = "sqlite:///"
 BATCH = 500  # metrics a request
+MIGRATE = (
+    "`mlflow migrate-filestore --source {} --target sqlite:///mlruns.db`, "
+    "then `MLFLOW_TRACKING_URI=sqlite:///mlruns.db moco ui` shows its runs"
+)
 
 
 def available() -> bool:
@@ -48,6 +53,19 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
 
 
+def file_store(uri: str) -> str:
+    """The folder of a store of the kind that MLflow ended with version 3; '' where `uri` is another."""
+    return uri.removeprefix("file://") if uri and ("://" not in uri or uri.startswith("file:")) else ""
+
+
+def stray() -> str:
+    """One line about runs in ./mlruns, where an older MLflow wrote when it was told nothing, and which no UI shows
+    beside those of a database; '' where there are none."""
+    if next(Path("mlruns").glob("*/meta.yaml"), None) is None:
+        return ""
+    return f"mlruns has runs of an older MLflow, which are not shown with the others; {MIGRATE.format('mlruns')}"
+
+
 def without_password(uri: str) -> str:
     """For messages and files: text in which no address has a user's name or password."""
     return re.sub(r"(password=)[^&\s]+", r"\1...", re.sub(r"//\S*@", "//", uri))
@@ -55,6 +73,8 @@ def without_password(uri: str) -> str:
 
 def explain(error: BaseException, uri: str) -> str:
     """One line for what a store says: what is wrong, and what to do."""
+    if isinstance(error, UserError):
+        return str(error)
     said = without_password(" ".join(str(error).split())) or type(error).__name__
     shown = without_password(uri)
     newer = f"{shown} has the schema of a newer MLflow than the one here; `pip install --upgrade mlflow`"
@@ -127,12 +147,17 @@ def create(uri: str) -> None:
 
     MLflow builds its tables in dozens of migrations, and cannot open a store in which that was interrupted. So they
     are built on node-local disk, and the finished file appears at its place in one step, unless another process was
-    faster.
+    faster. Raises UserError for a folder of files, which MLflow refuses.
     """
+    if folder := file_store(uri):
+        raise UserError(
+            f"{folder}: MLflow has no stores of files any more; set tracking.uri to sqlite:///mlflow.db. "
+            f"What the old one holds: {MIGRATE.format(folder)}"
+        )
     path = sqlite_file(uri)
     if path is None or path.exists():
         return
-    with tempfile.TemporaryDirectory(prefix="moco-store-") as folder:
-        built = Path(folder) / "mlflow.db"
+    with tempfile.TemporaryDirectory(prefix="moco-store-") as scratch:
+        built = Path(scratch) / "mlflow.db"
         _client(f"{SQLITE}{built}").search_experiments()  # which makes the tables
         write_atomically(path, lambda copy: shutil.copyfile(built, copy), replace=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, UserError
-from moco.tracking.store import available, create, store_uri, without_password
+from moco.tracking.store import available, create, store_uri, stray, without_password
 
 HOST = "127.0.0.1"
 
@@ -32,6 +32,8 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         except OSError:
             raise UserError(f"port {port} is in use; choose another with --port") from None
     create(uri)
+    if found := stray():
+        say(f"note: {found}")
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
     command = [

@@ -155,6 +155,10 @@ def test_the_pipeline_is_tracked_from_end_to_end(moco: Moco, project: Path) -> N
     runs = client.search_runs([client.get_experiment_by_name("moco-pipeline").experiment_id])
     by_stage = {run.data.tags["stage"]: run for run in runs}
     assert set(by_stage) == {"pretrain", "train", "eval", "pipeline"}
+    digest = json.loads((project / "models/manifest.json").read_text())["digest"]
+    for run in runs:
+        (used,) = run.inputs.dataset_inputs
+        assert digest.startswith(used.dataset.digest) and digest in used.dataset.profile
     score = by_stage["eval"].data
     for name in ("data.source", "pretrain.temperature", "train.lr", "eval.batch_size"):
         assert name in score.params, "the whole chain of parameters stands beside the accuracy"
@@ -260,4 +264,4 @@ def test_a_checkpoint_whose_request_failed_is_made_good(tmp_path: Path, monkeypa
         MlflowSink(tmp_path / "run", CONFIG).replay()
     (model,) = connect().search_logged_models([connect().get_experiment_by_name("experiment").experiment_id])
     assert (model.name, str(model.status), model.tags["path"]) == ("checkpoint-step-7", "READY", "checkpoint_001.pth")
-    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("checkpoint.loss", 0.5, 7)]
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("checkpoint/loss", 0.5, 7)]

@@ -148,11 +148,13 @@ class MlflowSink:
         if job := event["tags"].get("slurm_job_id"):
             tags[JOBS_TAG] = job
         self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
-        if dataset := event.get("dataset"):
-            self.client.log_inputs(self.run_id, datasets=[_dataset(dataset)])
+        dataset = [_dataset(event["dataset"])] if event.get("dataset") else []
+        if dataset:
+            self.client.log_inputs(self.run_id, datasets=dataset)
         pipeline = event.get("pipeline")
         if pipeline and pipeline_run.of_pipeline(event["params"], pipeline["params"]):
             self.state.parent = pipeline_run.join(self.client, self._experiment(), self.run_id, pipeline, event["time"])
+            self.client.log_inputs(self.state.parent, datasets=dataset)
 
     def _create(self, event: dict[str, Any]) -> None:
         run = self.client.create_run(

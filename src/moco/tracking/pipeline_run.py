@@ -63,7 +63,7 @@ def _inherit(client: Any, experiment: str, parent: str, pipeline: dict[str, Any]
 def _own(run: Any) -> dict[str, float]:
     """A run's metrics without those of the machine and of its checkpoints."""
     return {
-        name: value for name, value in run.data.metrics.items() if not name.startswith(("system/", "checkpoint."))
+        name: value for name, value in run.data.metrics.items() if not name.startswith(("system/", "checkpoint/"))
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, A
         tags={"path": str(event["path"]), "step": str(step)},
     )  # fmt: skip
     when = int(event["time"] * 1000)
-    metrics = [Metric(f"checkpoint.{key}", value, when, step, model_id=model.model_id, run_id=run_id)
+    metrics = [Metric(f"checkpoint/{key}", value, when, step, model_id=model.model_id, run_id=run_id)
                for key, value in event["metrics"].items()]  # fmt: skip
     if metrics:
         client.log_batch(run_id, metrics=metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_experiments_and_comparisons_show_something(workspace: Path) -> None:
     for words in ("contrastive loss", "kNN accuracy", "confusion on val", "reliability"):
         assert words in page
     shutil.rmtree(workspace / "plots")
+    restore(workspace)
+
+
+def test_queued_experiments_leave_their_logs_in_the_project_and_its_store(workspace: Path) -> None:
+    """DVC runs them in folders that go when they end; relative paths in params.yaml would go with them."""
+    before = set(workspace.glob("runs/*/*"))
+    settings = ("tracking.uri=sqlite:///mlflow.db", f"data.path={workspace / 'dataset'}", "pretrain.temperature=0.3")
+    changed = [word for setting in settings for word in ("-S", setting)]
+    run(workspace, "dvc", "exp", "run", "--queue", "-n", "queued", *changed)
+    run(workspace, "dvc", "exp", "run", "--run-all")
+    assert "queued" in run(workspace, "dvc", "exp", "show", "--csv")
+    logs = {path.parent.name: path / "metrics.jsonl" for path in set(workspace.glob("runs/*/*")) - before}
+    assert set(logs) == {"pretrain", "train", "finetune", "eval"}, "what a temperature reaches"
+    with sqlite3.connect(workspace / "mlflow.db") as store:
+        found = store.execute("SELECT value FROM tags WHERE key = 'dvc_experiment'").fetchall()
+    store.close()
+    assert found == [("queued",)] * 5, "four stages and their pipeline"
     restore(workspace)
 
 

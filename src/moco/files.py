@@ -15,6 +15,13 @@ from moco.errors import UserError
 os.umask(_UMASK := os.umask(0))
 
 
+def home() -> Path:
+    """Folder of the project that runs and the MLflow store belong to: this one, but in an experiment that DVC runs in
+    a folder of its own (`dvc exp run --queue`, `--temp`), which goes when it ends, the one that it came from."""
+    root = Path(os.environ.get("DVC_ROOT", ""))
+    return Path() if "DVC_EXP_NAME" not in os.environ or root.resolve() == Path().resolve() else root
+
+
 def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Calls `write` with a temporary path beside `path` and renames the result over it. Without `replace`, a file that
     another process put there meanwhile stays.

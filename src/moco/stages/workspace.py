@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moco.errors import UserError
-from moco.files import scratch_place, write_text
+from moco.files import home, scratch_place, write_text
 
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
@@ -88,7 +88,7 @@ def open_run_folder(stage: str, key: str) -> Iterator[RunFolder]:
     """The folder of this run, for this process alone: an unfinished one is continued, beside a finished one a new
     one is begun. Raises UserError where another process works in it."""
     names = (key if number == 1 else f"{key}-{number}" for number in itertools.count(1))
-    folder = next(found for name in names if not (found := RunFolder(RUNS / stage / name)).done)
+    folder = next(found for name in names if not (found := RunFolder(home() / RUNS / stage / name)).done)
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.path / "lock")
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moco.config import TrackingConfig
 from moco.errors import UserError
-from moco.files import write_atomically
+from moco.files import home, write_atomically
 from moco.tracking.metric_log import as_text
 
 SQLITE = "sqlite:///"
@@ -50,7 +50,7 @@ def absolute(uri: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store; None for any other."""
-    return Path(uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
+    return (home() / uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
 
 
 def file_store(uri: str) -> str:

@@ -6,17 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torchvision.models
 from torch import Tensor, nn
 
 from moco.model.small_resnet import SmallResNet
 
-TORCHVISION_RESNETS = tuple(
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if name.startswith(("resnet", "resnext", "wide_resnet"))
-)
-ENCODERS = ("small_resnet", *TORCHVISION_RESNETS)
+SMALL = "small_resnet"
 
 
 @dataclass(frozen=True)
@@ -37,11 +31,21 @@ class Architecture:
         return asdict(self)
 
 
+def encoders() -> tuple[str, ...]:
+    """Names of all. Imports torchvision, which takes seconds; the small one does without."""
+    import torchvision.models
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    return (SMALL, *(name for name in known if name.startswith(("resnet", "resnext", "wide_resnet"))))
+
+
 def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     """A network with randomly set weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
     small_stem = architecture.stem == "small"
-    if architecture.name == "small_resnet":
+    if architecture.name == SMALL:
         return SmallResNet(num_outputs, architecture.width, architecture.stages, 1 if small_stem else 2)
+    import torchvision.models
+
     # A zero-initialised last BatchNorm of each block (Goyal et al. 2017) is not used by MoCo; neither here.
     network: nn.Module = torchvision.models.get_model(architecture.name, weights=None, num_classes=num_outputs)
     if small_stem:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from moco.config import PretrainConfig
 from moco.data.manifest import Manifest
 from moco.errors import UserError
-from moco.model.encoder import ENCODERS, Architecture
+from moco.model.encoder import SMALL, Architecture, encoders
 from moco.params import nearest
 
 
 def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
     """Raises UserError for an unknown encoder, and for images that it cannot take."""
-    if section.encoder not in ENCODERS:
+    if section.encoder != SMALL and section.encoder not in (known := encoders()):
         raise UserError(
-            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, ENCODERS)}; "
-            f"known: {', '.join(ENCODERS)}"
+            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, known)}; "
+            f"known: {', '.join(known)}"
         )
     if manifest.height != manifest.width:
         raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
     halvings = section.stages + (section.stem == "imagenet")
-    if section.encoder == "small_resnet" and manifest.height >> halvings == 0:
+    if section.encoder == SMALL and manifest.height >> halvings == 0:
         raise UserError(
             f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
         )

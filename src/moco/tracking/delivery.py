@@ -9,7 +9,6 @@ could not be brought there stands in the one line that it writes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -61,16 +60,7 @@ def _line() -> bytes:
     return line
 
 
-def _step_back() -> None:
-    """Takes what the training leaves of the processors: MLflow costs seconds of them to import."""
-    with contextlib.suppress(OSError):
-        os.nice(19)
-    with contextlib.suppress(OSError):  # where Linux weighs sessions against each other, niceness counts inside of one
-        Path("/proc/self/autogroup").write_text("19")
-
-
 def main() -> None:
-    _step_back()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are the run's; this ends with it
     for name, value in REQUESTS.items():

@@ -38,8 +38,11 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port),
+        "--workers", "1",
     ]  # fmt: skip
-    server = subprocess.Popen(command, start_new_session=True)  # with the workers that it starts
+    # One person looks, often on a login node: neither several workers nor those of MLflow's jobs are of use.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    server = subprocess.Popen(command, env=environment, start_new_session=True)  # with the workers that it starts
     try:
         return server.wait()
     except Interrupted:  # the way to end it

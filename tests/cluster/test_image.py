@@ -145,13 +145,15 @@ def test_what_ran_without_a_network_is_synced_from_outside(image: str, checkout:
     (experiment,) = [found.experiment_id for found in client.search_experiments() if found.name != "Default"]
     for log in project.glob("runs/*/*/metrics.jsonl"):
         events = [json.loads(line) for line in log.read_text().splitlines()]
-        written = [(e["step"], e["metrics"]["loss"]) for e in events if "loss" in e.get("metrics", {})]
+        measured = [event for event in events if event["event"] == "metrics"]
+        written = [(event["step"], event["metrics"]["loss"]) for event in measured if "loss" in event["metrics"]]
         (run,) = client.search_runs([experiment], f"tags.stage = '{events[0]['stage']}'")
         assert run.info.status == "FINISHED"
         history = client.get_metric_history(run.info.run_id, "loss")
         assert [(point.step, point.value) for point in history] == written
         assert written or events[0]["stage"] != "pretrain"
-    assert client.get_model_version_by_alias(params["tracking"]["registered_model"], "candidate").version == "1"
+    found = client.get_model_version_by_alias(params["tracking"]["registered_model"], "candidate")
+    assert int(found.version) == 1 and found.tags["champion_gate"]
 
 
 def test_without_git_inside_and_with_a_checkout_of_somebody_else(image: str, checkout: Path) -> None:

@@ -136,7 +136,10 @@ def test_queued_experiments_leave_their_logs_in_the_project_and_its_store(worksp
     assert set(logs) == {"pretrain", "train", "finetune", "eval"}, "what a temperature reaches"
     with sqlite3.connect(workspace / "mlflow.db") as store:
         found = store.execute("SELECT value FROM tags WHERE key = 'dvc_experiment'").fetchall()
+        states = store.execute("SELECT DISTINCT status FROM runs").fetchall()
+        versions = store.execute("SELECT version FROM model_versions").fetchall()
     store.close()
+    assert states == [("FINISHED",)] and len(versions) == 2, "MLflow has all: also what it looks up by itself"
     assert found == [("queued",)] * 5, "four stages and their pipeline"
     restore(workspace)
 

@@ -70,6 +70,17 @@ def pretrain(
 
 
 @app.command()
+def profile(
+    params: Params = PARAMS,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after a warm-up.")] = 20,
+) -> None:
+    """Tell where the time of a pretraining step goes on this machine. Trains nothing and writes nothing."""
+    from moco.stages import profile as stage
+
+    stage.run(load(params), steps, typer.echo)
+
+
+@app.command()
 def train(params: Params = PARAMS) -> None:
     """Train a linear classifier on the frozen encoder; writes models/classifier/."""
     from moco.stages import train as stage

@@ -139,8 +139,10 @@ def _ask(address: str, headers: dict[str, str]) -> str:
 def _server(uri: str) -> Finding:
     parts = urllib.parse.urlsplit(uri)
     place, headers = parts.netloc.rpartition("@")[2], {}
-    if parts.username:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    user = urllib.parse.unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if user:
+        secret = urllib.parse.unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        login = f"{user}:{secret}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     shown = f"{parts.scheme}://{place}{parts.path}".rstrip("/")  # without the password
     answers: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import moco
 from moco.errors import Say, UserError
+from moco.tracking.store import ACCESS
 
 TAG = "moco-pipeline"
 PROJECT = "/project"  # where the checkout appears inside
@@ -111,6 +112,7 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
     volumes = [f"{folder.absolute()}:{PROJECT}"] + ([f"{dataset.absolute()}:/dataset:ro"] if dataset else [])
     devices = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpus else []
     environment = [f"MOCO_IMAGE={(image.tags or [image.short_id])[0]}", f"MOCO_IMAGE_DIGEST={image.id}"]
+    environment += [f"{name}={os.environ[name]}" for name in ACCESS if name in os.environ]
     user = f"{os.getuid()}:{os.getgid()}"
     return {"user": user, "volumes": volumes, "device_requests": devices, "environment": environment}
 
@@ -166,7 +168,8 @@ def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: 
         raise UserError("docker: command not found; an interactive shell needs it beside the engine")
     options = _options(image, folder, dataset, gpus)
     volumes = [word for volume in options["volumes"] for word in ("--volume", volume)]
-    volumes += [word for setting in options["environment"] for word in ("--env", setting)]
+    for setting in options["environment"]:  # a password is for the environment, not for the list of processes
+        volumes += ["--env", setting if setting.startswith("MOCO_") else setting.partition("=")[0]]
     arguments = [
         "docker", "run", "--rm", "--interactive", "--tty", "--init", "--user", options["user"], *volumes,
         *(["--gpus", "all"] if gpus else []), "--workdir", PROJECT, tag, "bash",

@@ -1,22 +1,39 @@
-"""One optimizer step of momentum contrast, and the state that a checkpoint needs of it."""
+"""One optimizer step of momentum contrast, what goes into it, and the state that a checkpoint needs of it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moco.config import PretrainConfig
 from moco.data.batches import step_generator
-from moco.data.views import Views
+from moco.data.manifest import Manifest
+from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import use_split_batch_norm
 from moco.training.distributed import SOLO, Processes
 from moco.training.numerics import autocast
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
+
+
+def pretraining_views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
+    chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
+    return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
+
+
+def pool(count: int, section: PretrainConfig) -> np.ndarray:
+    """Indices of the unlabelled images in use: all, or a random share."""
+    if section.subset == 1:
+        return np.arange(count)
+    size = max(2, round(section.subset * count))
+    return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
 def build_model(config: PretrainConfig, processes: Processes = SOLO) -> MomentumContrast:
@@ -46,6 +63,13 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
         )
 
 
+Phase = Callable[[str], contextlib.AbstractContextManager[object]]
+
+
+def _unwatched(name: str) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext()
+
+
 class ContrastStep:
     """Callable for the loop. All randomness of a step is a function of the seed and the step's number.
 
@@ -69,6 +93,7 @@ class ContrastStep:
             weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        self.phase: Phase = _unwatched  # around the parts of a step, for whoever wants to know
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
@@ -79,17 +104,20 @@ class ContrastStep:
             group["lr"] = self.peak_lr * factor
         momentum = key_momentum(config.momentum, config.momentum_schedule, fraction)
         self.model.train()
-        unit = self.views.to_unit(images)
-        place = self.processes.rank * len(unit), self.processes.size * len(unit)
-        a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
+        with self.phase("views"):
+            unit = self.views.to_unit(images)
+            place = self.processes.rank * len(unit), self.processes.size * len(unit)
+            a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
         with autocast(self.device, self.precision):
             contrast = self.model(a, b, generator)
-        self.scaler.scale(contrast.loss).backward()
-        self._share()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.update(contrast.keys, momentum)
+        with self.phase("backward"):
+            self.scaler.scale(contrast.loss).backward()
+            self._share()
+        with self.phase("update"):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.update(contrast.keys, momentum)
         return {
             "loss": contrast.loss.detach(),
             "contrast_accuracy": contrast.accuracy,
@@ -117,3 +145,12 @@ class ContrastStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the state is from a device that needed no scaling
             self.scaler.load_state_dict(state["scaler"])
+
+
+def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
+    """FLOP of the passes of one step, multiplications and additions; those of views are not among them."""
+    images = torch.zeros(batch, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter, autocast(step.device, step.precision):
+        step.model(images, images, torch.Generator().manual_seed(0)).loss.backward()
+    step.optimizer.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())

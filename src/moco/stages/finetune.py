@@ -135,7 +135,7 @@ def _run(
     if saved is not None:
         step.load_state(saved)
         choice.best = saved["best"]
-    record.start(chain, origin(config, manifest, device), state.step)
+    record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
     if saved is None:
         record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
 

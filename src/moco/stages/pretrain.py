@@ -20,11 +20,11 @@ from moco.data.batches import EpochSampler, Fetcher
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
+from moco.data.views import Views
 from moco.errors import Say, UserError
 from moco.files import sha256, write_text
 from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep
+from moco.stages.contrast import ContrastStep, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.workspace import (
@@ -137,10 +137,12 @@ def _run(
     params = flatten(section, "pretrain")
     architecture = chosen_architecture(section, manifest)
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
-    pool = _pool(len(splits["unlabeled"].images), section)
-    sampler = EpochSampler(pool, section.batch_size, section.seed, processes.rank, processes.size)
+    chosen = pool(len(splits["unlabeled"].images), section)
+    sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     _check_shares(section, sampler.batch_size, processes.size)
-    step = ContrastStep(section, _views(section, manifest, device), device, precision, sampler.batch_size, processes)
+    step = ContrastStep(
+        section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size, processes
+    )
     state = LoopState()
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
     saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
@@ -160,7 +162,7 @@ def _run(
 
         def begin() -> Run:
             record = stack.enter_context(Run(folder.path, "pretrain", config.tracking, say))
-            record.start(chain, origin(config, manifest, device), state.step)
+            record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
             return record
 
         record = processes.alone(begin)
@@ -249,19 +251,6 @@ def _check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
             f"pretrain.splits: {section.splits} parts of {batch_size} images cannot be shared by {size} processes: the "
             f"parts must be a multiple of {size}, and the images one of the parts"
         )
-
-
-def _views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
-    chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
-    return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
-
-
-def _pool(count: int, section: PretrainConfig) -> np.ndarray:
-    """Indices of the unlabelled images in use: all, or a random share."""
-    if section.subset == 1:
-        return np.arange(count)
-    size = max(2, round(section.subset * count))
-    return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
 def _saved_state(

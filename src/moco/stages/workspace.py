@@ -26,6 +26,7 @@ CLASSIFIER_EXTRA = Path("models/classifier_extra")
 FINETUNED = Path("models/finetuned")
 REPORTS = Path("reports")
 RUNS = Path("runs")
+LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its process is alive
 MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
 
 # Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
@@ -86,17 +87,25 @@ class RunFolder:
 @contextmanager
 def open_run_folder(stage: str, key: str) -> Iterator[RunFolder]:
     """The folder of this run, for this process alone: an unfinished one is continued, beside a finished one a new
-    one is begun. Raises UserError where another process works in it."""
-    names = (key if number == 1 else f"{key}-{number}" for number in itertools.count(1))
-    folder = next(found for name in names if not (found := RunFolder(home() / RUNS / stage / name)).done)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder.path}: another process runs `moco {stage}` with these settings and data; wait for it or stop it"
-        ) from None
+    one is begun. Raises UserError where another process works in it; an experiment of DVC's queue takes the next one,
+    as nobody could tell the other to wait."""
+    queued = home() != Path()
+    for number in itertools.count(1):
+        folder = RunFolder(home() / RUNS / stage / (key if number == 1 else f"{key}-{number}"))
+        if folder.done:
+            continue
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.path / "lock")
+        try:
+            lock.acquire(timeout=0 if queued else LOOKS)
+        except Timeout:
+            if queued:
+                continue
+            raise UserError(
+                f"{folder.path}: another process runs `moco {stage}` with these settings and data; wait for it or stop "
+                "it"
+            ) from None
+        break
     try:
         yield folder
     finally:

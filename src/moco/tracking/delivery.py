@@ -24,8 +24,6 @@ from moco.tracking.store import explain
 
 EVERY = 10.0  # seconds between two deliveries
 LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts again
-# MLflow's own would keep at it for minutes; what is not taken now is taken at the next delivery.
-REQUESTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 def deliver(folder: Path, config: TrackingConfig) -> str:
@@ -63,8 +61,6 @@ def _line() -> bytes:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are the run's; this ends with it
-    for name, value in REQUESTS.items():
-        os.environ.setdefault(name, value)
     config = TrackingConfig(**json.loads(_line()))
     problem = deliver(Path(sys.argv[1]), config)
     if problem:

@@ -10,7 +10,7 @@ from typing import Any
 from moco.config import TrackingConfig
 from moco.errors import Say, UserError
 from moco.files import write_text
-from moco.tracking.store import available, client, explain, store_uri
+from moco.tracking.store import available, client, explain, sqlite_file, store_uri
 
 PARAMS, PATCH = "params.yaml", "changes.patch"
 # What is told of the run, in this order: tag and words.
@@ -29,9 +29,11 @@ def show(config: TrackingConfig, wanted: str, restore: bool, say: Say) -> None:
     """
     if not available():
         raise UserError("mlflow is not installed here; run this where it is")
-    if not config.uri:
-        raise UserError("tracking.uri is empty; set it in params.yaml")
     uri = store_uri(config)
+    if not uri:
+        raise UserError("tracking.uri is empty; set it in params.yaml")
+    if (path := sqlite_file(uri)) and not path.exists():  # nothing is made by looking
+        raise UserError(f"{path}: no such store; set MLFLOW_TRACKING_URI to that of the project that trained it")
     try:
         with tempfile.TemporaryDirectory(prefix="moco-origin-") as folder:
             connected = client(uri)
@@ -85,6 +87,10 @@ def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
         raise UserError("the run knows no commit: it was made outside of a git repository")
     if PARAMS not in kept:
         raise UserError("the run has no params.yaml: it is of an earlier version, or has not been synced whole")
+    if "patch_left_out" in tags:
+        raise UserError(
+            f"the run's changes to its commit are not kept ({tags['patch_left_out']}); it cannot be restored"
+        )
     if changed := _git("status", "--porcelain", "--untracked-files=no"):
         raise UserError(f"{changed.split()[-1]}: changed here, and would be lost; commit or stash it, then repeat")
     before = _git("rev-parse", "--abbrev-ref", "HEAD")

@@ -8,6 +8,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,13 +25,15 @@ from moco.tracking.metric_log import NAME, finite, identity, read_from
 STATE = "mlflow.json"
 LOG_TAG = "moco.log"
 JOBS_TAG = "slurm_job_ids"
+MARKED = 200  # bytes
 BUSY = 60.0  # seconds to wait for another process that replays the same log
 
 
 @dataclass
 class SinkState:
     """What MLflow has. offset: bytes of the log that were replayed. last_step: by metric. began: seconds since 1970.
-    parent: the pipeline's run."""
+    parent: the pipeline's run. mark: of the bytes before the offset, which tells whether the log is still the one that
+    was replayed. owed: places of files and models that the store would not take."""
 
     uri: str
     run_id: str | None = None
@@ -38,6 +41,8 @@ class SinkState:
     last_step: dict[str, int] = field(default_factory=dict)
     began: float = 0.0
     parent: str | None = None
+    mark: str = ""
+    owed: list[int] = field(default_factory=list)
 
 
 class MlflowSink:
@@ -51,17 +56,26 @@ class MlflowSink:
         self.state = SinkState(self.shown_uri)
         self.client: Any = None
         self.checked = False
+        self.problem: Exception | None = None  # with a file or model; numbers and states do not wait for those
 
     def _load(self) -> SinkState:
         try:
             state = SinkState(**json.loads((self.folder / STATE).read_text()))
         except (OSError, ValueError, TypeError):
             return SinkState(self.shown_uri)
-        return state if state.uri == self.shown_uri else SinkState(self.shown_uri)
+        # After a crash of the machine a log may be shorter than what was read of it, and then grow again.
+        same = state.uri == self.shown_uri and state.mark == self._mark(state.offset)
+        return state if same else SinkState(self.shown_uri)
+
+    def _mark(self, offset: int) -> str:
+        with self.log.open("rb") as file:
+            file.seek(max(0, offset - MARKED))
+            before = file.read(min(offset, MARKED))
+        return hashlib.sha256(before).hexdigest()[:16] if len(before) == min(offset, MARKED) else "shorter"
 
     def replay(self) -> None:
         """Brings MLflow up to the end of the log. Raises whatever MLflow raises, and TimeoutError where another process
-        is at it; can be called again."""
+        is at it; can be called again. A file or model that the store refuses is raised last and tried again next."""
         if self.client is None:
             self.client = store.client(self.uri)
         try:
@@ -75,20 +89,27 @@ class MlflowSink:
     def _is_wanted(self) -> bool:
         """Whether the store still has the run that the state speaks of. Another store may answer at the same address,
         or an empty one: then all begins anew. A run that somebody deleted stays deleted."""
-        from mlflow.exceptions import MlflowException
-
         if self.checked or self.state.run_id is None:
             return True
+        run = self._found(self.state.run_id)
+        if run is None or run.data.tags.get(LOG_TAG) != identity(self.log):
+            self.state = SinkState(self.shown_uri)
+        parent = self._found(self.state.parent) if self.state.parent else None
+        if parent is None or parent.info.lifecycle_stage != "active":
+            self.state.parent = None  # somebody deleted it
+        self.checked = True
+        return run is None or run.info.lifecycle_stage == "active"
+
+    def _found(self, run_id: str) -> Any:
+        """The run, deleted or not; None where the store never had it."""
+        from mlflow.exceptions import MlflowException
+
         try:
-            run = self.client.get_run(self.state.run_id)
+            return self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            run = None
-        if run is None or run.data.tags.get(LOG_TAG) != identity(self.log):
-            self.state = SinkState(self.shown_uri)
-        self.checked = True
-        return run is None or run.info.lifecycle_stage == "active"
+            return None
 
     @property
     def run_id(self) -> str:
@@ -99,10 +120,7 @@ class MlflowSink:
         pending: list[Any] = []
         steps: dict[str, int] = {}  # last step of each metric in `pending`
         reached = self.state.offset
-        handlers: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model,
-            "end": self._end,
-        }  # fmt: skip
+        self._pay()
         resumed = [(after, e["step"]) for e, after in read_from(self.log, reached) if e["event"] == "resume"]
         for event, after in read_from(self.log, reached):
             if self.state.run_id is None and event["event"] != "start":
@@ -113,13 +131,35 @@ class MlflowSink:
                 pending.extend(self._metrics(event, steps))
             else:
                 self._send(pending, steps, reached)
-                if handler := handlers.get(event["event"]):
-                    handler(event)
+                self._handle(event, reached)
                 self._remember(after)
             reached = after
             if len(pending) >= store.BATCH:
                 self._send(pending, steps, reached)
         self._send(pending, steps, reached)
+        if self.problem is not None:
+            raise self.problem
+
+    def _handle(self, event: dict[str, Any], place: int) -> None:
+        handlers: dict[str, Callable[[dict[str, Any]], None]] = {"start": self._start, "end": self._end}
+        files = {"artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model}
+        if event["event"] in files and self.problem is None:
+            try:
+                files[event["event"]](event)
+            except Exception as error:  # MLflow and what stores files raise many kinds
+                self.problem = error
+        if event["event"] in files and self.problem is not None:  # also what comes after: each may take minutes to fail
+            self.state.owed.append(place)
+        elif handler := handlers.get(event["event"]):
+            handler(event)
+
+    def _pay(self) -> None:
+        """Tries again what the store did not take before."""
+        self.problem, owed, self.state.owed = None, self.state.owed, []
+        for place in owed:
+            self._handle(next(read_from(self.log, place))[0], place)
+        if owed:
+            self._remember(self.state.offset)
 
     def _send(self, pending: list[Any], steps: dict[str, int], offset: int) -> None:
         """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
@@ -131,7 +171,7 @@ class MlflowSink:
         steps.clear()
 
     def _remember(self, offset: int) -> None:
-        self.state.offset = offset
+        self.state.offset, self.state.mark = offset, self._mark(offset)
         write_text(self.folder / STATE, json.dumps(asdict(self.state)))
 
     def _start(self, event: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
+import tempfile
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from moco.files import sha256
 from moco.tracking.store import without_password
 
 DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
+NEW = ("ls-files", "--others", "--exclude-standard", "-z", "--", "src")  # sources that git does not know yet
 PATCH_LIMIT = 5_000_000  # bytes
 
 
@@ -57,9 +60,25 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     }  # fmt: skip
     pipeline = {"key": key, "name": tags.get("dvc_experiment", f"pipeline-{key}"), "params": params, "tags": shared}
     files = {"params.yaml": params_text(config).encode()}
-    if (patch := _git_bytes(*DIFF)) and len(patch) < PATCH_LIMIT:
+    patch = _patch()
+    if len(patch) > PATCH_LIMIT:
+        tags["patch_left_out"] = f"{len(patch)} bytes"
+    elif patch:
         files["changes.patch"] = patch
     return Origin(tags, dataset, pipeline, files)
+
+
+def _patch() -> bytes:
+    """What differs from the commit, new sources included: those are added to a copy of the index, not to the user's."""
+    place = _git("rev-parse", "--git-path", "index")
+    if place is None or not Path(place).is_file():
+        return b""
+    with tempfile.TemporaryDirectory(prefix="moco-index-") as folder:
+        index = str(shutil.copy(place, folder))
+        for name in (_git_bytes(*NEW) or b"").decode(errors="surrogateescape").split("\0"):
+            if name:
+                _git_bytes("add", "--", name, index=index)
+        return _git_bytes(*DIFF, index=index) or b""
 
 
 def params_text(config: Config) -> str:
@@ -70,12 +89,12 @@ def params_text(config: Config) -> str:
 
 
 def _code() -> dict[str, str]:
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status, new = _git("status", "--porcelain", "--untracked-files=no"), _git_bytes(*NEW)
     lock = Path("dvc.lock")
     packages = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
     tags = {
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else str(bool(status)).lower(),
+        "git_dirty": None if status is None else str(bool(status or new)).lower(),
         "dvc_experiment": os.environ.get("DVC_EXP_NAME"),
         "dvc_lock": sha256(lock) if lock.is_file() else None,
         "packages": hashlib.sha256("\n".join(packages).encode()).hexdigest(),
@@ -114,9 +133,10 @@ def _git(*arguments: str) -> str | None:
     return None if said is None else said.decode(errors="replace").strip("\n")
 
 
-def _git_bytes(*arguments: str) -> bytes | None:
+def _git_bytes(*arguments: str, index: str | None = None) -> bytes | None:
+    environment = {**os.environ, "GIT_INDEX_FILE": index} if index else None
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, check=False, timeout=20)
+        done = subprocess.run(["git", *arguments], capture_output=True, check=False, timeout=20, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -15,6 +15,7 @@ from moco.tracking.store import log_metrics, log_params
 
 KEY_TAG = "moco.pipeline"
 MADE_TAG = "moco.made"
+PROGRESS = {"epoch", "lr", "key_momentum", "data_wait_share"}  # of a stage on its way: no results
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
 
 
@@ -64,6 +65,7 @@ def _own(run: Any) -> dict[str, float]:
     """A run's metrics without those of the machine and of its checkpoints."""
     return {
         name: value for name, value in run.data.metrics.items() if not name.startswith(("system/", "checkpoint/"))
+        and name not in PROGRESS
     }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def leave(client: Any, experiment: str, state: Any, log: Path, status: str, when
 
     stage = next(event["stage"] for event in read_events(log) if event["event"] == "start")
     values = last_values(log) if status == "FINISHED" else {}
-    metrics = [Metric(f"{stage}.{name}", value, when, 0) for name, value in values.items()]
+    metrics = [Metric(f"{stage}.{name}", value, when, 0) for name, value in values.items() if name not in PROGRESS]
     log_metrics(client, state.parent, metrics)
     stages = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{state.parent}'")
     if not any(run.info.status == "RUNNING" for run in stages):  # also where runs are brought here late

@@ -86,9 +86,11 @@ def _create_registered_model(client: Any, name: str) -> None:
 
 
 def _upload(client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any]) -> str:
-    model = client.create_logged_model(
+    known = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'")
+    begun = [model for model in known if str(model.status) == "PENDING"]  # an upload that was cut off
+    model = begun[0] if begun else client.create_logged_model(
         experiment, name=name, source_run_id=run_id, model_type="classifier", params={}, tags=event["tags"]
-    )
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="moco-model-") as folder:
         package(Path(folder) / "model", files, event["needs"], event["image"], str(model.model_id))
         client.log_model_artifacts(model.model_id, f"{folder}/model")

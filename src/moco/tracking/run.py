@@ -51,9 +51,9 @@ class Run:
         self.process: subprocess.Popen[str] | None = None
         self.sampler = SystemSampler(lambda metrics: self.metric_log.write("system", metrics=metrics))
 
-    def start(self, params: dict[str, Any], origin: Origin, step: int = 0) -> None:
-        """step: that of the state from which the run goes on. Metrics of later steps, written by a process that
-        was stopped, are void: they are about to be made again."""
+    def start(self, params: dict[str, Any], origin: Origin, step: int = -1) -> None:
+        """step: that of the state from which the run goes on, where it does. Metrics of later steps, written by a
+        process that was stopped, are void: they are about to be made again."""
         again, self.origin, self.started = self.metric_log.continued, origin, True
         self.metric_log.write(
             "start", format=FORMAT, stage=self.stage, name=f"{self.stage}-{self.folder.name}", params=params,
@@ -64,11 +64,12 @@ class Run:
         for name, content in ({} if again else origin.files).items():  # of where it began, as are the tags
             write_atomically(self.folder / "origin" / name, partial(_write, content))
             self.metric_log.write("artifact", path=f"origin/{name}")
+        self.metric_log.sync()  # the first line is the run's identity
         self._begin_delivery()
         self.sampler.start()
 
     def _begin_delivery(self) -> None:
-        if not self.config.uri or self.config.offline or not available():
+        if not store_uri(self.config) or self.config.offline or not available():
             return
         try:
             self.process = subprocess.Popen(

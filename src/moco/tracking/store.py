@@ -19,6 +19,21 @@ from moco.tracking.metric_log import as_text
 
 SQLITE = "sqlite:///"
 BATCH = 500  # metrics a request
+NO_ANSWER = "does not answer"
+KINDS = ("https?", "sqlite", "postgresql", "mysql", "mssql", "databricks(-uc)?")
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a job reports to its user's store and to nobody else
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow's own would keep at it for minutes; what is not taken now is taken at the next delivery.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+# What a user may have set to reach a server, for jobs in containers, which see no other variables.
+ACCESS = tuple(
+    f"MLFLOW_TRACKING_{name}"
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH", "CLIENT_CERT_PATH")
+)
 MIGRATE = (
     "`mlflow migrate-filestore --source {} --target sqlite:///mlruns.db`, "
     "then `MLFLOW_TRACKING_URI=sqlite:///mlruns.db moco ui` shows its runs"
@@ -55,7 +70,19 @@ def sqlite_file(uri: str) -> Path | None:
 
 def file_store(uri: str) -> str:
     """The folder of a store of the kind that MLflow ended with version 3; '' where `uri` is another."""
-    return uri.removeprefix("file://") if uri and ("://" not in uri or uri.startswith("file:")) else ""
+    return uri.removeprefix("file://") if uri.startswith("file:") or not re.search("[:@]", uri) else ""
+
+
+def check_address(uri: str) -> None:
+    """Raises UserError for what no store can have."""
+    if folder := file_store(uri):
+        raise UserError(
+            f"{folder}: MLflow has no stores of files any more; set tracking.uri to sqlite:///mlflow.db. "
+            f"What the old one holds: {MIGRATE.format(folder)}"
+        )
+    if not re.match(f"({'|'.join(KINDS)})([+][a-z0-9_]+)?:", uri):
+        shown = without_password(uri)
+        raise UserError(f"tracking.uri: '{shown}' is no address of a store; http://HOST:PORT or sqlite:///mlflow.db is")
 
 
 def stray() -> str:
@@ -88,7 +115,7 @@ def explain(error: BaseException, uri: str) -> str:
         "error code 403": f"{shown} does not permit this to the user; ask whoever runs the server",
         "error code 404": f"{shown} is no MLflow server, or an older one; look at tracking.uri",
         "UnsupportedModelRegistryStoreURIException": f"{shown} has no model registry; use a database or a server",
-        "Max retries exceeded": f"{shown} does not answer; is the server running, and tracking.uri right?",
+        "Max retries exceeded": f"{shown} {NO_ANSWER}; is the server running, and tracking.uri right?",
     }
     for words, meaning in known.items():
         if words in said or words == type(error).__name__:
@@ -113,13 +140,17 @@ def artifact_location(uri: str) -> str | None:
 def client(uri: str) -> Any:
     """An MlflowClient. Takes seconds, as MLflow does to import and to make its tables."""
     create(uri)
-    return _client(uri)
+    made = _client(uri)
+    import mlflow
+
+    # MLflow looks some things up in the store that it takes for the current one, such as a model to be registered.
+    mlflow.set_tracking_uri(uri)
+    return made
 
 
 def _client(uri: str) -> Any:
-    # A job reports to its user's store and to nobody else.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
@@ -147,13 +178,9 @@ def create(uri: str) -> None:
 
     MLflow builds its tables in dozens of migrations, and cannot open a store in which that was interrupted. So they
     are built on node-local disk, and the finished file appears at its place in one step, unless another process was
-    faster. Raises UserError for a folder of files, which MLflow refuses.
+    faster. Raises UserError for what is no address of a store.
     """
-    if folder := file_store(uri):
-        raise UserError(
-            f"{folder}: MLflow has no stores of files any more; set tracking.uri to sqlite:///mlflow.db. "
-            f"What the old one holds: {MIGRATE.format(folder)}"
-        )
+    check_address(uri)
     path = sqlite_file(uri)
     if path is None or path.exists():
         return

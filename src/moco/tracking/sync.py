@@ -9,7 +9,7 @@ from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.tracking.metric_log import NAME, close_abandoned, read_events
 from moco.tracking.mlflow_sink import MlflowSink
-from moco.tracking.store import available, explain, store_uri, without_password
+from moco.tracking.store import NO_ANSWER, available, check_address, explain, store_uri, without_password
 
 
 def _began(log: Path) -> float:
@@ -30,8 +30,10 @@ def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None], 
     """
     if not available():
         raise UserError("mlflow is not installed here; run this where it is, the logs are in runs/")
-    if not config.uri:
+    uri = store_uri(config)
+    if not uri:
         raise UserError("tracking.uri is empty; set it in params.yaml")
+    check_address(uri)
     for folder in runs:
         if not (folder / NAME).is_file():
             raise UserError(f"{folder}: no run's folder, as it has no {NAME}; they are runs/STAGE/KEY")
@@ -42,7 +44,9 @@ def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None], 
             close_abandoned(log)
             MlflowSink(log.parent, config).replay()
         except Exception as error:  # MLflow and its HTTP layers raise many kinds
-            failed.append(f"{log.parent}: {explain(error, store_uri(config))}")
-    say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {without_password(store_uri(config))}")
+            failed.append(f"{log.parent}: {explain(error, uri)}")
+            if NO_ANSWER in failed[-1]:
+                raise UserError(f"{explain(error, uri)}; nothing is lost, repeat `moco sync` then") from None
+    say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {without_password(uri)}")
     if failed:
         raise UserError(f"{len(failed)} run(s) not synced, first {failed[0]}")

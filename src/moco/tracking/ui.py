@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, UserError
-from moco.tracking.store import available, create, store_uri, stray, without_password
+from moco.tracking.store import available, client, explain, store_uri, stray, without_password
 
 HOST = "127.0.0.1"
 
@@ -31,17 +31,22 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
             probe.bind((HOST, port))
         except OSError:
             raise UserError(f"port {port} is in use; choose another with --port") from None
-    create(uri)
+    try:
+        client(uri).search_experiments(
+            max_results=1
+        )  # what is wrong with the store is one line here, there a traceback
+    except Exception as error:  # MLflow and its layers raise many kinds
+        raise UserError(explain(error, uri)) from None
     if found := stray():
         say(f"note: {found}")
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
     command = [
-        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port),
+        sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port),
         "--workers", "1",
     ]  # fmt: skip
     # One person looks, often on a login node: neither several workers nor those of MLflow's jobs are of use.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
     server = subprocess.Popen(command, env=environment, start_new_session=True)  # with the workers that it starts
     try:
         return server.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -67,3 +68,20 @@ def set_up(device: torch.device, threads: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+
+
+def matmul_rate(device: torch.device, precision: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of square matrix products, the best of so many seconds: what a machine has for passes to reach."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    best, end = 0.0, now() + seconds
+    while (began := now()) < end:
+        a @ b
+        best = max(best, 2 * side**3 / (now() - began))
+    return best

@@ -1,0 +1,119 @@
+"""`moco profile`: where a pretraining step's time goes, on the real images, in words. Nothing is written."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moco.config import Config
+from moco.data.batches import EpochSampler, Fetcher
+from moco.data.manifest import load_manifest
+from moco.data.prepare import open_decoded
+from moco.errors import Say
+from moco.stages.contrast import ContrastStep, pass_flops, pool, pretraining_views
+from moco.stages.workspace import MANIFEST, say, scratch_folder
+from moco.training.numerics import choose_device, choose_precision, matmul_rate, set_up
+
+WARM_UP = 3  # steps: memory is laid out, kernels are chosen
+PARTS = {
+    "wait": "waiting for images",
+    "views": "views",
+    "keys": "keys: forward pass of the key encoder",
+    "queries": "queries: forward pass of the encoder",
+    "backward": "backward pass",
+    "update": "optimizer, key encoder and queue",
+}
+TOO_LONG = 0.03  # share of a step that waiting may take
+
+
+class Stopwatch:
+    """Seconds by part of a step. A GPU is waited for at both ends of a part: it works behind the program's back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.begun: dict[nn.Module, float] = {}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = self.now()
+        yield
+        self.seconds[name] += self.now() - began
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Counts the module's forward passes as part `name`."""
+
+        def before(module: nn.Module, inputs: Any) -> None:
+            self.begun[module] = self.now()
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.seconds[name] += self.now() - self.begun.pop(module)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+def run(config: Config, steps: int, tell: Say) -> None:
+    """Takes `steps` steps after a warm-up and tells where the time went. Raises UserError for bad input."""
+    section, device = config.pretrain, choose_device(config.runtime.device)
+    precision = choose_precision(section.precision, device)
+    set_up(device, config.runtime.threads)
+    manifest = load_manifest(MANIFEST)
+    images = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"].images
+    sampler = EpochSampler(pool(len(images), section), section.batch_size, section.seed)
+    step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size)
+    fetcher = Fetcher(images, pin=device.type == "cuda")
+    flops = pass_flops(step, manifest.height, sampler.batch_size)
+    watch = Stopwatch(device)
+    batches = (batch for epoch in range(steps + WARM_UP) for batch in fetcher.batches(sampler.epoch(epoch)))
+    for number in range(WARM_UP):
+        step(*next(batches), 0.0, number)
+    step.phase = watch.phase
+    watch.watch(step.model.key_encoder, "keys")
+    watch.watch(step.model.query_encoder, "queries")
+    began = watch.now()
+    for number in range(WARM_UP, WARM_UP + steps):
+        with watch.phase("wait"):
+            batch = next(batches)
+        step(*batch, 0.0, number)
+    each = (watch.now() - began) / steps
+    name = str(precision).removeprefix("torch.")
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    tell(f"A step of {sampler.batch_size} images takes {each * 1e3:.0f} ms, {sampler.batch_size / each:.0f} images/s "
+         f"({section.encoder}, {manifest.width} pixels, {name}, {where}):")  # fmt: skip
+    _tell_parts({part: seconds / steps for part, seconds in watch.seconds.items()}, each, tell)
+    passes = sum(watch.seconds[part] for part in ("keys", "queries", "backward")) / steps
+    peak = matmul_rate(device, precision)
+    tell(f"The passes are {flops / 1e9:.1f} GFLOP a step, at {flops / passes / 1e9:.0f} GFLOP/s: "
+         f"{flops / passes / peak:.0%} of what matrix products in {name} reach here ({peak / 1e9:.0f}).")  # fmt: skip
+    tell(_memory(device))
+
+
+def _tell_parts(parts: dict[str, float], each: float, tell: Say) -> None:
+    """parts, each: seconds of a step."""
+    rest = each - sum(parts.values())
+    for words, seconds in [*((PARTS[part], seconds) for part, seconds in parts.items()), ("the rest", rest)]:
+        tell(f"  {seconds / each:6.1%} {seconds * 1e3:8.1f} ms  {words}")
+    if parts["wait"] > TOO_LONG * each:
+        tell(
+            "Images come too late: the decoded cache (runtime.scratch) belongs on a local disk, which memory, where "
+            "there is enough, makes needless once all was read."
+        )
+
+
+def _memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        return f"At most {used / 1e9:.2f} of the GPU's {total / 1e9:.1f} GB were in use."
+    return f"The process took at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory."

@@ -88,6 +88,23 @@ def test_the_container_command_quotes_nothing_twice(project: Path) -> None:
     assert sif_identity(str(dataset)) is sif_identity(None) is sif_identity(str(project)) is None
 
 
+def test_a_password_reaches_the_container_but_not_the_list_of_processes(project: Path) -> None:
+    fake(project, "recorder", '#!/bin/sh\necho "$@" >>record\nenv | grep ENV_MLFLOW >>record\n')
+    fake(project, "singularity-ce", '#!/bin/sh\nexec recorder "$@"\n')
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    for container, prefix in (("recorder", "APPTAINERENV"), ("singularity-ce", "SINGULARITYENV")):
+        (project / "record").unlink(missing_ok=True)
+        profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER=container)
+        launch(
+            project, "pretrain", MOCO_PROFILE=profile, PATH=path, MLFLOW_TRACKING_PASSWORD="a secret",
+            MLFLOW_TRACKING_URI="http://u:secret@h",
+        )  # fmt: skip
+        lines = (project / "record").read_text().splitlines()
+        assert f"{prefix}_MLFLOW_TRACKING_PASSWORD=a secret" in lines
+        assert f"{prefix}_MLFLOW_TRACKING_URI=http://u:secret@h" in lines
+        assert [line for line in lines if "secret" in line and not line.startswith(prefix)] == []
+
+
 def job(project: Path, stage: str, start: int, **environment: str) -> str:
     """One start of job 7, in which `recorder` does the work: scontrol and moco write down that they were called."""
     fake(project, "recorder", f'#!/bin/sh\n{STALE}echo "$@" >>record\neval "$WORK"\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_helpers import history, runs
+from server_helpers import free_port, history, runs
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.tracking.metric_log import MetricLog, close_abandoned, metric_history, read_events
@@ -60,8 +61,7 @@ def test_a_run_that_is_killed_twenty_times_has_every_step_once(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=800, pretrain__monitor_every=50,
-                 pretrain__log_every=4)  # fmt: skip
+    write_params(project, tracking__uri=STORE, pretrain__epochs=800, pretrain__monitor_every=50, pretrain__log_every=4)
     assert moco("data").returncode == 0
     done = subprocess.run(
         [sys.executable, "-c", LIVES], env={**os.environ, "KILLS": "20"}, capture_output=True, text=True, check=False
@@ -165,14 +165,28 @@ def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on_afterwards(
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=100, pretrain__monitor_every=50)
+    write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=100, pretrain__monitor_every=50,
+                 pretrain__checkpoint_every=20)  # fmt: skip
     assert moco("data").returncode == 0
     (project / "runs").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(project / "runs")]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(project / "runs")]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting is not permitted here")
+    write = MetricLog.write
+
+    def fill(log: MetricLog, event: str, **fields: Any) -> None:
+        """Takes the rest of the disk once a checkpoint is there, as somebody else's files would."""
+        write(log, event, **fields)
+        if event == "checkpoint":
+            with contextlib.suppress(OSError), (project / "runs/others").open("ab", buffering=0) as file:
+                while file.write(b"x" * 4096):
+                    pass
+
     try:
-        assert_one_line_error(moco("pretrain"), "cannot be written")
+        with monkeypatch.context() as patched:
+            patched.setattr(MetricLog, "write", fill)
+            assert_one_line_error(moco("pretrain"), "metrics.jsonl: cannot be written")
+        (project / "runs/others").unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(project / "runs")], check=True)
         assert moco("pretrain").returncode == 0
         for _ in range(2):
@@ -202,3 +216,4 @@ def test_a_store_of_another_version_is_one_line(
     store.close()
     assert_one_line_error(moco("sync"), "mlflow.db", words)
     assert_one_line_error(moco("origin"), words)
+    assert_one_line_error(moco("ui", "--port", str(free_port())), "mlflow.db", words)

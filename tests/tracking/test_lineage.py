@@ -46,6 +46,9 @@ def test_with_nothing_to_compare_one_line_says_so(moco: Moco, project: Path) -> 
 
 def test_without_a_store_the_origin_is_one_line(moco: Moco, project: Path) -> None:
     assert_one_line_error(moco("origin"), "tracking.uri is empty")
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    assert_one_line_error(moco("origin"), "mlflow.db: no such store", "MLFLOW_TRACKING_URI")
+    assert not (project / "mlflow.db").exists(), "nothing is made by looking"
 
 
 def command(folder: Path, *words: str, **environment: str) -> str:
@@ -82,9 +85,14 @@ def test_a_fresh_clone_makes_the_champion_again_bit_for_bit(project: Path, datas
     write_params(place, **settings, train__seed=7, pretrain__temperature=0.3)
     source = place / "src/moco/training/schedules.py"
     source.write_text(source.read_text() + "# not committed\n")
+    (place / "src/moco/training/fresh.py").write_text("# git does not know it\n")
     command(place, "dvc", "repro", "train")
     wanted = hashlib.sha256((place / "models/classifier/model_sub.pth").read_bytes()).hexdigest()
+    assert command(place, "git", "status", "--porcelain", "src") == (
+        " M src/moco/training/schedules.py\n?? src/moco/training/fresh.py\n"
+    ), "the index is the user's"
     command(place, "git", "checkout", "-q", ".")
+    (place / "src/moco/training/fresh.py").unlink()
     (place / "later.txt").touch()
     command(place, "git", "add", "-A")
     command(place, "git", "commit", "-q", "-m", "two")
@@ -96,6 +104,7 @@ def test_a_fresh_clone_makes_the_champion_again_bit_for_bit(project: Path, datas
     assert wanted in told and "`dvc repro train`" in told
     assert not (again / "later.txt").exists()
     assert "# not committed" in (again / "src/moco/training/schedules.py").read_text()
+    assert (again / "src/moco/training/fresh.py").read_text() == "# git does not know it\n"
     assert load(again / "params.yaml").train.seed == 7
     command(again, "dvc", "repro", "train", MLFLOW_TRACKING_URI=f"sqlite:///{again}/mlflow.db")
     assert hashlib.sha256((again / "models/classifier/model_sub.pth").read_bytes()).hexdigest() == wanted

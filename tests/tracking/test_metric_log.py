@@ -93,3 +93,11 @@ def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path: Path) -> None:
     write(path, 2, 3)
     assert steps(path) == [1, 2, 3]
     assert len(list(read_events(path))) == 3
+
+
+def test_a_run_that_starts_again_without_a_state_makes_its_first_steps_void(tmp_path: Path) -> None:
+    for accuracy in (0.1, 0.2):
+        with Run(tmp_path / "run", "finetune", TRACKING, print) as run:
+            run.start({}, UNKNOWN)
+            run.log({"held_out_accuracy": accuracy}, 0)
+    assert [line["metrics"] for line in metric_history(run.path)] == [{"held_out_accuracy": 0.2}]

@@ -38,7 +38,7 @@ def logged(project: Path, stage: str) -> list[dict[str, dict[str, float]]]:
 
 
 def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
-    moco: Moco, project: Path, server: MlflowServer
+    moco: Moco, project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_params(project, tracking__uri=server.uri, pretrain__epochs=300, pretrain__monitor_every=100,
                  pretrain__checkpoint_every=100)  # fmt: skip
@@ -69,6 +69,12 @@ def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     for metric in ("loss", "images_per_second", "knn_accuracy"):
         ours = [(line["step"], line["metrics"][metric]) for line in expected if metric in line["metrics"]]
         assert len(ours) >= 3 and history(client, run, metric) == ours
+    monkeypatch.setattr(run_module, "PATIENCE", 120.0)
+    done = moco("baseline")
+    assert done.returncode == 0 and "warning" not in done.stderr, (
+        "the server has all of it, and says so in its own words"
+    )
+    assert [run.info.status for run in runs(client, "baseline")] == ["FINISHED"]
     before = [(r.info.run_id, r.info.end_time) for stage in ("pretrain", "train", "eval") for r in runs(client, stage)]
     versions = len(client.search_model_versions("name = 'moco-classifier'"))
     assert len(before) == 3 and versions == 1
@@ -108,7 +114,6 @@ def test_a_server_that_fails_or_is_late_delays_nothing(
 
 def test_what_a_server_refuses_is_one_line(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for stage in ("data", "pretrain"):
         assert moco(stage).returncode == 0
     for status, words in ((401, "MLFLOW_TRACKING_USERNAME"), (403, "does not permit"), (404, "no MLflow server")):
@@ -119,5 +124,8 @@ def test_what_a_server_refuses_is_one_line(moco: Moco, project: Path, monkeypatc
             assert_one_line_error(done, words, uri)
             assert "secret" not in done.stderr + done.stdout
             assert_one_line_error(moco("origin"), words)
-    write_params(project, tracking__uri="http://127.0.0.1:9")
-    assert_one_line_error(moco("sync"), "does not answer")
+    for uri in ("http://127.0.0.1:9", "http://no-such-host.invalid:5000"):
+        write_params(project, tracking__uri=uri)
+        began = time.monotonic()
+        assert_one_line_error(moco("sync"), f"{uri} does not answer")
+        assert time.monotonic() - began < 30, "and not after minutes"

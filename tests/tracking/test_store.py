@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from moco.errors import UserError
 from moco.tracking import store
 
 
@@ -55,6 +56,23 @@ def test_a_store_that_another_process_made_meanwhile_stays(tmp_path: Path, monke
     store.create(f"sqlite:///{path}")
     assert path.read_text() == "of another"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("mlruns", "no stores of files"),
+        ("file:///tmp/mlruns", "no stores of files"),
+        ("myhost:5000", "'myhost:5000' is no address"),
+        ("htp://u:secret@myhost:5000", "'htp://myhost:5000' is no address"),
+    ],
+)
+def test_what_is_no_address_is_one_line(uri: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        store.check_address(uri)
+    assert "secret" not in str(caught.value)
+    for fine in ("http://h:5000", "https://h/x", "sqlite:///a.db", "postgresql+psycopg://h/d", "databricks://p"):
+        store.check_address(fine)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""Which folder a run gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moco.errors import UserError
+from moco.stages import workspace
+from moco.stages.workspace import open_run_folder
+
+
+def test_a_second_process_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workspace, "LOOKS", 0.0)
+    with open_run_folder("pretrain", "key") as folder:
+        assert folder.path == Path("runs/pretrain/key")
+        with pytest.raises(UserError, match="another process runs `moco pretrain`"), open_run_folder("pretrain", "key"):
+            pass
+        folder.finish()
+    with open_run_folder("pretrain", "key") as again:
+        assert again.path == Path("runs/pretrain/key-2"), "beside the finished one"
+
+
+def test_experiments_of_a_queue_that_share_a_run_do_not_refuse_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    monkeypatch.chdir(tmp_path / "experiment")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_EXP_NAME", "grid-1")
+    with open_run_folder("pretrain", "key") as one, open_run_folder("pretrain", "key") as other:
+        assert (one.path, other.path) == (tmp_path / "runs/pretrain/key", tmp_path / "runs/pretrain/key-2")

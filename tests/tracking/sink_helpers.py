@@ -1,0 +1,42 @@
+"""A SQLite store in the current folder, logs, and what MLflow has of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco.config import TrackingConfig
+from moco.tracking.metric_log import MetricLog
+from moco.tracking.store import store_uri
+
+CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier")
+
+
+@pytest.fixture(autouse=True)
+def no_server_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def connect() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=store_uri(CONFIG))
+
+
+def history(client: Any, run: str, metric: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run, metric))
+
+
+def begin(folder: Path) -> MetricLog:
+    log = MetricLog(folder / "metrics.jsonl")
+    log.write("start", stage="pretrain", name="a run", params={"pretrain.lr": 0.06}, tags={})
+    return log
+
+
+def only_run() -> Any:
+    client = connect()
+    (run,) = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
+    return run

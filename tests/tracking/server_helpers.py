@@ -98,6 +98,7 @@ def answering(status: int, delay: float = 0.0) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))  # else its sender is cut off at the close
             time.sleep(delay)
             with contextlib.suppress(ConnectionError):
                 self.send_response(status)

@@ -100,7 +100,7 @@ def test_the_champion_is_the_better_one_and_works_without_this_project(registere
     assert versions[2].tags["champion_gate"].startswith("kept: held-out accuracy")
 
     folder = Path(client.download_artifacts(versions[1].run_id, "classifier", str(registered)))
-    (model,) = (registered / "mlartifacts/models").glob(f"{versions[1].source.removeprefix('models:/')}/artifacts")
+    model = Path(versions[1].source.removeprefix("file://"))
     files = {path.name for path in model.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle"))] and "model_sub.pth" in files
     assert (model / "artifacts/model_sub.pth").read_bytes() == (folder / "model_sub.pth").read_bytes()

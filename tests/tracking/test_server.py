@@ -71,9 +71,7 @@ def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
         assert len(ours) >= 3 and history(client, run, metric) == ours
     monkeypatch.setattr(run_module, "PATIENCE", 120.0)
     done = moco("baseline")
-    assert done.returncode == 0 and "warning" not in done.stderr, (
-        "the server has all of it, and says so in its own words"
-    )
+    assert done.returncode == 0 and "warning" not in done.stderr, "the server has all, and says so in its own words"
     assert [run.info.status for run in runs(client, "baseline")] == ["FINISHED"]
     before = [(r.info.run_id, r.info.end_time) for stage in ("pretrain", "train", "eval") for r in runs(client, stage)]
     versions = len(client.search_model_versions("name = 'moco-classifier'"))

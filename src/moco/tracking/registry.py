@@ -66,7 +66,11 @@ def register(client: Any, experiment: str, run_id: str, name: str, files: list[P
             "data_digest": event.get("data_digest", ""),
             TRAINED: str(event["time"]),
         }
-        made = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
+        # A server knows its models by id; without one MLflow looks an id up in the store that it takes for the current
+        # one, which is another.
+        served = client.tracking_uri.startswith("http")
+        source = f"models:/{model_id}" if served else client.get_logged_model(model_id).artifact_location
+        made = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
         version = client.get_model_version(name, made.version)
     if GATE not in version.tags:  # written last: what was interrupted before is made good
         candidate = _alias(client, name, CANDIDATE)

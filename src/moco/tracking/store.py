@@ -140,12 +140,7 @@ def artifact_location(uri: str) -> str | None:
 def client(uri: str) -> Any:
     """An MlflowClient. Takes seconds, as MLflow does to import and to make its tables."""
     create(uri)
-    made = _client(uri)
-    import mlflow
-
-    # MLflow looks some things up in the store that it takes for the current one, such as a model to be registered.
-    mlflow.set_tracking_uri(uri)
-    return made
+    return _client(uri)
 
 
 def _client(uri: str) -> Any:

@@ -1,103 +1,59 @@
-"""Views and training step beside the original's design, as ratios measured in turns in one process.
+"""The pipeline's work beside the same work in the original's design (original.py), measured in turns in one process.
 
-    python benchmarks/speed.py [--size 32] [--batch 256] [--rounds 9] [--width 24] [--stages 4]
+    python benchmarks/speed.py step --encoder resnet50 --size 96 --batch 64
+    python benchmarks/speed.py step --encoder resnet18 --size 32 --batch 256
+    python benchmarks/speed.py input --size 96
+    python benchmarks/speed.py linear --size 32
 
-The baseline does as the project of 2021 did: PIL images and torchvision's per-image operations; fp32, NCHW, a
-Python loop that rebinds the key encoder's tensors, a clone of the queue, and a wait for the loss in every step.
+`step`: one optimizer step of MoCo v2, with the rate of the machine's matrix products beside it. `input`: from the
+files (the baseline) or the decoded cache to two views of a normalised batch. `linear`: the classifier of 5,000 labelled
+images over 200 epochs; the baseline's time is that of two epochs, times 100.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import original
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
-from torchvision import transforms
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from moco.config import TrainConfig
+from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views, recipe
-from moco.model.momentum_contrast import MomentumContrast, with_head
-from moco.model.small_resnet import SmallResNet
-from moco.training.numerics import autocast, choose_precision
+from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
+from moco.model.momentum_contrast import MomentumContrast
+from moco.training import features
+from moco.training.linear import fit_linear
+from moco.training.numerics import autocast, choose_precision, matmul_rate
 
-MEAN, STD = (0.47, 0.47, 0.47), (0.25, 0.25, 0.25)
-QUEUE, DIM, TEMPERATURE = 4096, 128, 0.1
 CPU = torch.device("cpu")
-
-
-def pil_views(batch: torch.Tensor, size: int) -> Callable[[], object]:
-    """Two views of every image by torchvision's operations on PIL images, one image after the other."""
-    images = [Image.fromarray(image.numpy()) for image in batch]
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    chain = transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-        transforms.RandomApply([jitter], 0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])  # fmt: skip
-    return lambda: [torch.stack([chain(image) for image in images]) for _ in range(2)]
-
-
-def our_views(batch: torch.Tensor, size: int) -> Callable[[], object]:
-    views = Views(recipe("v2_no_blur", (0.2, 1.0), (0.1, 2.0)), size, MEAN, STD, CPU)
-    generator = torch.Generator().manual_seed(0)
-
-    def run() -> object:
-        unit = views.to_unit(batch)
-        return views(unit, generator), views(unit, generator)
-
-    return run
-
-
-class OriginalStep:
-    """A MoCo v2 step in the way of the original's code."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.query = with_head(network, DIM, mlp=True)
-        self.key = copy.deepcopy(self.query).requires_grad_(False)
-        self.queue = F.normalize(torch.randn(DIM, QUEUE), dim=0)
-        self.pointer = 0
-        self.optimizer = torch.optim.SGD(self.query.parameters(), 0.06, momentum=0.9, weight_decay=5e-4)
-
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> float:
-        with torch.no_grad():
-            for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
-                key.data = key.data * 0.99 + query.data * 0.01
-            keys = F.normalize(self.key(b), dim=1)
-        queries = F.normalize(self.query(a), dim=1)
-        positive = torch.einsum("nc,nc->n", queries, keys).unsqueeze(1)
-        negative = torch.einsum("nc,ck->nk", queries, self.queue.clone().detach())
-        logits = torch.cat([positive, negative], 1) / TEMPERATURE
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.queue[:, self.pointer : self.pointer + len(keys)] = keys.T
-        self.pointer = (self.pointer + len(keys)) % QUEUE
-        return loss.item()
+QUEUE = 4096
 
 
 class OurStep:
-    """The same step as the pipeline takes it."""
+    """The step as stage `pretrain` takes it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         self.model = MomentumContrast(
-            network, dim=DIM, queue_length=QUEUE, temperature=TEMPERATURE, mlp=True, symmetric=False, shuffle=False
-        ).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.query_encoder.parameters(), 0.06, momentum=0.9, weight_decay=5e-4, fused=True
-        )
+            build_encoder(architecture, 1), dim=original.DIM, queue_length=QUEUE, temperature=original.TEMPERATURE,
+            mlp=True, symmetric=False, shuffle=False,
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        parameters = self.model.query_encoder.parameters()
+        self.optimizer = torch.optim.SGD(parameters, 0.06, momentum=0.9, weight_decay=5e-4, fused=True)
         self.precision = choose_precision("auto", CPU)
 
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def __call__(self, a: Tensor, b: Tensor) -> None:
         with autocast(CPU, self.precision):
             contrast = self.model(a, b)
         contrast.loss.backward()
@@ -106,34 +62,120 @@ class OurStep:
         self.model.update(contrast.keys, 0.99)
 
 
-def alternate(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of both, called in turns after a warm-up of two."""
+def alternate(
+    first: Callable[[], object], second: Callable[[], object], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of both, called in turns after a warm-up of two."""
     spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 2):
         for function, times in zip((first, second), spent, strict=True):
             began = time.perf_counter()
             function()
             times.append(time.perf_counter() - began)
-    return statistics.median(spent[0][2:]), statistics.median(spent[1][2:])
+    return spent[0][2:], spent[1][2:]
+
+
+def tell(name: str, work: int, spent: tuple[list[float], list[float]]) -> None:
+    """work: images in one call. The ratio is the median of the rounds' own."""
+    theirs, ours = (work / statistics.median(times) for times in spent)
+    ratio = statistics.median(a / b for a, b in zip(*spent, strict=True))
+    print(f"{name}: baseline {theirs:.1f} images/s, ours {ours:.1f} images/s, ratio {ratio:.2f}")
+
+
+def step(args: argparse.Namespace) -> None:
+    stem = "small" if args.size <= 40 and not args.imagenet_stem else "imagenet"
+    architecture = Architecture(args.encoder, stem, args.width, args.stages)
+    a, b = torch.randn(2, args.batch, 3, args.size, args.size)
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+    theirs, ours = original.Step(build_encoder(architecture, 1), QUEUE), OurStep(architecture)
+    with FlopCounterMode(display=False) as counter:
+        ours(x, y)
+    spent = alternate(lambda: theirs(a, b), lambda: ours(x, y), args.rounds)
+    tell(f"step, {args.encoder}, {stem} stem, {args.size} px, batch {args.batch}, {ours.precision}", args.batch, spent)
+    rate, peak = counter.get_total_flops() / statistics.median(spent[1]) / 1e9, matmul_rate(CPU, ours.precision) / 1e9
+    print(f"  {counter.get_total_flops() / args.batch / 1e9:.2f} GFLOP an image; ours {rate:.0f} GFLOP/s, "
+          f"matrix products {peak:.0f} ({ours.precision}) and {matmul_rate(CPU, torch.float32) / 1e9:.0f} (fp32): "
+          f"{rate / peak:.0%} of the peak")  # fmt: skip
+
+
+def write_images(folder: Path, count: int, size: int) -> np.ndarray:
+    """Smooth random images as 0.png, …, as noise would decode unlike photographs; returns them, N x H x W x 3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    images = np.empty((count, size, size, 3), np.uint8)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        images[i] = np.clip(np.asarray(coarse, int) + rng.integers(-8, 9, (size, size, 3)), 0, 255)
+        Image.fromarray(images[i]).save(folder / f"{i}.png")
+    return images
+
+
+def inputs(args: argparse.Namespace) -> None:
+    """Both run all the time in a training; here each is asked for some batches while the other waits."""
+    with tempfile.TemporaryDirectory() as place:
+        images = write_images(Path(place) / "unlabeled", 4 * args.batch, args.size)
+        views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
+        sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=False)
+
+        def our_epoch() -> Iterator[object]:
+            for number, (_, batch) in enumerate(fetcher.batches(sampler.epoch(0))):
+                generator, unit = step_generator(0, number), views.to_unit(batch)
+                yield views(unit, generator), views(unit, generator)
+
+        def epoch(make: Callable[[], Iterator[object]]) -> Callable[[], int]:
+            return lambda: sum(1 for _ in make())
+
+        loader = original.load(original.TwoViews(Path(place) / "unlabeled", len(images), args.size), args.batch)
+        spent = alternate(epoch(lambda: iter(loader)), epoch(our_epoch), args.rounds)
+        tell(f"input, two v2 views, {args.size} px, batch {args.batch}", len(images), spent)
+
+
+def linear(args: argparse.Namespace) -> None:
+    architecture = Architecture(args.encoder, "small" if args.size <= 40 else "imagenet", args.width, args.stages)
+    network = build_encoder(architecture, 1)
+    width, body = feature_width(network), strip_head(network).eval()
+    config = TrainConfig(
+        epochs=200, batch_size=512, lr=30.0 / 2, sgd_momentum=0.9, weight_decay=0.0, schedule="step", warmup=0.0,
+        milestones=(0.3, 0.4, 0.6, 0.8), feature_scaling="none", views=args.views, holdout=0.1, refit=False, seed=0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        images = write_images(Path(place) / "train", 5000, args.size)
+        labels = torch.arange(len(images)) % 10
+        spent: list[float] = []
+        began = time.perf_counter()
+        original.linear_epochs(body, width, Path(place), labels, args.size, 10, 2, 200,
+                               lambda *_: spent.append(time.perf_counter()))  # fmt: skip
+        theirs = 100 * (spent[-1] - began)
+    began = time.perf_counter()
+    views = Views(recipe("crop", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
+    generator, fast = torch.Generator().manual_seed(0), body.to(memory_format=torch.channels_last)
+
+    def random_views(batch: Tensor) -> Tensor:
+        return views(views.to_unit(batch), generator)
+
+    prepared = [views.plain] + [random_views] * (args.views - 1)
+    stack = torch.stack([features.extract(fast, images, one, batch_size=512, device=CPU) for one in prepared])
+    fit_linear(stack[:, 500:], labels[500:], stack[0, :500], labels[:500], 10, config, lambda *_: None)
+    ours = time.perf_counter() - began
+    print(f"linear, {args.encoder}, {args.size} px, {args.views} views, 200 epochs: baseline {theirs:.0f} s (two "
+          f"epochs, times 100), ours {ours:.1f} s, ratio {theirs / ours:.0f}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("size", 32), ("batch", 256), ("rounds", 9), ("width", 24), ("stages", 4)):
+    parser.add_argument("work", choices=["step", "input", "linear"])
+    parser.add_argument("--encoder", default="small_resnet")
+    parser.add_argument("--imagenet-stem", action="store_true", help="below 40 pixels as well")
+    for name, value in (("size", 32), ("batch", 256), ("rounds", 5), ("width", 24), ("stages", 4), ("views", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-    batch = torch.randint(0, 256, (args.batch, args.size, args.size, 3), dtype=torch.uint8)
-
-    def line(name: str, times: tuple[float, float]) -> None:
-        rates = [args.batch / seconds for seconds in times]
-        print(f"{name:24} baseline {rates[0]:8.0f}/s   ours {rates[1]:8.0f}/s   ratio {times[0] / times[1]:5.1f}")
-
-    line("two views", alternate(pil_views(batch, args.size), our_views(batch, args.size), args.rounds))
-    a, b = torch.randn(2, args.batch, 3, args.size, args.size)
-    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
-    original, ours = (step(SmallResNet(1, args.width, args.stages)) for step in (OriginalStep, OurStep))
-    line("MoCo step", alternate(lambda: original(a, b), lambda: ours(x, y), args.rounds))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {commit.stdout.strip()}"
+    )
+    {"step": step, "input": inputs, "linear": linear}[args.work](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Pretraining on one GPU beside the original's design on the same one, and what the original's job would take.
+
+    PYTHONPATH=src python benchmarks/gpu.py [--encoder resnet50 --size 96 --batch 512 --queue 2048 --splits 2]
+
+Needs torch and torchvision alone. Ours is the whole step of `moco pretrain`: images from memory to the GPU, two views
+made there, forward and backward pass, update. Of the original's design both the step alone, on images that lie on the
+GPU, and its loader in two workers are measured; a training runs at the slower one's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import original
+import torch
+from speed import write_images
+
+from moco.config import PretrainConfig
+from moco.data.batches import EpochSampler, Fetcher
+from moco.data.views import Views, recipe
+from moco.model.encoder import Architecture, build_encoder
+from moco.stages.contrast import ContrastStep, pass_flops
+from moco.training.numerics import choose_device, choose_precision, matmul_rate, set_up
+
+POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
+
+
+def settings(args: argparse.Namespace) -> PretrainConfig:
+    """The original's, with what the arguments say."""
+    return PretrainConfig(
+        encoder=args.encoder, stem=args.stem, width=24, stages=4, head="mlp", dim=original.DIM, queue=args.queue,
+        momentum=0.999, momentum_schedule="constant", temperature=original.TEMPERATURE, loss="asymmetric",
+        batch_norm="split" if args.splits > 1 else "plain", splits=args.splits, shuffle=args.splits > 1,
+        augmentation="v2", crop_scale=(0.2, 1.0), blur_sigma=(0.1, 2.0), epochs=EPOCHS, minutes=None,
+        batch_size=args.batch, lr=0.03, sgd_momentum=0.9, weight_decay=1e-4, schedule="cosine", warmup=0.0,
+        milestones=(), subset=1.0, precision=args.precision, holdout=0.1, monitor_every=5, knn_neighbours=20,
+        checkpoint_every=5, keep_checkpoints=2, log_every=20, seed=0,
+    )  # fmt: skip
+
+
+def rate(call: Callable[[], object], images: int, device: torch.device, calls: int) -> float:
+    """Images a second, the median of `calls` after a warm-up of three."""
+    spent = []
+    for _ in range(calls + 3):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent.append(time.perf_counter() - began)
+    return images / statistics.median(spent[3:])
+
+
+def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> tuple[float, float, int]:
+    """(images a second, share of the time that was waited for images, FLOP a step). The GPU is not waited for within
+    the measured steps, as in a training."""
+    config = settings(args)
+    views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
+    step = ContrastStep(config, views, device, choose_precision(args.precision, device))
+    flops = pass_flops(step, args.size, args.batch)
+    sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=device.type == "cuda")
+    number, total = 0, args.calls + 3
+    while number < total:
+        for batch in fetcher.batches(sampler.epoch(number)):
+            if number == 3:  # warm
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                began, waited = time.perf_counter(), fetcher.waited
+            step(*batch, 0.0, number)
+            number += 1
+            if number == total:
+                break
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    spent = time.perf_counter() - began
+    return args.calls * args.batch / spent, (fetcher.waited - waited) / spent, flops
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--encoder", default="resnet50")
+    parser.add_argument("--stem", default="imagenet")
+    parser.add_argument("--precision", default="auto")
+    for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 30)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
+def theirs(args: argparse.Namespace, device: torch.device, folder: Path, count: int) -> tuple[float, float]:
+    """Images a second of the step alone, and of the loader alone."""
+    step = original.Step(build_encoder(Architecture(args.encoder, args.stem, 24, 4), 1), args.queue, device)
+    a, b = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
+    alone = rate(lambda: step(a, b), args.batch, device, min(args.calls, 10))
+    loader = original.load(original.TwoViews(folder, count, args.size), args.batch)
+    began = time.perf_counter()
+    batches = sum(1 for _ in loader)
+    return alone, batches * args.batch / (time.perf_counter() - began)
+
+
+def main() -> None:
+    args = options()
+    device = choose_device(args.device)
+    set_up(device, 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    precision = choose_precision(args.precision, device)
+    print(f"torch {torch.__version__}, {name}; {args.encoder}, {args.size} px, batch {args.batch}, {precision}")
+    with tempfile.TemporaryDirectory() as place:
+        images = write_images(Path(place), 4 * args.batch, args.size)
+        mine, waited, flops = ours(args, device, images)
+        peak = matmul_rate(device, precision)
+        print(f"ours: {mine:.0f} images/s, {flops * mine / args.batch / peak:.0%} of what matrix products reach "
+              f"({peak / 1e12:.1f} TFLOP/s), {waited:.1%} of the time waiting for images")  # fmt: skip
+        if device.type == "cuda":
+            print(f"  at most {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of the GPU's memory")
+        alone, loaded = theirs(args, device, Path(place), len(images))
+    print(f"the original's design: step {alone:.0f} images/s, loader in two workers {loaded:.0f} images/s")
+    print(f"ratio: {mine / min(alone, loaded):.1f} in all, {mine / alone:.1f} of the step alone")
+    for who, images_per_second in (("ours", mine), ("the original's design", min(alone, loaded))):
+        epoch = POOL / images_per_second
+        print(f"{who}: an epoch of {POOL:,} images {epoch / 60:.1f} min, {EPOCHS} epochs {EPOCHS * epoch / 3600:.1f} h")
+
+
+if __name__ == "__main__":
+    main()

@@ -123,13 +123,14 @@ def test_contrast_and_saturation_act_alone_with_their_strength(name: str) -> Non
 @pytest.mark.usefixtures("whole_crops")
 def test_half_of_the_images_are_blurred_with_a_sigma_scaled_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Tensor] = []
-    real = views.blur_matrix
+    real = views.blur
 
-    def spy(sigma: Tensor, size: int) -> Tensor:
+    def spy(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
         used.append(sigma)
-        return real(sigma, size)
+        assert radius >= 4 * sigma.max()
+        return real(images, sigma, radius)
 
-    monkeypatch.setattr(views, "blur_matrix", spy)
+    monkeypatch.setattr(views, "blur", spy)
     for size in (48, 24):
         used.clear()
         make = maker(still(blur_probability=0.5, blur_sigma=(4.0, 8.0)), size)

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 JITTER_GROUP = 64  # images that share an order; large enough for both cores, small enough for the cache
 CROP_ATTEMPTS = 10  # as torchvision: after ten crops that do not fit, the centre is taken
 REFERENCE_SIZE = 224  # pixels; blur is stated for this size and scaled to the real one
+ENLARGED = 64  # pixels; from here on, looking pixels up is faster than a product of matrices (measured on a CPU)
 SMALLEST_SIGMA = 0.3  # pixels; a narrower blur changes no pixel by more than 1 % of its neighbour
 COLUMNS = 2 * CROP_ATTEMPTS + 11  # uniform numbers that one view of one image uses
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
@@ -98,19 +100,19 @@ def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, 
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur of `size` pixels with reflected borders as matrices, B x size x size. sigma: B, pixels."""
-    device = sigma.device
-    o = torch.arange(size, device=device, dtype=torch.float32)[:, None]
-    x = torch.arange(size, device=device, dtype=torch.float32)[None, :]
-    inner = ((x > 0).float(), (x < size - 1).float())  # the outermost pixels are not mirrored
-    variance = -0.5 / sigma.float().square()[:, None, None]
+def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Gaussian blur with reflected borders, B x 3 x H x W. sigma: B, pixels. radius: pixels on each side that a pixel
+    is made from; from 4 sigma on, more change nothing that can be seen.
 
-    def bell(offset: Tensor) -> Tensor:
-        return torch.exp(offset.square() * variance)
-
-    weight = bell(x - o) + inner[0] * bell(-x - o) + inner[1] * bell(2 * (size - 1) - x - o)
-    return weight / weight.sum(2, keepdim=True)
+    Every image has its own bell, so that the channels of all images are convolved each with one of its own."""
+    b, c, h, w = images.shape
+    radius = min(radius, h - 1, w - 1)
+    distance = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
+    bell = torch.exp(distance.square() * (-0.5 / sigma.float().square()[:, None]))
+    bell = (bell / bell.sum(1, keepdim=True)).repeat_interleave(c, 0)
+    padded = F.pad(images.reshape(1, b * c, h, w), (radius, radius, radius, radius), mode="reflect")
+    upright = F.conv2d(padded, bell.view(b * c, 1, -1, 1), groups=b * c)
+    return F.conv2d(upright, bell.view(b * c, 1, 1, -1), groups=b * c).view_as(images)
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -118,6 +120,33 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     b, c, h, w = images.shape
     images = torch.bmm(images.reshape(b, c * h, w), columns.transpose(1, 2)).view(b, c, h, -1)
     return torch.matmul(rows[:, None], images)
+
+
+def _bilinear(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
+    """Boxes enlarged: two pixels by two make one, of the box alone."""
+    height, width = images.shape[2:]
+
+    def places(start: Tensor, length: Tensor, pixels: int, mirrored: Tensor) -> Tensor:
+        o = torch.arange(size, device=images.device, dtype=torch.float32)[None, :]
+        o = torch.where(mirrored[:, None], size - 1 - o, o)
+        x = (o + 0.5) * (length / size)[:, None] - 0.5
+        x = torch.minimum(x.clamp(min=0), length[:, None] - 1) + start[:, None]
+        return x * 2 / max(pixels - 1, 1) - 1  # as grid_sample counts
+
+    top, left, h, w = boxes.float().unbind(1)
+    y, x = places(top, h, height, torch.zeros_like(flip)), places(left, w, width, flip)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
+    """Boxes (top, left, height, width), B x 4, of images B x 3 x H x W, mirrored where `flip` is set: B x 3 x size x
+    size, as PIL and torchvision resample with anti-aliasing."""
+    height, width = images.shape[2:]
+    if size >= max(height, width, ENLARGED):
+        return _bilinear(images, boxes, size, flip)
+    rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, size, torch.zeros_like(flip))
+    return _separable(images, rows, resampling_matrix(boxes[:, 1], boxes[:, 3], width, size, flip))
 
 
 def gray(images: Tensor) -> Tensor:
@@ -146,17 +175,19 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     r, g, b = images.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    inverse = 1 / torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    inverse = (1 / 6) / torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     hue = torch.where(
         value == r,
         (g - b) * inverse,
-        torch.where(value == g, (b - r) * inverse + 2, (r - g) * inverse + 4),
+        torch.where(value == g, (b - r) * inverse + 1 / 3, (r - g) * inverse + 2 / 3),
     )
-    hue.add_(6 * turns.squeeze(1))
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        k = torch.remainder(hue + offset, 6)
-        k = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(value, chroma, k, value=-1, out=images[:, channel])
+    hue.add_(turns.squeeze(1))
+    # What a channel lacks to the value is a trapezoid around the circle, 1 up to a sixth from its middle and 0 from a
+    # third on: of the distance to the nearest whole turn. (A remainder would be slower.)
+    for channel, middle in enumerate((1 / 2, 5 / 6, 1 / 6)):
+        lack = hue - middle
+        lack.sub_(lack.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+        torch.addcmul(value, chroma, lack, value=-1, out=images[:, channel])
     return images
 
 
@@ -190,6 +221,7 @@ class Views:
         self, recipe: ViewRecipe, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:  # fmt: skip
         self.recipe, self.size, self.device = recipe, size, device
+        self.blur_radius = math.ceil(4 * recipe.blur_sigma[1] * size / REFERENCE_SIZE)
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
 
@@ -232,11 +264,7 @@ class Views:
         def move(values: Tensor) -> Tensor:
             return values.to(self.device, non_blocking=True)
 
-        boxes = move(boxes.float())
-        upright = torch.zeros(b, dtype=torch.bool, device=self.device)
-        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, self.size, upright)
-        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, self.size, move(flipped))
-        images = _separable(unit, rows, columns)
+        images = resample(unit, move(boxes.float()), self.size, move(flipped))
         if r.jitter_probability > 0:
             jitter(images, move(factors), generator, first, total)
         if len(grayed):
@@ -244,6 +272,5 @@ class Views:
             images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
         if len(blurred):
             chosen = move(blurred)
-            kernel = blur_matrix(move(sigma[blurred]), self.size)
-            images[chosen] = _separable(images[chosen], kernel, kernel)
+            images[chosen] = blur(images[chosen], move(sigma[blurred]), self.blur_radius)
         return images

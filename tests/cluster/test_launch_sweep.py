@@ -44,7 +44,8 @@ def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project:
     for stage in ("pretrain", "train"):
         (project / "reports" / stage).mkdir(parents=True)
     place = project / "sweeps/lr/2"
-    _, lines = task(project, "true", MLFLOW_TRACKING_URI="sqlite:////store.db", FRESH="data pretrain")
+    work = 'echo "$APPTAINERENV_MLFLOW_TRACKING_URI" >>stores'
+    _, lines = task(project, work, MLFLOW_TRACKING_URI="sqlite:////store.db", FRESH="data pretrain")
     assert [line.partition("dvc.yaml ")[2].rstrip() for line in lines[:-1]] == [
         "dvc checkout --allow-missing --force data pretrain",
         "dvc repro --single-item data",
@@ -55,9 +56,9 @@ def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project:
     ]
     assert "git push" in lines[-1] and lines[-1].rstrip().endswith("publish lr-2")
     for line in lines:
-        for word in (f"--bind {project}:{project}", f"--pwd {place}", "DVC_EXP_NAME=lr-2",
-                     "MLFLOW_TRACKING_URI=sqlite:////store.db"):  # fmt: skip
+        for word in (f"--bind {project}:{project}", f"--pwd {place}", "DVC_EXP_NAME=lr-2"):
             assert word in line
+    assert set((place / "stores").read_text().splitlines()) == {"sqlite:////store.db"}
     assert (place / "dvc.lock").read_text() == "of the project\n"
     assert [path.name for path in (place / "reports").iterdir()] == ["pretrain"], "train's are another's"
     assert "checkout" not in "".join(task(project, "true", STAGE="eval")[1]), "once for a workspace"

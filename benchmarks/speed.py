@@ -35,7 +35,7 @@ from moco.model.encoder import Architecture, build_encoder, feature_width, strip
 from moco.model.momentum_contrast import MomentumContrast
 from moco.training import features
 from moco.training.linear import fit_linear
-from moco.training.numerics import autocast, choose_precision, matmul_rate
+from moco.training.numerics import autocast, choose_precision, matmul_rate, set_up
 
 CPU = torch.device("cpu")
 QUEUE = 4096
@@ -175,6 +175,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {commit.stdout.strip()}"
     )
+    set_up(CPU, 0)  # of the baseline as well, as both share the process
     {"step": step, "input": inputs, "linear": linear}[args.work](args)
 
 

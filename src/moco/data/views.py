@@ -102,17 +102,22 @@ def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, 
 
 def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur with reflected borders, B x 3 x H x W. sigma: B, pixels. radius: pixels on each side that a pixel
-    is made from; from 4 sigma on, more change nothing that can be seen.
+    is made from; those beyond 4 sigma would not be seen.
 
-    Every image has its own bell, so that the channels of all images are convolved each with one of its own."""
-    b, c, h, w = images.shape
-    radius = min(radius, h - 1, w - 1)
-    distance = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
-    bell = torch.exp(distance.square() * (-0.5 / sigma.float().square()[:, None]))
-    bell = (bell / bell.sum(1, keepdim=True)).repeat_interleave(c, 0)
-    padded = F.pad(images.reshape(1, b * c, h, w), (radius, radius, radius, radius), mode="reflect")
-    upright = F.conv2d(padded, bell.view(b * c, 1, -1, 1), groups=b * c)
-    return F.conv2d(upright, bell.view(b * c, 1, 1, -1), groups=b * c).view_as(images)
+    Shifted images are added up, weighted, as every image has its own bell."""
+    for dimension in (2, 3):
+        length = images.shape[dimension]
+        reach = min(radius, length - 1)
+        distance = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
+        bell = torch.exp(distance.square() * (-0.5 / sigma.float().square()[:, None]))
+        bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
+        padding = (0, 0, reach, reach) if dimension == 2 else (reach, reach, 0, 0)
+        padded = F.pad(images, padding, mode="reflect")
+        images = padded.narrow(dimension, reach, length) * bell[:, reach]
+        for shift in range(2 * reach + 1):
+            if shift != reach:
+                images.addcmul_(padded.narrow(dimension, shift, length), bell[:, shift])
+    return images
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -221,7 +226,7 @@ class Views:
         self, recipe: ViewRecipe, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:  # fmt: skip
         self.recipe, self.size, self.device = recipe, size, device
-        self.blur_radius = math.ceil(4 * recipe.blur_sigma[1] * size / REFERENCE_SIZE)
+        self.blur_radius = max(1, math.floor(4 * recipe.blur_sigma[1] * size / REFERENCE_SIZE))
         self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
 

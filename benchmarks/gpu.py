@@ -38,9 +38,9 @@ def settings(args: argparse.Namespace) -> PretrainConfig:
         momentum=0.999, momentum_schedule="constant", temperature=original.TEMPERATURE, loss="asymmetric",
         batch_norm="split" if args.splits > 1 else "plain", splits=args.splits, shuffle=args.splits > 1,
         augmentation="v2", crop_scale=(0.2, 1.0), blur_sigma=(0.1, 2.0), epochs=EPOCHS, minutes=None,
-        batch_size=args.batch, lr=0.03, sgd_momentum=0.9, weight_decay=1e-4, schedule="cosine", warmup=0.0,
-        milestones=(), subset=1.0, precision=args.precision, holdout=0.1, monitor_every=5, knn_neighbours=20,
-        checkpoint_every=5, keep_checkpoints=2, log_every=20, seed=0,
+        batch_size=args.batch, accumulate=1, lr=0.03, sgd_momentum=0.9, weight_decay=1e-4, schedule="cosine",
+        warmup=0.0, milestones=(), subset=1.0, precision=args.precision, holdout=0.1, monitor_every=5,
+        knn_neighbours=20, checkpoint_every=5, keep_checkpoints=2, log_every=20, seed=0,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def work(args: argparse.Namespace) -> None:
         encoder=args.encoder, stem="small" if args.size <= 40 else "imagenet", width=24, stages=4, head="mlp",
         dim=original.DIM, queue=4096, momentum=0.99, momentum_schedule="constant", temperature=0.1, loss="asymmetric",
         batch_norm="plain", splits=1, shuffle=False, augmentation="v2_no_blur", crop_scale=(0.2, 1.0),
-        blur_sigma=(0.1, 2.0), epochs=1, minutes=None, batch_size=args.batch, lr=0.03, sgd_momentum=0.9,
+        blur_sigma=(0.1, 2.0), epochs=1, minutes=None, batch_size=args.batch, accumulate=1, lr=0.03, sgd_momentum=0.9,
         weight_decay=5e-4, schedule="cosine", warmup=0.0, milestones=(), subset=1.0, precision="auto", holdout=0.1,
         monitor_every=1, knn_neighbours=20, checkpoint_every=1, keep_checkpoints=1, log_every=1, seed=0,
     )  # fmt: skip

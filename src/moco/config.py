@@ -88,6 +88,7 @@ class PretrainConfig:
     epochs: Count
     minutes: Positive | None
     batch_size: Annotated[int, Range(2)]
+    accumulate: Count
     lr: Positive
     sgd_momentum: Share
     weight_decay: NotNegative

@@ -75,6 +75,21 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project:
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"accumulate": 5}, ("pretrain.accumulate", "5 parts of 8 images are too small")),
+        ({"accumulate": 2, "batch_norm": "split", "splits": 3}, ("pretrain.splits", "3 is no multiple of the 2 parts")),
+    ],
+)
+def test_a_batch_that_cannot_be_taken_in_parts_is_one_line(
+    moco: Moco, project: Path, changes: dict[str, object], words: tuple[str, ...]
+) -> None:
+    assert moco("data").returncode == 0
+    edit_params(project, lambda params: params["pretrain"].update(changes))
+    assert_one_line_error(moco("pretrain"), *words)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"), [("encoder", "resnet5", "did you mean 'resnet50'"), ("stages", 6, "use fewer")]
 )
 def test_baseline_refuses_the_networks_that_pretraining_refuses(

@@ -210,3 +210,18 @@ def test_bf16_trains_with_fp32_weights_and_resumes_to_the_same_bits(tmp_path: Pa
     after.load_state(load_weights(tmp_path / "state.pth", ""))
     train(after, first=3)
     assert_same(after, straight)
+
+
+def test_a_batch_in_parts_learns_what_the_whole_one_with_split_statistics_learns(tmp_path: Path) -> None:
+    """accumulate 2 with two splits (one for each part) against both splits at once: the same step, in less memory."""
+    wanted = make_step(make_config(tmp_path, batch_norm="split", splits=2, shuffle=False))
+    found = make_step(make_config(tmp_path, batch_norm="split", splits=2, shuffle=False, accumulate=2))
+    plain = make_step(make_config(tmp_path, batch_norm="plain", shuffle=False))
+    for number, indices, images in batches(wanted.config, 0):
+        losses = [float(step(indices, images, 0.1, number)["loss"]) for step in (wanted, found, plain)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4), "else statistics play no part here"
+    torch.testing.assert_close(found.model.queue, wanted.model.queue, atol=1e-4, rtol=0)
+    theirs = dict(wanted.model.query_encoder.named_parameters())
+    for name, weight in found.model.query_encoder.named_parameters():
+        torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=1e-3)

@@ -48,7 +48,7 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
         architecture = Architecture(config.encoder, config.stem, config.width, config.stages)
         encoder = build_encoder(architecture, num_outputs=1)
         if config.batch_norm == "split":
-            use_split_batch_norm(encoder, config.splits // processes.size)
+            use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate))
         elif config.batch_norm == "sync":
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         return MomentumContrast(
@@ -75,7 +75,9 @@ class ContrastStep:
 
     batch_size: images in a real batch, which a small set makes smaller than the configured one; those of all
     processes together. Each process is called with its part of the batch. Gradients and BatchNorm's running statistics
-    are averaged over the processes in every step, so that all of them hold the same state and any can save it.
+    are averaged over the processes in every step, so that all of them hold the same state and any can save it. A batch
+    that is accumulated goes through the network in parts, each with BatchNorm statistics of its own; the queue stays
+    that of the step before until all are done.
     """
 
     def __init__(
@@ -108,19 +110,27 @@ class ContrastStep:
             unit = self.views.to_unit(images)
             place = self.processes.rank * len(unit), self.processes.size * len(unit)
             a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
-        with autocast(self.device, self.precision):
-            contrast = self.model(a, b, generator)
+        loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        keys = []
+        for part_a, part_b in zip(a.chunk(config.accumulate), b.chunk(config.accumulate), strict=True):
+            share = len(part_a) / len(a)
+            with autocast(self.device, self.precision):
+                contrast = self.model(part_a, part_b, generator)
+            with self.phase("backward"):
+                self.scaler.scale(contrast.loss * share).backward()
+            loss += contrast.loss.detach() * share
+            accuracy += contrast.accuracy * share
+            keys.append(contrast.keys)
         with self.phase("backward"):
-            self.scaler.scale(contrast.loss).backward()
             self._share()
         with self.phase("update"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            self.model.update(contrast.keys, momentum)
+            self.model.update(torch.cat(keys), momentum)
         return {
-            "loss": contrast.loss.detach(),
-            "contrast_accuracy": contrast.accuracy,
+            "loss": loss,
+            "contrast_accuracy": accuracy,
             "lr": self.peak_lr * factor,
             "key_momentum": momentum,
         }

@@ -230,6 +230,11 @@ def _check(section: PretrainConfig, processes: Processes) -> None:
     """What one key alone does not tell."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
+    parts = section.accumulate * processes.size
+    if parts * 2 > section.batch_size:
+        raise UserError(f"pretrain.accumulate: {parts} parts of {section.batch_size} images are too small")
+    if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
+        raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
     if section.batch_norm == "sync" and processes.size == 1:
         raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
     if section.warmup >= 1:

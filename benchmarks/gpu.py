@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import original
 import torch
-from speed import write_images
+from speed import settings, write_images
 
-from moco.config import PretrainConfig
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder
@@ -29,19 +28,6 @@ from moco.stages.contrast import ContrastStep, pass_flops
 from moco.training.numerics import choose_device, choose_precision, matmul_rate, set_up
 
 POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
-
-
-def settings(args: argparse.Namespace) -> PretrainConfig:
-    """The original's, with what the arguments say."""
-    return PretrainConfig(
-        encoder=args.encoder, stem=args.stem, width=24, stages=4, head="mlp", dim=original.DIM, queue=args.queue,
-        momentum=0.999, momentum_schedule="constant", temperature=original.TEMPERATURE, loss="asymmetric",
-        batch_norm="split" if args.splits > 1 else "plain", splits=args.splits, shuffle=args.splits > 1,
-        augmentation="v2", crop_scale=(0.2, 1.0), blur_sigma=(0.1, 2.0), epochs=EPOCHS, minutes=None,
-        batch_size=args.batch, accumulate=1, lr=0.03, sgd_momentum=0.9, weight_decay=1e-4, schedule="cosine",
-        warmup=0.0, milestones=(), subset=1.0, precision=args.precision, holdout=0.1, monitor_every=5,
-        knn_neighbours=20, checkpoint_every=5, keep_checkpoints=2, log_every=20, seed=0,
-    )  # fmt: skip
 
 
 def rate(call: Callable[[], object], images: int, device: torch.device, calls: int) -> float:
@@ -59,7 +45,11 @@ def rate(call: Callable[[], object], images: int, device: torch.device, calls: i
 def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> tuple[float, float, int]:
     """(images a second, share of the time that was waited for images, FLOP a step). The GPU is not waited for within
     the measured steps, as in a training."""
-    config = settings(args)
+    split = {"batch_norm": "split", "splits": args.splits, "shuffle": True} if args.splits > 1 else {}
+    config = settings(
+        encoder=args.encoder, stem=args.stem, queue=args.queue, momentum=0.999, augmentation="v2", epochs=EPOCHS,
+        batch_size=args.batch, weight_decay=1e-4, precision=args.precision, **split,
+    )  # fmt: skip
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
     step = ContrastStep(config, views, device, choose_precision(args.precision, device))
     flops = pass_flops(step, args.size, args.batch)

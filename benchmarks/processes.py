@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import original
 import torch
+from speed import settings
 
-from moco.config import PretrainConfig
 from moco.data.views import Views, recipe
 from moco.stages.contrast import ContrastStep
 from moco.training.distributed import from_environment
@@ -34,14 +34,8 @@ def work(args: argparse.Namespace) -> None:
     """One of the processes; rank 0 writes the seconds of a step."""
     torch.set_num_threads(1)
     processes = from_environment()
-    config = PretrainConfig(
-        encoder=args.encoder, stem="small" if args.size <= 40 else "imagenet", width=24, stages=4, head="mlp",
-        dim=original.DIM, queue=4096, momentum=0.99, momentum_schedule="constant", temperature=0.1, loss="asymmetric",
-        batch_norm="plain", splits=1, shuffle=False, augmentation="v2_no_blur", crop_scale=(0.2, 1.0),
-        blur_sigma=(0.1, 2.0), epochs=1, minutes=None, batch_size=args.batch, accumulate=1, lr=0.03, sgd_momentum=0.9,
-        weight_decay=5e-4, schedule="cosine", warmup=0.0, milestones=(), subset=1.0, precision="auto", holdout=0.1,
-        monitor_every=1, knn_neighbours=20, checkpoint_every=1, keep_checkpoints=1, log_every=1, seed=0,
-    )  # fmt: skip
+    stem = "small" if args.size <= 40 else "imagenet"
+    config = settings(encoder=args.encoder, stem=stem, batch_size=args.batch)
     views = Views(recipe("v2_no_blur", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
     mine = args.batch // processes.size
     images = torch.randint(0, 256, (mine, args.size, args.size, 3), dtype=torch.uint8)

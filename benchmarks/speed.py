@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import original
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moco.config import TrainConfig
+from moco.config import PretrainConfig, TrainConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
@@ -39,6 +40,20 @@ from moco.training.numerics import autocast, choose_precision, matmul_rate, set_
 
 CPU = torch.device("cpu")
 QUEUE = 4096
+
+
+def settings(**changes: Any) -> PretrainConfig:
+    """Section `pretrain`, by default that of the CIFAR-10 preset; as a type, since a GPU machine may lack PyYAML."""
+    values: dict[str, Any] = {
+        "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "head": "mlp", "dim": original.DIM,
+        "queue": QUEUE, "momentum": 0.99, "momentum_schedule": "constant", "temperature": original.TEMPERATURE,
+        "loss": "asymmetric", "batch_norm": "plain", "splits": 2, "shuffle": False, "augmentation": "v2_no_blur",
+        "crop_scale": (0.2, 1.0), "blur_sigma": (0.1, 2.0), "epochs": 200, "minutes": None, "batch_size": 128,
+        "accumulate": 1, "lr": 0.03, "sgd_momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "warmup": 0.0,
+        "milestones": (), "subset": 1.0, "precision": "auto", "holdout": 0.1, "monitor_every": 5,
+        "knn_neighbours": 20, "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 20, "seed": 0,
+    }  # fmt: skip
+    return PretrainConfig(**values | changes)
 
 
 class OurStep:

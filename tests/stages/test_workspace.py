@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from moco.errors import UserError
 from moco.stages import workspace
-from moco.stages.workspace import open_run_folder
+from moco.stages.workspace import differences, open_run_folder, run_key
 
 
 def test_a_second_process_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +34,35 @@ def test_experiments_of_a_queue_that_share_a_run_do_not_refuse_each_other(
     monkeypatch.setenv("DVC_EXP_NAME", "grid-1")
     with open_run_folder("pretrain", "key") as one, open_run_folder("pretrain", "key") as other:
         assert (one.path, other.path) == (tmp_path / "runs/pretrain/key", tmp_path / "runs/pretrain/key-2")
+
+
+def test_a_run_that_ends_while_another_process_waits_for_it_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    holds, got = threading.Event(), []
+
+    def first() -> None:
+        with open_run_folder("pretrain", "key") as folder:
+            holds.set()
+            time.sleep(0.3)
+            folder.finish()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    holds.wait()
+    with open_run_folder("pretrain", "key") as folder:
+        got.append(folder.path)
+    thread.join()
+    assert got == [Path("runs/pretrain/key-2")]
+
+
+def test_a_setting_that_came_later_changes_no_run_where_it_changes_nothing() -> None:
+    old = {"pretrain.lr": 0.1}
+    assert (
+        run_key({**old, "pretrain.accumulate": 1}, "d")
+        == run_key(old, "d")
+        != run_key({**old, "pretrain.accumulate": 2}, "d")
+    )
+    assert differences(old, {**old, "pretrain.accumulate": 1}) == []
+    assert len(differences(old, {**old, "pretrain.accumulate": 2})) == 1

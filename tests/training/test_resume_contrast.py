@@ -212,11 +212,13 @@ def test_bf16_trains_with_fp32_weights_and_resumes_to_the_same_bits(tmp_path: Pa
     assert_same(after, straight)
 
 
-def test_a_batch_in_parts_learns_what_the_whole_one_with_split_statistics_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["asymmetric", "symmetric"])
+def test_a_batch_in_parts_learns_what_the_whole_one_with_split_statistics_learns(loss: str, tmp_path: Path) -> None:
     """accumulate 2 with two splits (one for each part) against both splits at once: the same step, in less memory."""
-    wanted = make_step(make_config(tmp_path, batch_norm="split", splits=2, shuffle=False))
-    found = make_step(make_config(tmp_path, batch_norm="split", splits=2, shuffle=False, accumulate=2))
-    plain = make_step(make_config(tmp_path, batch_norm="plain", shuffle=False))
+    same = {"shuffle": True, "loss": loss}
+    wanted = make_step(make_config(tmp_path, batch_norm="split", splits=2, **same))
+    found = make_step(make_config(tmp_path, batch_norm="split", splits=2, accumulate=2, **same))
+    plain = make_step(make_config(tmp_path, batch_norm="plain", **same))
     for number, indices, images in batches(wanted.config, 0):
         losses = [float(step(indices, images, 0.1, number)["loss"]) for step in (wanted, found, plain)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -140,8 +140,9 @@ def _bilinear(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
 
     top, left, h, w = boxes.float().unbind(1)
     y, x = places(top, h, height, torch.zeros_like(flip)), places(left, w, width, flip)
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3).clamp_(-1, 1)
+    # Not padding_mode="border", which Apple's MPS does not have in all versions: nothing lies beyond the border now.
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
 def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:

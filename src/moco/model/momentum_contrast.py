@@ -7,6 +7,7 @@ embedding, K the length of the queue.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,22 +87,27 @@ class MomentumContrast(nn.Module):
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def encode_keys(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def encode_keys(self, images: Tensor, generator: torch.Generator | None, parts: int = 1) -> Tensor:
         """Keys of the whole batch, G x D. The order is shuffled on the way in and restored on the way out, over all
-        processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper)."""
+        processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
+        parts: in which they go through the encoder, each with statistics of its own."""
+
+        def encode(x: Tensor) -> Tensor:
+            keys = torch.cat([self.key_encoder(part) for part in x.tensor_split(parts)])
+            return self._gather(F.normalize(keys.float(), dim=1))
+
         if not self.shuffle:
-            return self._gather(F.normalize(self.key_encoder(images).float(), dim=1))
+            return encode(images)
         everything = self._gather(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # as channels-last images lie
         # Drawn on the CPU: the same order on every device and in every process, and no wait for the device.
         order = torch.randperm(len(everything), generator=generator)
         back = torch.argsort(order)
-        keys = self.key_encoder(everything[order[self._part(len(images))].to(images.device)])
-        return self._gather(F.normalize(keys.float(), dim=1))[back.to(images.device)]
+        return encode(everything[order[self.own(len(images))].to(images.device)])[back.to(images.device)]
 
     def _gather(self, part: Tensor) -> Tensor:
         return part if self.peers is None else self.peers.gather(part)
 
-    def _part(self, count: int) -> slice:
+    def own(self, count: int) -> slice:
         """Where this process's `count` images stand in the whole batch."""
         first = 0 if self.peers is None else self.peers.rank * count
         return slice(first, first + count)
@@ -115,14 +121,21 @@ class MomentumContrast(nn.Module):
 
         Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
         """
-        mine = self._part(len(a))
-        keys_b = self.encode_keys(b, generator)
-        loss, accuracy = info_nce(self.encode_queries(a), keys_b[mine], self.queue, self.temperature)
+        keys = self.keys(a, b, generator)
+        loss, accuracy = self.loss(a, b, [key[self.own(len(a))] for key in keys])
+        return Contrast(loss, accuracy, torch.cat(keys))
+
+    def keys(self, a: Tensor, b: Tensor, generator: torch.Generator | None, parts: int = 1) -> list[Tensor]:
+        """Those of b, and for a symmetric loss those of a, each of the whole batch."""
+        return [self.encode_keys(view, generator, parts) for view in ((b, a) if self.symmetric else (b,))]
+
+    def loss(self, a: Tensor, b: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of some images of the batch; keys: those of `keys` that belong to them."""
+        loss, accuracy = info_nce(self.encode_queries(a), keys[0], self.queue, self.temperature)
         if not self.symmetric:
-            return Contrast(loss, accuracy, keys_b)
-        keys_a = self.encode_keys(a, generator)
-        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys_a[mine], self.queue, self.temperature)
-        return Contrast((loss + loss_b) / 2, (accuracy + accuracy_b) / 2, torch.cat([keys_b, keys_a]))
+            return loss, accuracy
+        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys[1], self.queue, self.temperature)
+        return (loss + loss_b) / 2, (accuracy + accuracy_b) / 2
 
     @torch.no_grad()
     def update(self, keys: Tensor, momentum: float) -> None:

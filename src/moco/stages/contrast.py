@@ -111,16 +111,17 @@ class ContrastStep:
             place = self.processes.rank * len(unit), self.processes.size * len(unit)
             a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        keys = []
-        for part_a, part_b in zip(a.chunk(config.accumulate), b.chunk(config.accumulate), strict=True):
-            share = len(part_a) / len(a)
+        with autocast(self.device, self.precision):
+            keys = self.model.keys(a, b, generator, config.accumulate)
+        own = [key[self.model.own(len(a))] for key in keys]
+        for part in np.array_split(np.arange(len(a)), config.accumulate):
+            rows, share = slice(int(part[0]), int(part[-1]) + 1), len(part) / len(a)
             with autocast(self.device, self.precision):
-                contrast = self.model(part_a, part_b, generator)
+                part_loss, part_accuracy = self.model.loss(a[rows], b[rows], [key[rows] for key in own])
             with self.phase("backward"):
-                self.scaler.scale(contrast.loss * share).backward()
-            loss += contrast.loss.detach() * share
-            accuracy += contrast.accuracy * share
-            keys.append(contrast.keys)
+                self.scaler.scale(part_loss * share).backward()
+            loss += part_loss.detach() * share
+            accuracy += part_accuracy * share
         with self.phase("backward"):
             self._share()
         with self.phase("update"):
@@ -159,8 +160,9 @@ class ContrastStep:
 
 def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
     """FLOP of the passes of one step, multiplications and additions; those of views are not among them."""
-    images = torch.zeros(batch, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
+    parts = step.config.accumulate
+    images = torch.zeros(batch // parts, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
     with FlopCounterMode(display=False) as counter, autocast(step.device, step.precision):
         step.model(images, images, torch.Generator().manual_seed(0)).loss.backward()
     step.optimizer.zero_grad(set_to_none=True)
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) * parts

@@ -231,8 +231,6 @@ def _check(section: PretrainConfig, processes: Processes) -> None:
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
     parts = section.accumulate * processes.size
-    if parts * 2 > section.batch_size:
-        raise UserError(f"pretrain.accumulate: {parts} parts of {section.batch_size} images are too small")
     if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
         raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
     if section.batch_norm == "sync" and processes.size == 1:
@@ -244,6 +242,8 @@ def _check(section: PretrainConfig, processes: Processes) -> None:
 
 def _check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
     """Whether every process can have the same share of each batch, and of its parts for split BatchNorm."""
+    if section.accumulate > 1 and section.accumulate * size * 2 > batch_size:
+        raise UserError(f"pretrain.accumulate: {section.accumulate * size} parts of {batch_size} images are too small")
     if size == 1:
         return
     if batch_size % size or batch_size < 2 * size:

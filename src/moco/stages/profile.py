@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +18,7 @@ from moco.data.prepare import open_decoded
 from moco.errors import Say
 from moco.stages.contrast import ContrastStep, pass_flops, pool, pretraining_views
 from moco.stages.workspace import MANIFEST, say, scratch_folder
-from moco.training.numerics import choose_device, choose_precision, matmul_rate, set_up
+from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 
 WARM_UP = 3  # steps: memory is laid out, kernels are chosen
 PARTS = {
@@ -33,7 +33,7 @@ TOO_LONG = 0.03  # share of a step that waiting may take
 
 
 class Stopwatch:
-    """Seconds by part of a step. A GPU is waited for at both ends of a part: it works behind the program's back."""
+    """Seconds by part of a step. A GPU is waited for at both ends of a part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,9 +41,7 @@ class Stopwatch:
         self.begun: dict[nn.Module, float] = {}
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return clock(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -75,6 +73,8 @@ def run(config: Config, steps: int, tell: Say) -> None:
     step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size)
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     watch = Stopwatch(device)
     batches = (batch for epoch in range(steps + WARM_UP) for batch in fetcher.batches(sampler.epoch(epoch)))
     for number in range(WARM_UP):
@@ -89,7 +89,8 @@ def run(config: Config, steps: int, tell: Say) -> None:
         step(*batch, 0.0, number)
     each = (watch.now() - began) / steps
     name = str(precision).removeprefix("torch.")
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    names = {"cpu": lambda: f"{torch.get_num_threads()} threads", "cuda": lambda: torch.cuda.get_device_name(device)}
+    where = names.get(device.type, lambda: device.type)()
     tell(f"A step of {sampler.batch_size} images takes {each * 1e3:.0f} ms, {sampler.batch_size / each:.0f} images/s "
          f"({section.encoder}, {manifest.width} pixels, {name}, {where}):")  # fmt: skip
     _tell_parts({part: seconds / steps for part, seconds in watch.seconds.items()}, each, tell)
@@ -116,4 +117,6 @@ def _memory(device: torch.device) -> str:
     if device.type == "cuda":
         used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         return f"At most {used / 1e9:.2f} of the GPU's {total / 1e9:.1f} GB were in use."
-    return f"The process took at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB of memory."
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"The process took at most {used / 1e9:.2f} GB of memory."

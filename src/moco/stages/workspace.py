@@ -34,6 +34,8 @@ HOUSEKEEPING = {
     "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
     "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout", "finetune.checkpoint_every",
 }  # fmt: skip
+# Settings that came later, at the values at which all is as it was without them.
+ADDED = {"pretrain.accumulate": 1}
 
 
 def say(message: str) -> None:
@@ -55,6 +57,7 @@ def scratch_folder(setting: str) -> Path:
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
     """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
     differs too."""
+    theirs = {**ADDED, **theirs}
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {value} here"
         for name, value in ours.items()
@@ -64,7 +67,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[st
 
 def run_key(settings: dict[str, Any], digest: str) -> str:
     """Name of the run that these settings and this data make."""
-    kept = {name: value for name, value in settings.items() if name not in HOUSEKEEPING}
+    kept = {name: value for name, value in settings.items() if name not in HOUSEKEEPING and ADDED.get(name) != value}
     text = json.dumps({"settings": kept, "data": digest}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -105,7 +108,9 @@ def open_run_folder(stage: str, key: str) -> Iterator[RunFolder]:
                 f"{folder.path}: another process runs `moco {stage}` with these settings and data; wait for it or stop "
                 "it"
             ) from None
-        break
+        if not folder.done:
+            break
+        lock.release()  # it was finished while this process waited
     try:
         yield folder
     finally:

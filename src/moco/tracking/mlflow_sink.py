@@ -55,7 +55,6 @@ class MlflowSink:
         self.shown_uri = store.without_password(self.uri)  # as it is remembered
         self.state = SinkState(self.shown_uri)
         self.client: Any = None
-        self.checked = False
         self.problem: Exception | None = None  # with a file or model; numbers and states do not wait for those
 
     def _load(self) -> SinkState:
@@ -89,7 +88,7 @@ class MlflowSink:
     def _is_wanted(self) -> bool:
         """Whether the store still has the run that the state speaks of. Another store may answer at the same address,
         or an empty one: then all begins anew. A run that somebody deleted stays deleted."""
-        if self.checked or self.state.run_id is None:
+        if self.state.run_id is None:
             return True
         run = self._found(self.state.run_id)
         if run is None or run.data.tags.get(LOG_TAG) != identity(self.log):
@@ -97,7 +96,6 @@ class MlflowSink:
         parent = self._found(self.state.parent) if self.state.parent else None
         if parent is None or parent.info.lifecycle_stage != "active":
             self.state.parent = None  # somebody deleted it
-        self.checked = True
         return run is None or run.info.lifecycle_stage == "active"
 
     def _found(self, run_id: str) -> Any:
@@ -138,6 +136,9 @@ class MlflowSink:
                 self._send(pending, steps, reached)
         self._send(pending, steps, reached)
         if self.problem is not None:
+            # The one that failed goes to the end, so that it does not stand before the others each time.
+            self.state.owed = [*self.state.owed[1:], self.state.owed[0]]
+            self._remember(self.state.offset)
             raise self.problem
 
     def _handle(self, event: dict[str, Any], place: int) -> None:

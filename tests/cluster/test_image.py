@@ -130,7 +130,8 @@ def test_what_ran_without_a_network_is_synced_from_outside(image: str, checkout:
     shutil.copytree(checkout / "dataset", project / "dataset")
     params = tiny_params(tracking__uri="http://tracking.invalid:5000", tracking__offline=True)
     (project / "params.yaml").write_text(yaml.safe_dump(params))
-    subprocess.run(["chmod", "-R", "a+rwX", str(tmp_path.parent)], check=True)
+    tmp_path.chmod(0o755)  # another user has to reach it; the checkout keeps its modes, which the builds hash
+    subprocess.run(["chmod", "-R", "a+rwX", str(project)], check=True)
     for stage in ("data", "pretrain", "train", "eval"):
         said = inside(image, project, "moco", stage, options=("--network", "none"))
         assert "warning" not in said, "offline is what was asked for"

@@ -78,7 +78,7 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
     table = Table(title=f"{len(rows)} pipelines" if len(rows) > 1 else None)
     table.add_column("pipeline", no_wrap=True)
     for name in [*columns, *chosen]:
-        table.add_column(_header(name), justify="right")
+        table.add_column(_header(name), justify="right", overflow="fold", min_width=6)  # a cut name is none
     for row in rows:
         cells = [str(row.params.get(name, "")) for name in columns]
         cells += [_number(row.metrics.get(name)) for name in chosen]

@@ -88,3 +88,15 @@ def test_what_is_no_address_is_one_line(uri: str, words: str) -> None:
 def test_no_message_has_a_password(text: str, shown: str) -> None:
     assert store.without_password(text) == shown
     assert "secret" not in store.explain(RuntimeError(f"cannot read {text}"), text)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
+def test_a_store_without_a_registry_is_one_line() -> None:
+    from mlflow.tracking._model_registry.utils import _get_store_registry
+
+    with pytest.raises(Exception, match="registry") as caught:
+        _get_store_registry().get_store("azure://u:secret@place")
+    assert store.explain(caught.value, "azure://u:secret@place") == (
+        "azure://place has no model registry; use a database or a server"
+    )

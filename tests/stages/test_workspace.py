@@ -64,5 +64,6 @@ def test_a_setting_that_came_later_changes_no_run_where_it_changes_nothing() -> 
         == run_key(old, "d")
         != run_key({**old, "pretrain.accumulate": 2}, "d")
     )
+    assert run_key({**old, "pretrain.minutes": None}, "d") != run_key(old, "d")
     assert differences(old, {**old, "pretrain.accumulate": 1}) == []
     assert len(differences(old, {**old, "pretrain.accumulate": 2})) == 1

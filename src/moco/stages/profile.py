@@ -89,8 +89,9 @@ def run(config: Config, steps: int, tell: Say) -> None:
         step(*batch, 0.0, number)
     each = (watch.now() - began) / steps
     name = str(precision).removeprefix("torch.")
-    names = {"cpu": lambda: f"{torch.get_num_threads()} threads", "cuda": lambda: torch.cuda.get_device_name(device)}
-    where = names.get(device.type, lambda: device.type)()
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
     tell(f"A step of {sampler.batch_size} images takes {each * 1e3:.0f} ms, {sampler.batch_size / each:.0f} images/s "
          f"({section.encoder}, {manifest.width} pixels, {name}, {where}):")  # fmt: skip
     _tell_parts({part: seconds / steps for part, seconds in watch.seconds.items()}, each, tell)

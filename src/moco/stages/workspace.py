@@ -67,7 +67,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[st
 
 def run_key(settings: dict[str, Any], digest: str) -> str:
     """Name of the run that these settings and this data make."""
-    kept = {name: value for name, value in settings.items() if name not in HOUSEKEEPING and ADDED.get(name) != value}
+    kept = {name: value for name, value in settings.items()
+            if name not in HOUSEKEEPING and (name, value) not in ADDED.items()}  # fmt: skip
     text = json.dumps({"settings": kept, "data": digest}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -31,10 +31,8 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
             probe.bind((HOST, port))
         except OSError:
             raise UserError(f"port {port} is in use; choose another with --port") from None
-    try:
-        client(uri).search_experiments(
-            max_results=1
-        )  # what is wrong with the store is one line here, there a traceback
+    try:  # here, as the server would tell of a bad store by a traceback
+        client(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow and its layers raise many kinds
         raise UserError(explain(error, uri)) from None
     if found := stray():

@@ -53,7 +53,19 @@ def postgres(folder: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([*run, "pg_ctl", "-D", data, "-m", "immediate", "stop"], check=True, capture_output=True)
+        stop = [
+            *run,
+            "pg_ctl",
+            "-D",
+            data,
+            "-m",
+            "immediate",
+            "-t",
+            "120",
+            "stop",
+        ]  # on a busy machine it takes a while
+        done = subprocess.run(stop, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 class MlflowServer:

@@ -53,17 +53,7 @@ def postgres(folder: Path) -> Iterator[str]:
     try:
         yield f"postgresql+psycopg://mlflow@127.0.0.1:{port}/postgres"
     finally:
-        stop = [
-            *run,
-            "pg_ctl",
-            "-D",
-            data,
-            "-m",
-            "immediate",
-            "-t",
-            "120",
-            "stop",
-        ]  # on a busy machine it takes a while
+        stop = [*run, "pg_ctl", "-D", data, "-m", "immediate", "-t", "120", "stop"]  # a busy machine takes its time
         done = subprocess.run(stop, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

@@ -142,9 +142,9 @@ for number in range(10):
     child = os.fork()
     if child == 0:
         config = TrackingConfig(f"sqlite:///{here}/mlflow.db", False, "moco-pipeline", "m")
-        pipeline = {"key": "one", "name": "p", "params": {"a": 1}, "tags": {"data_digest": "d"}}
+        pipeline = {"key": "one", "name": "p", "params": {"pretrain.lr": 1}, "tags": {"data_digest": "d"}}
         with run.Run(here / f"runs/train/{number}", "train", config, print) as record:
-            record.start({"number": number}, Origin({"data_digest": "d"}, {}, pipeline, {}))
+            record.start({"pretrain.seed": number}, Origin({"data_digest": "d"}, {}, pipeline, {}))
             for step in range(1, 51): record.log({"loss": number + 1 / step}, step)
         os._exit(0)
     children.append(child)
@@ -161,7 +161,7 @@ def test_ten_runs_that_begin_at_once_share_a_new_store(
     done = subprocess.run([sys.executable, "-c", TEN, str(project)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert moco("sync").returncode == 0  # whatever a busy file refused
-    found = {int(run.data.params["number"]): run for run in runs(client(project), "train")}
+    found = {int(run.data.params["pretrain.seed"]): run for run in runs(client(project), "train")}
     assert set(found) == set(range(10))
     for number, run in found.items():
         assert history(client(project), run, "loss") == [(step, number + 1 / step) for step in range(1, 51)]

@@ -25,7 +25,7 @@ from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder
 from moco.stages.contrast import ContrastStep, pass_flops
-from moco.training.numerics import choose_device, choose_precision, matmul_rate, set_up
+from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 
 POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
 
@@ -34,11 +34,9 @@ def rate(call: Callable[[], object], images: int, device: torch.device, calls: i
     """Images a second, the median of `calls` after a warm-up of three."""
     spent = []
     for _ in range(calls + 3):
-        began = time.perf_counter()
+        began = clock(device)
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent.append(time.perf_counter() - began)
+        spent.append(clock(device) - began)
     return images / statistics.median(spent[3:])
 
 
@@ -58,16 +56,12 @@ def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> 
     while number < total:
         for batch in fetcher.batches(sampler.epoch(number)):
             if number == 3:  # warm
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                began, waited = time.perf_counter(), fetcher.waited
+                began, waited = clock(device), fetcher.waited
             step(*batch, 0.0, number)
             number += 1
             if number == total:
                 break
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    spent = time.perf_counter() - began
+    spent = clock(device) - began
     return args.calls * args.batch / spent, (fetcher.waited - waited) / spent, flops
 
 

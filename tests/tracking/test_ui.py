@@ -12,14 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from server_helpers import free_port
 
 from conftest import Moco, assert_one_line_error, write_params
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

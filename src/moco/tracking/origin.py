@@ -26,7 +26,7 @@ from moco.files import sha256
 from moco.tracking.store import without_password
 
 DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
-NEW = ("ls-files", "--others", "--exclude-standard", "-z", "--", "src")  # sources that git does not know yet
+NEW = ("ls-files", "--others", "--exclude-standard", "--", "src")  # sources that git does not know yet
 PATCH_LIMIT = 5_000_000  # bytes
 
 
@@ -75,9 +75,7 @@ def _patch() -> bytes:
         return b""
     with tempfile.TemporaryDirectory(prefix="moco-index-") as folder:
         index = str(shutil.copy(place, folder))
-        for name in (_git_bytes(*NEW) or b"").decode(errors="surrogateescape").split("\0"):
-            if name:
-                _git_bytes("add", "--", name, index=index)
+        _git_bytes("add", "--", "src", index=index)
         return _git_bytes(*DIFF, index=index) or b""
 
 

@@ -44,9 +44,10 @@ def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None], 
             close_abandoned(log)
             MlflowSink(log.parent, config).replay()
         except Exception as error:  # MLflow and its HTTP layers raise many kinds
-            failed.append(f"{log.parent}: {explain(error, uri)}")
-            if NO_ANSWER in failed[-1]:
-                raise UserError(f"{explain(error, uri)}; nothing is lost, repeat `moco sync` then") from None
+            problem = explain(error, uri)
+            failed.append(f"{log.parent}: {problem}")
+            if NO_ANSWER in problem:
+                raise UserError(f"{problem}; nothing is lost, repeat `moco sync` then") from None
     say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {without_password(uri)}")
     if failed:
         raise UserError(f"{len(failed)} run(s) not synced, first {failed[0]}")

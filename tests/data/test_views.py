@@ -157,7 +157,7 @@ def test_jitter_applies_all_four_operations_in_a_drawn_order() -> None:
         expected = colours()
         for operation in order:
             expected = getattr(tvf, names[operation])(expected, float(factors[0, operation]))
-        found = views.jitter(colours(), factors, torch.Generator().manual_seed(seed))
+        found = views.jitter(colours(), factors, torch.ones(4, dtype=torch.bool), torch.Generator().manual_seed(seed))
         torch.testing.assert_close(found, expected, atol=6e-4, rtol=0)
     assert len(orders) > 3
     assert math.isclose(float(factors[0, 3]), 0.1, rel_tol=1e-6)

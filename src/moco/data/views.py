@@ -177,23 +177,25 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1. Value and chroma stay."""
+    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay."""
     r, g, b = images.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    inverse = (1 / 6) / torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    hue = torch.where(
+    inverse = chroma.clamp(min=1e-8).reciprocal_()  # grey: any number will do, as the differences are 0
+    hue = torch.where(  # in sixths of a turn, from -1 to 5
         value == r,
-        (g - b) * inverse,
-        torch.where(value == g, (b - r) * inverse + 1 / 3, (r - g) * inverse + 2 / 3),
+        (g - b).mul_(inverse),
+        torch.where(value == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4)),
     )
-    hue.add_(turns.squeeze(1))
-    # What a channel lacks to the value is a trapezoid around the circle, 1 up to a sixth from its middle and 0 from a
-    # third on: of the distance to the nearest whole turn. (A remainder would be slower.)
-    for channel, middle in enumerate((1 / 2, 5 / 6, 1 / 6)):
-        lack = hue - middle
-        lack.sub_(lack.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
-        torch.addcmul(value, chroma, lack, value=-1, out=images[:, channel])
+    turns = turns.squeeze(1)
+    hue.add_(6 * turns)
+    # What a channel lacks to the value is a trapezoid around the circle: 1 up to a sixth from its middle and 0 from two
+    # sixths on. The distance from the opposite side, less 1, is that between 0 and 1, up to seven sixths away, so green
+    # takes the nearer of its two middles. 1 more is computed, and added to the value: one operation less.
+    ceiling = value.add_(chroma)
+    for channel, middle in enumerate((3, torch.where(turns < 0, -1, 5), 1)):
+        lack = (hue - middle).abs_().sub_(3).abs_().clamp_(1, 2)
+        torch.addcmul(ceiling, chroma, lack, value=-1, out=images[:, channel])
     return images
 
 
@@ -203,17 +205,22 @@ _JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 def jitter(
-    images: Tensor, factors: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
-) -> Tensor:
-    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns). first, total: the
-    images stand from place `first` on in a batch of `total`, and are treated as they would be there."""
+    images: Tensor, factors: Tensor, chosen: Tensor, generator: torch.Generator, first: int = 0,
+    total: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns), on the images' device.
+    chosen: B, bool, on the CPU: the images that are jittered. first, total: the images stand from place `first` on in
+    a batch of `total`, and are treated as they would be there."""
     factors = factors[:, :, None, None, None]
     for start in range(-first, (total or len(images)) - first, JITTER_GROUP):
         operations = torch.randperm(4, generator=generator).tolist()  # drawn for the groups of others too
         group = slice(max(start, 0), max(start + JITTER_GROUP, 0))
-        part = images[group]
-        for operation in operations if len(part) else ():
-            _JITTER[operation](part, factors[group, operation])
+        rows = chosen[group].nonzero().squeeze(1).to(images.device, non_blocking=True)
+        if len(rows):
+            part, own = images[group][rows], factors[group][rows]
+            for operation in operations:
+                _JITTER[operation](part, own[:, operation])
+            images[group][rows] = part
     return images
 
 
@@ -228,8 +235,8 @@ class Views:
     ) -> None:  # fmt: skip
         self.recipe, self.size, self.device = recipe, size, device
         self.blur_radius = max(1, math.floor(4 * recipe.blur_sigma[1] * size / REFERENCE_SIZE))
-        self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        scale = 1 / torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self.scale, self.shift = scale, -torch.tensor(mean, device=device).view(1, 3, 1, 1) * scale
 
     def to_unit(self, batch: Tensor) -> Tensor:
         """uint8 B x H x W x 3 -> float B x 3 x H x W in [0, 1], on the device."""
@@ -237,7 +244,8 @@ class Views:
         return batch.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
     def normalise(self, images: Tensor) -> Tensor:
-        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        torch.addcmul(self.shift, images, self.scale, out=images)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def plain(self, batch: Tensor) -> Tensor:
         """The images as they are, normalised: what classifiers see at evaluation."""
@@ -258,8 +266,8 @@ class Views:
         boxes = crop_boxes(uniform, height, width, r.crop_scale)
         rest = uniform[:, 2 * CROP_ATTEMPTS + 2 :]  # B x 9
         strengths = torch.tensor([r.brightness, r.contrast, r.saturation, r.hue])
-        jittered = rest[:, 0:1] < r.jitter_probability
-        factors = jittered * strengths * (2 * rest[:, 1:5] - 1)
+        jittered = rest[:, 0] < r.jitter_probability
+        factors = strengths * (2 * rest[:, 1:5] - 1)
         factors[:, :3] = (factors[:, :3] + 1).clamp(min=0)
         grayed = (rest[:, 5] < r.grayscale_probability).nonzero().squeeze(1)
         sigma = r.blur_sigma[0] + (r.blur_sigma[1] - r.blur_sigma[0]) * rest[:, 6]
@@ -272,7 +280,7 @@ class Views:
 
         images = resample(unit, move(boxes.float()), self.size, move(flipped))
         if r.jitter_probability > 0:
-            jitter(images, move(factors), generator, first, total)
+            jitter(images, move(factors), jittered, generator, first, total)
         if len(grayed):
             chosen = move(grayed)
             images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)

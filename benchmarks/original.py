@@ -110,12 +110,12 @@ class Step:
 
 def linear_epochs(
     body: nn.Module, width: int, folder: Path, labels: Tensor, size: int, classes: int, epochs: int, of: int,
-    told: Callable[[int, float], None],
+    told: Callable[[int, float], None], lr: float = 30.0,
 ) -> nn.Linear:  # fmt: skip
     """Trains the classifier for the first `epochs` of a schedule of `of` epochs; told(epoch, loss) after each."""
     layer = nn.Linear(width, classes)
     nn.init.normal_(layer.weight, std=0.01)
-    optimizer = torch.optim.SGD(layer.parameters(), 30.0, momentum=0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [of * share // 10 for share in (3, 4, 6, 8)])
     loader = load(Labelled(folder / "train", labels, size, train=True), 512)
     body.eval()

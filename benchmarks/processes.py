@@ -24,7 +24,7 @@ from speed import settings
 from moco.data.views import Views, recipe
 from moco.stages.contrast import ContrastStep
 from moco.training.distributed import from_environment
-from moco.training.numerics import choose_precision
+from moco.training.numerics import choose_precision, set_up
 
 STEPS, WARM_UP, ROUNDS = 25, 5, 3
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def work(args: argparse.Namespace) -> None:
     """One of the processes; rank 0 writes the seconds of a step."""
-    torch.set_num_threads(1)
+    set_up(CPU, 1)
     processes = from_environment()
     stem = "small" if args.size <= 40 else "imagenet"
     config = settings(encoder=args.encoder, stem=stem, batch_size=args.batch)

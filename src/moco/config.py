@@ -72,6 +72,7 @@ class PretrainConfig:
     stem: Literal["imagenet", "small"]
     width: Count
     stages: Annotated[int, Range(1, 6)]
+    features: Literal["last", "pyramid"]
     head: Literal["mlp", "linear"]
     dim: Count
     queue: Count

@@ -28,7 +28,8 @@ def _model_source(architecture: Architecture, classes: int) -> tuple[str, str]:
         text = inspect.getsource(small_resnet)
         text = text[text.index("from torch import Tensor, nn") :].split("\n", 1)[1].strip()
         arguments = f"{classes}, {architecture.width}, {architecture.stages}, {1 if small else 2}"
-        return "from torch import Tensor, nn\nfrom torchvision import transforms", (
+        arguments += ", pyramid=True" if architecture.features == "pyramid" else ""
+        return "import torch\nfrom torch import Tensor, nn\nfrom torchvision import transforms", (
             f"{text}\n\n\ndef get_model() -> nn.Module:\n    return SmallResNet({arguments})\n"
         )
     body = [f"    model = models.{architecture.name}(weights=None, num_classes={classes})"]

@@ -199,7 +199,9 @@ def test_a_view_does_not_depend_on_the_other_images_of_its_batch(name: str) -> N
 def test_jitter_order_is_shared_within_a_group_and_drawn_anew_for_the_next() -> None:
     factors = torch.tensor([[0.6, 1.4, 0.6, 0.1]]).expand(3 * views.JITTER_GROUP, -1)
     images = torch.rand(1, 3, 6, 6, generator=seeded(1)).repeat(3 * views.JITTER_GROUP, 1, 1, 1)
-    groups = views.jitter(images, factors, torch.ones(len(images), dtype=torch.bool), seeded(1)).split(views.JITTER_GROUP)
+    groups = views.jitter(images, factors, torch.ones(len(images), dtype=torch.bool), seeded(1)).split(
+        views.JITTER_GROUP
+    )
     for group in groups:
         assert torch.all(same(group, group[:1].expand_as(group)))
     assert len(torch.unique(torch.stack([group[0].flatten() for group in groups]).round(decimals=4), dim=0)) > 1

@@ -14,6 +14,7 @@ from moco.model.encoder import (
     build_encoder,
     encoders,
     feature_width,
+    last_width,
     load_body,
     strip_head,
 )  # fmt: skip
@@ -116,6 +117,37 @@ def test_projection_head_has_the_papers_layers(mlp: bool) -> None:
     assert network(torch.randn(2, 3, 16, 16)).shape == (2, 6)
     shapes = [tuple(p.shape) for p in network.get_submodule("fc").parameters() if p.dim() == 2]
     assert shapes == ([(16, 16), (6, 16)] if mlp else [(6, 16)])
+
+
+@pytest.mark.parametrize("size", [16, 22, 40])
+def test_pyramid_adds_the_quarters_of_the_stages_between(size: int) -> None:
+    network = build_encoder(Architecture("small_resnet", "small", 3, 4, "pyramid"), 5).eval()
+    x = torch.randn(2, 3, size, size)
+    seen: list[torch.Tensor] = []
+    for layer in network.get_submodule("layers").children():
+        layer.register_forward_hook(lambda m, i, output: seen.append(output))
+    features = strip_head(network)(x)
+    expected = [nn.functional.adaptive_avg_pool2d(stage, 2).flatten(1) for stage in seen[1:3]]
+    torch.testing.assert_close(features, torch.cat([*expected, seen[3].mean((2, 3))], 1))
+    assert features.shape == (2, 4 * 12 + 4 * 24 + 48)
+
+
+@pytest.mark.parametrize("mlp", [True, False])
+def test_contrast_sees_the_last_stage_of_a_pyramid_alone(mlp: bool) -> None:
+    def encoder(features: str) -> nn.Module:
+        torch.manual_seed(0)
+        return with_head(build_encoder(Architecture("small_resnet", "small", 4, 3, features), 1), dim=6, mlp=mlp)
+
+    torch.manual_seed(1)
+    pyramid, last, x = encoder("pyramid"), encoder("last"), torch.randn(4, 3, 16, 16)
+    load_body(last, body_weights(pyramid.state_dict()))
+    for theirs, ours in zip(
+        last.get_submodule("fc").parameters(), pyramid.get_submodule("fc").parameters(), strict=True
+    ):
+        theirs.data.copy_(ours.data)
+    torch.testing.assert_close(pyramid(x), last(x), rtol=0, atol=0)
+    assert last_width(pyramid) == last_width(last) == 32
+    assert last_width(strip_head(pyramid)) == 32
 
 
 def test_stripped_network_returns_what_entered_the_head() -> None:

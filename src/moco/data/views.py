@@ -193,7 +193,8 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     # sixths on. The distance from the opposite side, less 1, is that between 0 and 1, up to seven sixths away, so green
     # takes the nearer of its two middles. 1 more is computed, and added to the value: one operation less.
     ceiling = value.add_(chroma)
-    for channel, middle in enumerate((3, torch.where(turns < 0, -1, 5), 1)):
+    middles: tuple[float | Tensor, ...] = (3, torch.where(turns < 0, -1, 5), 1)
+    for channel, middle in enumerate(middles):
         lack = (hue - middle).abs_().sub_(3).abs_().clamp_(1, 2)
         torch.addcmul(ceiling, chroma, lack, value=-1, out=images[:, channel])
     return images

@@ -19,13 +19,15 @@ class Architecture:
 
     name: `small_resnet` or one of torchvision's ResNets.
     stem: `imagenet` (7x7 stride 2 and max pooling; for small_resnet 3x3 stride 2) or `small` (3x3 stride 1).
-    width, stages: used by small_resnet alone; features are `width * 2**stages` wide.
+    width, stages, features: used by small_resnet alone. features: `last` (`width * 2**stages` wide) or `pyramid` (what
+    classifiers see of the stages before the last beside it; see SmallResNet).
     """
 
     name: str
     stem: str
     width: int
     stages: int
+    features: str = "last"  # files of before there was a choice do not tell
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,7 +45,8 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     """A network with randomly set weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
     small_stem = architecture.stem == "small"
     if architecture.name == SMALL:
-        return SmallResNet(num_outputs, architecture.width, architecture.stages, 1 if small_stem else 2)
+        stride, pyramid = 1 if small_stem else 2, architecture.features == "pyramid"
+        return SmallResNet(num_outputs, architecture.width, architecture.stages, stride, pyramid)
     import torchvision.models
 
     # A zero-initialised last BatchNorm of each block (Goyal et al. 2017) is not used by MoCo; neither here.
@@ -59,6 +62,11 @@ def feature_width(network: nn.Module) -> int:
     """Width of what enters the last layer."""
     head = network.get_submodule("fc")
     return next(module for module in head.modules() if isinstance(module, nn.Linear)).in_features
+
+
+def last_width(network: nn.Module) -> int:
+    """Width of the last stage, whose features stand last among those that enter the last layer."""
+    return network.last_width if isinstance(network, SmallResNet) else feature_width(network)
 
 
 def strip_head(network: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.model.encoder import feature_width
+from moco.model.encoder import feature_width, last_width
 
 
 class Contrast(NamedTuple):
@@ -53,11 +53,24 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
 
 
 def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
-    """Puts the projection in place of the last layer: linear (v1), or two layers with ReLU (v2)."""
-    width = feature_width(encoder)
+    """Puts the projection in place of the last layer: linear (v1), or two layers with ReLU (v2). It sees the last
+    stage alone: where contrast acts on earlier ones too, these lose what makes them worth having."""
+    width = last_width(encoder)
     linear = nn.Linear(width, dim)
-    encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
+    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
+    encoder.fc = head if width == feature_width(encoder) else nn.Sequential(LastFeatures(width), head)
     return encoder
+
+
+class LastFeatures(nn.Module):
+    """Of N x D features the last `width`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, -self.width :]
 
 
 class MomentumContrast(nn.Module):

@@ -6,6 +6,7 @@ the weights, so that the weights can be loaded where this package is not install
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,25 +37,38 @@ class SmallBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Stem, one residual block per stage, global average, linear layer.
+    """Stem, one residual block per stage, averages, linear layer.
 
     The stem keeps the resolution with stride 1 (images up to about 40 pixels) and halves it with stride 2.
     Each stage halves the resolution; the first doubles the width of the stem, and so on.
-    Input: N x 3 x H x W. Output: N x `num_classes`. `feature_width` is the width before the linear layer.
+    Features are the last stage's average over the image. With `pyramid` those of the stages between the first and the
+    last stand before it, averaged over the quarters of the image: what a classifier wants and contrast does not keep.
+    Input: N x 3 x H x W. Output: N x `num_classes`. `last_width` is the width of the last stage, `feature_width` that
+    before the linear layer.
     """
 
-    def __init__(self, num_classes: int, width: int = 24, stages: int = 4, stem_stride: int = 1) -> None:
+    def __init__(
+        self, num_classes: int, width: int = 24, stages: int = 4, stem_stride: int = 1, pyramid: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layers = nn.Sequential(*(SmallBlock(width << stage, width << (stage + 1)) for stage in range(stages)))
-        self.feature_width = width << stages
+        self.last_width = width << stages
+        self.between = range(1, stages - 1) if pyramid else range(0)  # places of the stages whose quarters are used
+        self.quarters = nn.AdaptiveAvgPool2d(2)
+        self.feature_width = self.last_width + sum(4 * width << (place + 1) for place in self.between)
         self.fc = nn.Linear(self.feature_width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.layers(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+        x = self.relu(self.bn1(self.conv1(x)))
+        features = []
+        for place, layer in enumerate(self.layers):
+            x = layer(x)
+            if place in self.between:
+                features.append(self.quarters(x).flatten(1))
+        return self.fc(torch.cat([*features, x.mean((2, 3))], 1))  # type: ignore[no-any-return]

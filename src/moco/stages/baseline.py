@@ -30,6 +30,8 @@ from moco.tracking.run import Run
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
 
+NETWORK = ("encoder", "stem", "width", "stages", "features")  # of section `pretrain`
+
 
 def run(config: Config) -> None:
     """Raises UserError where data and settings do not fit each other; Interrupted after a signal."""
@@ -40,7 +42,7 @@ def run(config: Config) -> None:
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     architecture = chosen_architecture(model, manifest)
-    network_settings = {f"pretrain.{name}": getattr(model, name) for name in ("encoder", "stem", "width", "stages")}
+    network_settings = {f"pretrain.{name}": getattr(model, name) for name in NETWORK}
     chain = {**manifest.settings, **network_settings, **flatten(config.train, "train"), **flatten(section, "baseline")}
     views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
     classes = len(manifest.classes)

@@ -18,7 +18,7 @@ from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import use_split_batch_norm
-from moco.training.distributed import SOLO, Processes
+from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
 
@@ -45,7 +45,7 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        architecture = Architecture(config.encoder, config.stem, config.width, config.stages)
+        architecture = Architecture(config.encoder, config.stem, config.width, config.stages, config.features)
         encoder = build_encoder(architecture, num_outputs=1)
         if config.batch_norm == "split":
             use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate))
@@ -95,6 +95,7 @@ class ContrastStep:
             weight_decay=config.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        self.average = Average(processes)
         self.phase: Phase = _unwatched  # around the parts of a step, for whoever wants to know
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
@@ -141,7 +142,7 @@ class ContrastStep:
         if self.processes.size > 1:
             gradients = [p.grad for p in self.model.query_encoder.parameters() if p.grad is not None]
             names = ("running_mean", "running_var")
-            self.processes.average_([*gradients, *(b for n, b in self.model.named_buffers() if n.endswith(names))])
+            self.average([*gradients, *(b for n, b in self.model.named_buffers() if n.endswith(names))])
 
     def state(self) -> dict[str, Any]:
         """Both encoders, queue, its cursor, optimizer and loss scale. Random numbers need no saving."""

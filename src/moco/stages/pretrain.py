@@ -23,6 +23,7 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.errors import Say, UserError
 from moco.files import sha256, write_text
+from moco.model.encoder import last_width
 from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
@@ -88,7 +89,8 @@ class Monitor:
             self.network.fc = head
         assert self.train.labels is not None
         labels = torch.from_numpy(self.train.labels)
-        spread = features.feature_std(found)
+        shaped = found[:, -last_width(self.network) :]  # by contrast
+        spread = features.feature_std(shaped)
         if not spread > COLLAPSED_STD:
             raise UserError(
                 f"the features collapsed (standard deviation {spread:.4f}, healthy is near 1): lower pretrain.lr, "
@@ -100,7 +102,7 @@ class Monitor:
                 neighbours=self.config.knn_neighbours, classes=self.classes,
             ),
             "feature_std": spread,
-            "effective_rank": features.effective_rank(found),
+            "effective_rank": features.effective_rank(shaped),
         }  # fmt: skip
 
 

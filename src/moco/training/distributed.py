@@ -131,17 +131,6 @@ class Processes:
             dist.all_reduce(values)
         return dict(zip(numbers, (values / self.size).tolist(), strict=True))
 
-    @torch.no_grad()
-    def average_(self, tensors: list[Tensor]) -> None:
-        """The mean over the processes of each tensor, in place; the same bits in all of them. One message."""
-        if self.size == 1:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with _others(self):
-            dist.all_reduce(flat)
-        parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
-
     def gather(self, part: Tensor) -> Tensor:
         """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
         if self.size == 1:
@@ -154,6 +143,28 @@ class Processes:
 
 
 SOLO = Processes()
+
+
+class Average:
+    """The mean over the processes of tensors that have the same shapes in every call, in place; the same bits in all of
+    them. One message, whose memory is kept: new pages in every step cost more than sending it does."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.flat: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tensors: list[Tensor]) -> None:
+        size = self.processes.size
+        if size == 1:
+            return
+        if self.flat is None:
+            self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+        torch.cat([tensor.reshape(-1) for tensor in tensors], out=self.flat)
+        with _others(self.processes):
+            dist.all_reduce(self.flat)
+        parts = self.flat.div_(size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 @contextlib.contextmanager

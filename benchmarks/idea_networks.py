@@ -1,0 +1,55 @@
+"""Networks that ideas.py tries beside small_resnet, all with `fc` as the last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.model.small_resnet import SmallBlock, SmallResNet
+
+
+class NoPool(SmallBlock):
+    """A block at the resolution of its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.pool = nn.Identity()  # type: ignore[assignment]
+
+
+class PatchStem(SmallResNet):
+    """The first convolution halves the resolution (4x4 at stride 2) and has the width of the first stage."""
+
+    def __init__(self, num_classes: int, width: int, stages: int) -> None:
+        super().__init__(num_classes, width, stages, pyramid=True)
+        self.conv1 = nn.Conv2d(3, 2 * width, 4, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(2 * width)
+        self.layers[0] = NoPool(2 * width, 2 * width)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+
+class OneConvolution(SmallBlock):
+    """A 3x3 convolution beside the shortcut."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.conv2, self.bn2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.bn1 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        return F.relu(self.bn1(self.conv1(x)) + self.bn_shortcut(self.shortcut(x)))
+
+
+class OneConvResNet(SmallResNet):
+    def __init__(self, num_classes: int, width: int, stages: int) -> None:
+        super().__init__(num_classes, width, stages, pyramid=True)
+        self.layers = nn.Sequential(*(OneConvolution(width << s, width << (s + 1)) for s in range(stages)))
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_resnet": lambda width, stages: SmallResNet(1, width, stages, pyramid=True),
+    "patch_stem": lambda width, stages: PatchStem(1, width, stages),
+    "one_conv": lambda width, stages: OneConvResNet(1, width, stages),
+}

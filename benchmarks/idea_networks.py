@@ -48,8 +48,26 @@ class OneConvResNet(SmallResNet):
         self.layers = nn.Sequential(*(OneConvolution(width << s, width << (s + 1)) for s in range(stages)))
 
 
+class PlainStage(OneConvolution):
+    """The same without a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.shortcut, self.bn_shortcut = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(self.pool(x))))
+
+
+class PlainNet(SmallResNet):
+    def __init__(self, num_classes: int, width: int, stages: int) -> None:
+        super().__init__(num_classes, width, stages, pyramid=True)
+        self.layers = nn.Sequential(*(PlainStage(width << s, width << (s + 1)) for s in range(stages)))
+
+
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "small_resnet": lambda width, stages: SmallResNet(1, width, stages, pyramid=True),
     "patch_stem": lambda width, stages: PatchStem(1, width, stages),
+    "plain": lambda width, stages: PlainNet(1, width, stages),
     "one_conv": lambda width, stages: OneConvResNet(1, width, stages),
 }

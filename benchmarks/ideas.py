@@ -6,7 +6,8 @@ First the ideas' steps are timed in turns on all cores; from its own rate each g
 many minutes. Then the runs are made, by default two at a time with one thread each, so that other work beside them
 changes how long they take but not what they learn. The accuracy is that of the linear classifier on the train images,
 in five folds of which each is held out once; images of train are taken out of the unlabelled pool first. val is never
-looked at. `--list` tells of all ideas; what paid is in the presets, and the whole table in README.md.
+looked at. `--list` tells of all ideas; what paid is in the presets, and the whole table in README.md. `a+b`
+tries two together.
 """
 
 from __future__ import annotations
@@ -111,6 +112,9 @@ IDEAS = {
     "patch_stem": Idea("a stem of 4x4 at stride 2", options=Options(network="patch_stem")),
     "patch_stem_32": Idea("the same, wider", {"width": 32}, Options(network="patch_stem")),
     "one_conv": Idea("one convolution a stage, wider", {"width": 32}, Options(network="one_conv")),
+    "one_conv_16": Idea("one convolution a stage, narrower", {"width": 16}, Options(network="one_conv")),
+    "one_conv_48": Idea("one convolution a stage, much wider", {"width": 48}, Options(network="one_conv")),
+    "plain": Idea("one convolution a stage, no shortcut", {"width": 32}, Options(network="plain")),
     "small_2": Idea("two more queries of 20 pixels", options=Options(small=2)),
     "small_4": Idea("four more queries of 20 pixels", options=Options(small=4)),
     "small_4_16": Idea("four more queries of 16 pixels", options=Options(small=4, small_size=16)),
@@ -241,8 +245,17 @@ def settings(path: Path, **changes: Any) -> Config:
     return parse(text, Path("params.yaml"))
 
 
+def combined(name: str) -> Idea:
+    """Of `a+b` both, the later first where they do not agree."""
+    ideas = [IDEAS[part] for part in name.split("+")]
+    changes = {key: value for idea in ideas for key, value in idea.changes.items()}
+    options = {key: value for idea in ideas for key, value in vars(idea.options).items()
+               if value != getattr(Options(), key)}  # fmt: skip
+    return Idea(", ".join(idea.says for idea in ideas), changes, Options(**options))
+
+
 def build(name: str, data: Data, args: argparse.Namespace, seed: int = 0) -> Step:
-    idea = IDEAS[name]
+    idea = combined(name)
     return Step(settings(args.data, seed=seed, **idea.changes), idea.options, data.mean, data.std, data.size)
 
 
@@ -325,6 +338,7 @@ def one_run(name: str, seed: int, images: int, args: argparse.Namespace) -> dict
     network.fc = nn.Identity()
     if step.options.recalibrate:
         recalibrate(network, data, crops)
+    torch.save(network.state_dict(), args.scratch / f"{name}-{seed}.pth")  # for a closer look
     row["linear"], row["last"] = linear_accuracies(network, data, crops, config)
     assert data.train.labels is not None
     labels = torch.from_numpy(data.train.labels)
@@ -361,7 +375,7 @@ def main() -> None:
         return
     if args.data is None:
         parser.error("name the dataset")
-    if unknown := [name for name in args.ideas if name not in IDEAS]:
+    if unknown := [part for name in args.ideas for part in name.split("+") if part not in IDEAS]:
         parser.error(f"unknown: {', '.join(unknown)}; --list tells of all")
     if args.run:
         set_up(CPU, 1)

@@ -45,9 +45,9 @@ QUEUE = 4096
 def settings(**changes: Any) -> PretrainConfig:
     """Section `pretrain`, by default that of the CIFAR-10 preset; as a type, since a GPU machine may lack PyYAML."""
     values: dict[str, Any] = {
-        "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "features": "pyramid", "head": "mlp",
-        "dim": original.DIM,
-        "queue": QUEUE, "momentum": 0.99, "momentum_schedule": "constant", "temperature": original.TEMPERATURE,
+        "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "convolutions": 2,
+        "features": "pyramid", "head": "mlp", "dim": original.DIM, "queue": QUEUE, "momentum": 0.99,
+        "momentum_schedule": "constant", "temperature": original.TEMPERATURE,
         "loss": "asymmetric", "batch_norm": "plain", "splits": 2, "shuffle": False, "augmentation": "v2_no_blur",
         "crop_scale": (0.2, 1.0), "blur_sigma": (0.1, 2.0), "epochs": 200, "minutes": None, "batch_size": 128,
         "accumulate": 1, "lr": 0.03, "sgd_momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "warmup": 0.0,

@@ -72,6 +72,7 @@ class PretrainConfig:
     stem: Literal["imagenet", "small"]
     width: Count
     stages: Annotated[int, Range(1, 6)]
+    convolutions: Annotated[int, Range(1, 2)]
     features: Literal["last", "pyramid"]
     head: Literal["mlp", "linear"]
     dim: Count

@@ -29,6 +29,7 @@ def _model_source(architecture: Architecture, classes: int) -> tuple[str, str]:
         text = text[text.index("from torch import Tensor, nn") :].split("\n", 1)[1].strip()
         arguments = f"{classes}, {architecture.width}, {architecture.stages}, {1 if small else 2}"
         arguments += ", pyramid=True" if architecture.features == "pyramid" else ""
+        arguments += f", convolutions={architecture.convolutions}" if architecture.convolutions != 2 else ""
         return "import torch\nfrom torch import Tensor, nn\nfrom torchvision import transforms", (
             f"{text}\n\n\ndef get_model() -> nn.Module:\n    return SmallResNet({arguments})\n"
         )

@@ -119,6 +119,16 @@ def test_projection_head_has_the_papers_layers(mlp: bool) -> None:
     assert shapes == ([(16, 16), (6, 16)] if mlp else [(6, 16)])
 
 
+def test_one_convolution_a_stage_is_the_block_without_its_second() -> None:
+    torch.manual_seed(0)
+    network = build_encoder(Architecture("small_resnet", "small", 4, 1, convolutions=1), 2).eval()
+    x, block = torch.randn(2, 3, 8, 8), network.get_submodule("layers.0")
+    assert sum(isinstance(module, nn.Conv2d) for module in block.modules()) == 2  # with the shortcut's
+    stem = nn.functional.avg_pool2d(torch.relu(network.bn1(network.conv1(x))), 2)
+    expected = torch.relu(block.bn1(block.conv1(stem)) + block.bn_shortcut(block.shortcut(stem)))
+    torch.testing.assert_close(strip_head(network)(x), expected.mean((2, 3)))
+
+
 @pytest.mark.parametrize("size", [16, 22, 40])
 def test_pyramid_adds_the_quarters_of_the_stages_between(size: int) -> None:
     network = build_encoder(Architecture("small_resnet", "small", 3, 4, "pyramid"), 5).eval()

@@ -44,6 +44,7 @@ class Case:
 CASES = {
     "small-stem": Case(Architecture("small_resnet", "small", 4, 3)),
     "small-imagenet-stem": Case(Architecture("small_resnet", "imagenet", 6, 2)),
+    "small-one-convolution": Case(Architecture("small_resnet", "small", 4, 2, convolutions=1)),
     "small-pyramid": Case(Architecture("small_resnet", "small", 4, 4, "pyramid")),
     "resnet18-small": Case(Architecture("resnet18", "small", 4, 2)),
     "resnet18-imagenet": Case(Architecture("resnet18", "imagenet", 4, 2)),

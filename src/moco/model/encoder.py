@@ -19,15 +19,16 @@ class Architecture:
 
     name: `small_resnet` or one of torchvision's ResNets.
     stem: `imagenet` (7x7 stride 2 and max pooling; for small_resnet 3x3 stride 2) or `small` (3x3 stride 1).
-    width, stages, features: used by small_resnet alone. features: `last` (`width * 2**stages` wide) or `pyramid` (what
-    classifiers see of the stages before the last beside it; see SmallResNet).
+    width, stages, convolutions (a stage), features: used by small_resnet alone. features: `last` (`width * 2**stages`
+    wide) or `pyramid` (what classifiers see of the stages before the last beside it; see SmallResNet).
     """
 
     name: str
     stem: str
     width: int
     stages: int
-    features: str = "last"  # files of before there was a choice do not tell
+    features: str = "last"  # files of before there was a choice do not tell; nor the next
+    convolutions: int = 2
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +47,9 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     small_stem = architecture.stem == "small"
     if architecture.name == SMALL:
         stride, pyramid = 1 if small_stem else 2, architecture.features == "pyramid"
-        return SmallResNet(num_outputs, architecture.width, architecture.stages, stride, pyramid)
+        return SmallResNet(
+            num_outputs, architecture.width, architecture.stages, stride, pyramid, architecture.convolutions
+        )
     import torchvision.models
 
     # A zero-initialised last BatchNorm of each block (Goyal et al. 2017) is not used by MoCo; neither here.

@@ -23,4 +23,11 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
         raise UserError(
             f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
         )
-    return Architecture(section.encoder, section.stem, section.width, section.stages, section.features)
+    return described(section)
+
+
+def described(section: PretrainConfig) -> Architecture:
+    """The same unchecked."""
+    return Architecture(
+        section.encoder, section.stem, section.width, section.stages, section.features, section.convolutions
+    )

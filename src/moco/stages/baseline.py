@@ -30,7 +30,7 @@ from moco.tracking.run import Run
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
 
-NETWORK = ("encoder", "stem", "width", "stages", "features")  # of section `pretrain`
+NETWORK = ("encoder", "stem", "width", "stages", "convolutions", "features")  # of section `pretrain`
 
 
 def run(config: Config) -> None:

@@ -15,9 +15,10 @@ from moco.config import PretrainConfig
 from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder
+from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import use_split_batch_norm
+from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
@@ -45,8 +46,7 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        architecture = Architecture(config.encoder, config.stem, config.width, config.stages, config.features)
-        encoder = build_encoder(architecture, num_outputs=1)
+        encoder = build_encoder(described(config), num_outputs=1)
         if config.batch_norm == "split":
             use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate))
         elif config.batch_norm == "sync":

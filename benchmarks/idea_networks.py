@@ -29,30 +29,11 @@ class PatchStem(SmallResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
-class OneConvolution(SmallBlock):
-    """A 3x3 convolution beside the shortcut."""
+class PlainStage(SmallBlock):
+    """One convolution without a shortcut."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.conv2, self.bn2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
-        self.bn1 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(x)
-        return F.relu(self.bn1(self.conv1(x)) + self.bn_shortcut(self.shortcut(x)))
-
-
-class OneConvResNet(SmallResNet):
-    def __init__(self, num_classes: int, width: int, stages: int) -> None:
-        super().__init__(num_classes, width, stages, pyramid=True)
-        self.layers = nn.Sequential(*(OneConvolution(width << s, width << (s + 1)) for s in range(stages)))
-
-
-class PlainStage(OneConvolution):
-    """The same without a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
+        super().__init__(inputs, outputs, convolutions=1)
         self.shortcut, self.bn_shortcut = nn.Identity(), nn.Identity()  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,8 +47,6 @@ class PlainNet(SmallResNet):
 
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "small_resnet": lambda width, stages: SmallResNet(1, width, stages, pyramid=True),
     "patch_stem": lambda width, stages: PatchStem(1, width, stages),
     "plain": lambda width, stages: PlainNet(1, width, stages),
-    "one_conv": lambda width, stages: OneConvResNet(1, width, stages),
 }

@@ -1,4 +1,4 @@
-"""Ideas for learning more in the same time, each beside the CIFAR-10 preset, at equal wall-clock.
+"""Ideas for learning more in the same time, each beside a preset, at equal wall-clock.
 
     python benchmarks/ideas.py student_dataset.sqsh preset symmetric small_4 --minutes 5 --seeds 0 1 2
 
@@ -6,8 +6,9 @@ First the ideas' steps are timed in turns on all cores; from its own rate each g
 many minutes. Then the runs are made, by default two at a time with one thread each, so that other work beside them
 changes how long they take but not what they learn. The accuracy is that of the linear classifier on the train images,
 in five folds of which each is held out once; images of train are taken out of the unlabelled pool first. val is never
-looked at. `--list` tells of all ideas; what paid is in the presets, and the whole table in README.md. `a+b`
-tries two together.
+looked at. The preset is `cifar10`, or `default` where `generated` stands for the file: the images that the project
+draws, from another seed and with more labels than the preset's. `--list` tells of all ideas, and `a+b` tries two
+together. What paid is in the presets; README.md has the whole table.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from moco.data.batches import EpochSampler, gather, step_generator
 from moco.data.cache import DecodedSplit
 from moco.data.prepare import open_decoded, prepare
 from moco.data.views import Views, recipe
-from moco.model.encoder import last_width
+from moco.model.encoder import build_encoder, last_width
 from moco.model.momentum_contrast import MomentumContrast, info_nce
 from moco.params import parse
 from moco.presets import edit, render
+from moco.stages.architecture import described
 from moco.stages.train import feature_sets
 from moco.training.features import extract, knn_accuracy
 from moco.training.linear import fit_linear
@@ -111,9 +113,9 @@ IDEAS = {
     "stages_3": Idea("three stages, twice the width", {"width": 48, "stages": 3}),
     "patch_stem": Idea("a stem of 4x4 at stride 2", options=Options(network="patch_stem")),
     "patch_stem_32": Idea("the same, wider", {"width": 32}, Options(network="patch_stem")),
-    "one_conv": Idea("one convolution a stage, wider", {"width": 32}, Options(network="one_conv")),
-    "one_conv_16": Idea("one convolution a stage, narrower", {"width": 16}, Options(network="one_conv")),
-    "one_conv_48": Idea("one convolution a stage, much wider", {"width": 48}, Options(network="one_conv")),
+    "one_conv": Idea("one convolution a stage, wider", {"width": 32, "convolutions": 1}),
+    "one_conv_16": Idea("one convolution a stage, narrower", {"width": 16, "convolutions": 1}),
+    "one_conv_48": Idea("one convolution a stage, much wider", {"width": 48, "convolutions": 1}),
     "plain": Idea("one convolution a stage, no shortcut", {"width": 32}, Options(network="plain")),
     "small_2": Idea("two more queries of 20 pixels", options=Options(small=2)),
     "small_4": Idea("four more queries of 20 pixels", options=Options(small=4)),
@@ -136,7 +138,8 @@ class Step:
         self.config, self.options, self.size = config.pretrain, options, size
         section = config.pretrain
         torch.manual_seed(section.seed)
-        network = NETWORKS[options.network](section.width, section.stages)
+        build = NETWORKS.get(options.network)
+        network = build(section.width, section.stages) if build else build_encoder(described(section), 1)
         if section.batch_norm == "split":
             from moco.model.split_batch_norm import use_split_batch_norm
 
@@ -220,7 +223,7 @@ class Data:
 def open_data(path: Path, scratch: Path) -> Data:
     """Decoded once, by whoever comes first; the runs find it in the scratch folder."""
     scratch.mkdir(parents=True, exist_ok=True)
-    place = scratch / "ideas.npz"
+    place = scratch / f"{path.stem}.npz"
     if not place.exists():
         config = settings(path)
         manifest = prepare(config.data, scratch, lambda _: None)
@@ -236,13 +239,12 @@ def open_data(path: Path, scratch: Path) -> Data:
 
 def settings(path: Path, **changes: Any) -> Config:
     """The preset with changes of section `pretrain`."""
-    values = {f"pretrain.{key}": value for key, value in changes.items()}
-    text = edit(
-        render(PRESETS, "cifar10"),
-        {"data.path": str(path), "pretrain.minutes": None, "train.views": 4, **values},
-        "idea",
-    )
-    return parse(text, Path("params.yaml"))
+    values = {"pretrain.minutes": None, "train.views": 4} | {f"pretrain.{key}": each for key, each in changes.items()}
+    if path.name == "generated":
+        drawn = {"data.path": str(path), "data.generated.seed": 1, "data.generated.train_per_class": 200,
+                 "data.generated.val_per_class": 1}  # fmt: skip
+        return parse(edit(render(PRESETS, "default"), values | drawn, "idea"), Path("params.yaml"))
+    return parse(edit(render(PRESETS, "cifar10"), values | {"data.path": str(path)}, "idea"), Path("params.yaml"))
 
 
 def combined(name: str) -> Idea:
@@ -318,7 +320,7 @@ def linear_accuracies(network: nn.Module, data: Data, views: Views, config: Conf
         for held in folds:
             kept = np.setdiff1d(np.arange(len(labels)), held)
             fit = fit_linear(
-                stack[:, kept], labels[kept], stack[0, :0], labels[:0], config.data.classes or 10, config.train,
+                stack[:, kept], labels[kept], stack[0, :0], labels[:0], int(labels.max()) + 1, config.train,
                 lambda *_: None, stop_after=config.train.epochs,
             )  # fmt: skip
             correct += int(((stack[0, held] @ fit.weight.T + fit.bias).argmax(1) == labels[held]).sum())
@@ -343,7 +345,11 @@ def one_run(name: str, seed: int, images: int, args: argparse.Namespace) -> dict
     assert data.train.labels is not None
     labels = torch.from_numpy(data.train.labels)
     found = extract(network, data.train.images, crops.plain, batch_size=500, device=CPU)
-    row["knn"] = knn_accuracy(found[1000:], labels[1000:], found[:1000], labels[:1000], neighbours=20, classes=10)
+    order = np.random.default_rng(0).permutation(len(labels))
+    bank, asked = order[len(order) // FOLDS :], order[: len(order) // FOLDS]
+    row["knn"] = knn_accuracy(
+        found[bank], labels[bank], found[asked], labels[asked], neighbours=20, classes=int(labels.max()) + 1
+    )
     return row
 
 
@@ -360,7 +366,7 @@ def tell(rows: list[dict[str, Any]], speed: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="student_dataset.sqsh of CIFAR-10")
+    parser.add_argument("data", type=Path, nargs="?", help="student_dataset.sqsh of CIFAR-10, or `generated`")
     parser.add_argument("ideas", nargs="*", default=["preset"])
     parser.add_argument("--minutes", type=float, default=5.0, help="of wall-clock on all cores, by the measured rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -87,6 +87,8 @@ class PretrainConfig:
     augmentation: Literal["v1", "v2", "v2_no_blur"]
     crop_scale: tuple[PositiveShare, PositiveShare]
     blur_sigma: tuple[Positive, Positive]
+    resolutions: tuple[PositiveShare, ...]
+    resolution_changes: tuple[Share, ...]
     epochs: Count
     minutes: Positive | None
     batch_size: Annotated[int, Range(2)]

@@ -48,7 +48,8 @@ def test_wrong_parameter_names_the_key_and_the_remedy(
 ) -> None:
     assert moco("data").returncode == 0
     edit_params(project, lambda params: params[section].__setitem__(key, value))
-    assert_one_line_error(moco("pretrain"), *words)
+    for command in ("pretrain", "profile"):
+        assert_one_line_error(moco(command), *words)
 
 
 def test_unknown_key_names_file_and_line(moco: Moco, project: Path) -> None:
@@ -79,14 +80,25 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project:
     [
         ({"accumulate": 5}, ("pretrain.accumulate", "5 parts of 8 images are too small")),
         ({"accumulate": 2, "batch_norm": "split", "splits": 3}, ("pretrain.splits", "3 is no multiple of the 2 parts")),
+        ({"resolutions": [0.5, 1.0]}, ("pretrain.resolution_changes", "2 resolutions have 1 changes")),
+        (
+            {"resolutions": [0.5, 0.6, 0.7, 1.0], "resolution_changes": [0.1, 0.6, 0.4]},
+            ("pretrain.resolution_changes", "rising"),
+        ),
+        ({"resolutions": []}, ("pretrain.resolution_changes", "0 resolutions")),
+        (
+            {"resolutions": [0.1, 1.0], "resolution_changes": [0.5], "stages": 3},
+            ("pretrain.stages", "views of 4 pixels"),
+        ),
     ],
 )
-def test_a_batch_that_cannot_be_taken_in_parts_is_one_line(
+def test_settings_that_do_not_fit_each_other_are_one_line(
     moco: Moco, project: Path, changes: dict[str, object], words: tuple[str, ...]
 ) -> None:
     assert moco("data").returncode == 0
     edit_params(project, lambda params: params["pretrain"].update(changes))
-    assert_one_line_error(moco("pretrain"), *words)
+    for command in ("pretrain", "profile"):
+        assert_one_line_error(moco(command), *words)
 
 
 @pytest.mark.parametrize(

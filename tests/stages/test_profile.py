@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import Moco, assert_one_line_error
+from conftest import Moco, assert_one_line_error, write_params
 from moco.data import batches
 
 PART = re.compile(r"^ +([\d.]+)% +([\d.]+) ms +(\w+)", re.MULTILINE)
@@ -31,6 +31,15 @@ def test_the_parts_make_up_the_step_and_nothing_is_written(moco: Moco, project: 
     assert min(shares["views"], shares["keys"], shares["backward"]) > 1
     assert "small_resnet, 32 pixels, float32, 1 threads" in done.stdout
     assert files() == before
+
+
+def test_smaller_views_have_a_line_each(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__resolutions=[0.5, 0.75, 1.0], pretrain__resolution_changes=[0.5, 0.8])
+    assert moco("data").returncode == 0
+    told = moco("profile", "--steps", "2").stdout
+    lines = re.findall(r"From (\d+)% to (\d+)% of the run, with views of (\d+) pixels: (\d+) images/s", told)
+    assert [line[:3] for line in lines] == [("0", "50", "16"), ("50", "80", "24")]
+    assert "small_resnet, 32 pixels" in told and all(int(line[3]) > 0 for line in lines)
 
 
 def test_images_that_come_too_late_are_told_of(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from moco.training.schedules import key_momentum, lr_factor, scaled_lr
+from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 
 
 def test_rate_grows_with_the_batch() -> None:
@@ -32,6 +32,17 @@ def test_the_originals_linear_steps_fall_at_its_epochs() -> None:
     factors = [lr_factor("step", epoch / 200, 0.0, tuple(train["milestones"])) for epoch in range(200)]
     drops = [epoch for epoch in range(1, 200) if factors[epoch] < 0.5 * factors[epoch - 1]]
     assert drops == [60, 80, 120, 160]
+
+
+def test_views_grow_at_their_shares_of_the_run_to_the_size_of_the_images() -> None:
+    def sizes(full: int) -> list[int]:
+        return [view_size(full, (0.625, 0.75, 1.0), (0.5, 0.8), place / 10) for place in range(11)]
+
+    assert sizes(32) == [20] * 5 + [24] * 3 + [32] * 3
+    assert sizes(96) == [60] * 5 + [72] * 3 + [96] * 3
+    assert sizes(50)[-1] == 50  # whatever it is
+    assert {view_size(33, (1.0,), (), progress) for progress in (0.0, 0.5, 1.0)} == {33}
+    assert view_size(8, (0.1, 1.0), (0.5,), 0.0) == 4
 
 
 @pytest.mark.parametrize("epochs", [10, 100, 200, 300, 700])

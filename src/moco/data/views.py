@@ -10,6 +10,7 @@ Recipes: v1 from MoCo (arXiv 1911.05722, appendix), v2 from SimCLR by way of MoC
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,9 +236,14 @@ class Views:
         self, recipe: ViewRecipe, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:  # fmt: skip
         self.recipe, self.size, self.device = recipe, size, device
-        self.blur_radius = max(1, math.floor(4 * recipe.blur_sigma[1] * size / REFERENCE_SIZE))
         scale = 1 / torch.tensor(std, device=device).view(1, 3, 1, 1)
         self.scale, self.shift = scale, -torch.tensor(mean, device=device).view(1, 3, 1, 1) * scale
+
+    def at(self, size: int) -> Views:
+        """The same views, of another size."""
+        other = copy.copy(self)
+        other.size = size
+        return other
 
     def to_unit(self, batch: Tensor) -> Tensor:
         """uint8 B x H x W x 3 -> float B x 3 x H x W in [0, 1], on the device."""
@@ -287,5 +293,6 @@ class Views:
             images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
         if len(blurred):
             chosen = move(blurred)
-            images[chosen] = blur(images[chosen], move(sigma[blurred]), self.blur_radius)
+            reach = max(1, math.floor(4 * r.blur_sigma[1] * self.size / REFERENCE_SIZE))
+            images[chosen] = blur(images[chosen], move(sigma[blurred]), reach)
         return images

@@ -7,6 +7,7 @@ from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.model.encoder import SMALL, Architecture, encoders
 from moco.params import nearest
+from moco.training.schedules import view_size
 
 
 def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
@@ -19,10 +20,9 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
     if manifest.height != manifest.width:
         raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
     halvings = section.stages + (section.stem == "imagenet")
-    if section.encoder == SMALL and manifest.height >> halvings == 0:
-        raise UserError(
-            f"pretrain.stages: {section.stages} stages halve images of {manifest.height} pixels away; use fewer"
-        )
+    smallest = view_size(manifest.height, (min(section.resolutions, default=1.0),), (), 0)
+    if section.encoder == SMALL and smallest >> halvings == 0:
+        raise UserError(f"pretrain.stages: {section.stages} stages halve views of {smallest} pixels away; use fewer")
     return described(section)
 
 

@@ -21,7 +21,7 @@ from moco.model.split_batch_norm import use_split_batch_norm
 from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
-from moco.training.schedules import key_momentum, lr_factor, scaled_lr
+from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 
 
 def pretraining_views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
@@ -107,10 +107,11 @@ class ContrastStep:
             group["lr"] = self.peak_lr * factor
         momentum = key_momentum(config.momentum, config.momentum_schedule, fraction)
         self.model.train()
+        views = self.views.at(view_size(self.views.size, config.resolutions, config.resolution_changes, fraction))
         with self.phase("views"):
-            unit = self.views.to_unit(images)
+            unit = views.to_unit(images)
             place = self.processes.rank * len(unit), self.processes.size * len(unit)
-            a, b = self.views(unit, generator, *place), self.views(unit, generator, *place)
+            a, b = views(unit, generator, *place), views(unit, generator, *place)
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         with autocast(self.device, self.precision):
             keys = self.model.keys(a, b, generator, config.accumulate)

@@ -28,6 +28,7 @@ from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
+from moco.stages.pretrain_settings import check, check_shares
 from moco.stages.workspace import (
     ENCODER,
     HOUSEKEEPING,
@@ -113,7 +114,7 @@ def run(config: Config, resume: Path | None = None) -> None:
     divergence and collapse; Interrupted after a signal, with the state saved.
     """
     section, processes = config.pretrain, from_environment()
-    _check(section, processes)
+    check(section, processes)
     device = processes.place(choose_device(config.runtime.device))
     if section.batch_norm == "sync" and device.type != "cuda":
         raise UserError(f"pretrain.batch_norm: sync needs CUDA GPUs, not {device.type}; use plain or split")
@@ -141,7 +142,7 @@ def _run(
     checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
     chosen = pool(len(splits["unlabeled"].images), section)
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
-    _check_shares(section, sampler.batch_size, processes.size)
+    check_shares(section, sampler.batch_size, processes.size)
     step = ContrastStep(
         section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size, processes
     )
@@ -226,38 +227,6 @@ def _nothing(*told: object) -> None:
 
 def _speaker(processes: Processes) -> Say:
     return say if processes.rank == 0 else _nothing
-
-
-def _check(section: PretrainConfig, processes: Processes) -> None:
-    """What one key alone does not tell."""
-    if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
-        raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
-    parts = section.accumulate * processes.size
-    if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
-        raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
-    if section.batch_norm == "sync" and processes.size == 1:
-        raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
-    if section.warmup >= 1:
-        raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
-    _check_shares(section, section.batch_size, processes.size)
-
-
-def _check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
-    """Whether every process can have the same share of each batch, and of its parts for split BatchNorm."""
-    if section.accumulate > 1 and section.accumulate * size * 2 > batch_size:
-        raise UserError(f"pretrain.accumulate: {section.accumulate * size} parts of {batch_size} images are too small")
-    if size == 1:
-        return
-    if batch_size % size or batch_size < 2 * size:
-        raise UserError(
-            f"pretrain.batch_size: {batch_size} images (all processes together) cannot be shared by {size} processes: "
-            f"it must be a multiple of {size}, two for each at least"
-        )
-    if section.batch_norm == "split" and (section.splits % size or batch_size % section.splits):
-        raise UserError(
-            f"pretrain.splits: {section.splits} parts of {batch_size} images cannot be shared by {size} processes: the "
-            f"parts must be a multiple of {size}, and the images one of the parts"
-        )
 
 
 def _saved_state(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco.config import Config
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Say
+from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, pass_flops, pool, pretraining_views
+from moco.stages.pretrain_settings import check
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
+from moco.training.schedules import view_size
 
 WARM_UP = 3  # steps: memory is laid out, kernels are chosen
 PARTS = {
@@ -29,6 +34,7 @@ PARTS = {
     "backward": "backward pass",
     "update": "optimizer, key encoder and queue",
 }
+Batch = tuple[np.ndarray, Tensor]
 TOO_LONG = 0.03  # share of a step that waiting may take
 
 
@@ -65,9 +71,11 @@ class Stopwatch:
 def run(config: Config, steps: int, tell: Say) -> None:
     """Takes `steps` steps after a warm-up and tells where the time went. Raises UserError for bad input."""
     section, device = config.pretrain, choose_device(config.runtime.device)
+    check(section)
     precision = choose_precision(section.precision, device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
+    chosen_architecture(section, manifest)
     images = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"].images
     sampler = EpochSampler(pool(len(images), section), section.batch_size, section.seed)
     step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size)
@@ -76,9 +84,9 @@ def run(config: Config, steps: int, tell: Say) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     watch = Stopwatch(device)
-    batches = (batch for epoch in range(steps + WARM_UP) for batch in fetcher.batches(sampler.epoch(epoch)))
+    batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
     for number in range(WARM_UP):
-        step(*next(batches), 0.0, number)
+        step(*next(batches), 1.0, number)
     step.phase = watch.phase
     watch.watch(step.model.key_encoder, "keys")
     watch.watch(step.model.query_encoder, "queries")
@@ -86,7 +94,7 @@ def run(config: Config, steps: int, tell: Say) -> None:
     for number in range(WARM_UP, WARM_UP + steps):
         with watch.phase("wait"):
             batch = next(batches)
-        step(*batch, 0.0, number)
+        step(*batch, 1.0, number)
     each = (watch.now() - began) / steps
     name = str(precision).removeprefix("torch.")
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
@@ -99,7 +107,21 @@ def run(config: Config, steps: int, tell: Say) -> None:
     peak = matmul_rate(device, precision)
     tell(f"The passes are {flops / 1e9:.1f} GFLOP a step, at {flops / passes / 1e9:.0f} GFLOP/s: "
          f"{flops / passes / peak:.0%} of what matrix products in {name} reach here ({peak / 1e9:.0f}).")  # fmt: skip
+    for begin, end in itertools.pairwise((0.0, *section.resolution_changes)):
+        rate = sampler.batch_size / _seconds(step, batches, begin, steps, watch)
+        size = view_size(manifest.height, section.resolutions, section.resolution_changes, begin)
+        tell(f"From {begin:.0%} to {end:.0%} of the run, with views of {size} pixels: {rate:.0f} images/s.")
     tell(_memory(device))
+
+
+def _seconds(step: ContrastStep, batches: Iterator[Batch], progress: float, steps: int, watch: Stopwatch) -> float:
+    """Of a step, after a warm-up. progress: of the run."""
+    began = 0.0
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            began = watch.now()
+        step(*next(batches), progress, number)
+    return (watch.now() - began) / steps
 
 
 def _tell_parts(parts: dict[str, float], each: float, tell: Say) -> None:

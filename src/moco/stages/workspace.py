@@ -35,7 +35,10 @@ HOUSEKEEPING = {
     "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout", "finetune.checkpoint_every",
 }  # fmt: skip
 # Settings that came later, at the values at which all is as it was without them.
-ADDED = {"pretrain.accumulate": 1, "pretrain.features": "last", "pretrain.convolutions": 2}
+ADDED: dict[str, Any] = {
+    "pretrain.accumulate": 1, "pretrain.features": "last", "pretrain.convolutions": 2,
+    "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (),
+}  # fmt: skip
 
 
 def say(message: str) -> None:

@@ -33,6 +33,16 @@ def lr_factor(
     return 1.0
 
 
+def view_size(full: int, shares: tuple[float, ...], changes: tuple[float, ...], progress: float) -> int:
+    """Side of the views in pixels under progressive resolution (Tan and Le 2021, arXiv 2104.00298).
+
+    full: side of the images. shares: of it, each in force until the next of `changes` (shares of the run); one more of
+    them than of these. Smaller sides are multiples of 4, which halve well.
+    """
+    share = shares[sum(progress >= change for change in changes)]
+    return full if share == 1 else max(4, 4 * round(full * share / 4))
+
+
 def key_momentum(base: float, schedule: str, progress: float) -> float:
     """Momentum of the key encoder: constant, or rising to 1 by a cosine (BYOL, arXiv 2006.07733)."""
     if schedule == "cosine":

@@ -1,0 +1,45 @@
+"""What is wrong with section `pretrain` where one key alone does not tell."""
+
+from __future__ import annotations
+
+from moco.config import PretrainConfig
+from moco.errors import UserError
+from moco.training.distributed import SOLO, Processes
+
+
+def check(section: PretrainConfig, processes: Processes = SOLO) -> None:
+    """Raises UserError, before anything is computed, for the first keys that do not fit each other."""
+    if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
+        raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
+    parts = section.accumulate * processes.size
+    if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
+        raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
+    if section.batch_norm == "sync" and processes.size == 1:
+        raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
+    steps = section.resolution_changes
+    if len(section.resolutions) != len(steps) + 1 or list(steps) != sorted(steps):
+        raise UserError(
+            f"pretrain.resolution_changes: {len(section.resolutions)} resolutions have "
+            f"{max(0, len(section.resolutions) - 1)} changes between them, in rising order; found {list(steps)}"
+        )
+    if section.warmup >= 1:
+        raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
+    check_shares(section, section.batch_size, processes.size)
+
+
+def check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
+    """Whether every process can have the same share of each batch, and of its parts for split BatchNorm."""
+    if section.accumulate > 1 and section.accumulate * size * 2 > batch_size:
+        raise UserError(f"pretrain.accumulate: {section.accumulate * size} parts of {batch_size} images are too small")
+    if size == 1:
+        return
+    if batch_size % size or batch_size < 2 * size:
+        raise UserError(
+            f"pretrain.batch_size: {batch_size} images (all processes together) cannot be shared by {size} processes: "
+            f"it must be a multiple of {size}, two for each at least"
+        )
+    if section.batch_norm == "split" and (section.splits % size or batch_size % section.splits):
+        raise UserError(
+            f"pretrain.splits: {section.splits} parts of {batch_size} images cannot be shared by {size} processes: the "
+            f"parts must be a multiple of {size}, and the images one of the parts"
+        )

@@ -228,3 +228,14 @@ def test_a_batch_in_parts_learns_what_the_whole_one_with_split_statistics_learns
     theirs = dict(wanted.model.query_encoder.named_parameters())
     for name, weight in found.model.query_encoder.named_parameters():
         torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=1e-3)
+
+
+def test_views_of_a_step_have_the_size_of_its_place_in_the_run(tmp_path: Path) -> None:
+    step = make_step(make_config(tmp_path, resolutions=[0.5, 0.75, 1.0], resolution_changes=[0.3, 0.7]))
+    seen: list[tuple[int, ...]] = []
+    for encoder in (step.model.query_encoder, step.model.key_encoder):
+        encoder.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    for number, fraction in enumerate((0.0, 0.29, 0.3, 0.69, 0.7, 1.0)):
+        step(np.arange(BATCH), torch.from_numpy(IMAGES[:BATCH]), fraction, number)
+    sides = [SIZE // 2] * 2 + [SIZE * 3 // 4] * 2 + [SIZE] * 2
+    assert seen == [(BATCH, 3, side, side) for side in sides for _ in range(2)]

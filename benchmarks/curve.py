@@ -8,7 +8,7 @@
 settings, loader and steps of original.py; its classifier is that of stage `train`, which is kind to it. Every length
 is a run of its own, as the schedules end with it; val is measured once, at the end. Rows are added to curve.csv. On a
 machine that does other things as well, `--rate R` ends a run after as many images as R a second would be in its
-minutes, R being what was measured while the machine did nothing else.
+minutes, R being the mean over a run that was measured while the machine did nothing else.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ import torch
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder, strip_head
+from moco.model.encoder import build_encoder, strip_head
 from moco.params import load
 from moco.presets import edit, render
+from moco.stages.architecture import described
 from moco.stages.train import classify
 from moco.stages.workspace import scratch_folder
 from moco.training.numerics import set_up
@@ -46,8 +47,8 @@ BATCH, QUEUE, LR = 512, 2048, 0.0075  # the original's; the rate is that of a ba
 
 def ours(data: Path, minutes: float, seed: int, rate: float | None, folder: Path) -> dict[str, Any]:
     """Runs the stages' commands in an empty folder."""
-    values: dict[str, Any] = {"data.path": str(data), "pretrain.seed": seed, "pretrain.minutes": minutes,
-                              "tracking.uri": ""}  # fmt: skip
+    values: dict[str, Any] = {"data.path": str(data), "pretrain.seed": seed, "tracking.uri": ""}
+    values |= {"pretrain.minutes": minutes, "pretrain.epochs": 100_000}  # the clock decides
     if rate is not None:
         epochs = max(1, round(rate * 60 * minutes / 50_000))
         values |= {"pretrain.minutes": None, "pretrain.epochs": epochs}
@@ -67,8 +68,8 @@ def originals(data: Path, minutes: float, seed: int, rate: float | None, folder:
     config, manifest = load(folder / "params.yaml"), load_manifest(folder / "models/manifest.json")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), print)
     torch.manual_seed(seed)
-    architecture = Architecture("small_resnet", "small", config.pretrain.width, config.pretrain.stages)
-    step = original.Step(build_encoder(architecture, 1), QUEUE)
+    original.MEAN, original.STD = manifest.mean, manifest.std  # as the classifier will
+    step = original.Step(build_encoder(described(config.pretrain), 1), QUEUE)
     pool = data.parent / "dataset" / "unlabeled"
     loader = original.load(original.TwoViews(pool, len(splits["unlabeled"].images), manifest.height), BATCH)
     images, began, done = 0, time.perf_counter(), 0.0
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("design", choices=["ours", "original"], nargs="?", default="ours")
     parser.add_argument("--minutes", type=float, nargs="+", default=[20.0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, help="images per second of a machine that does nothing else")
+    parser.add_argument("--rate", type=float, help="images per second, the mean of a run on an idle machine")
     parser.add_argument("--rows", type=Path, default=HERE / "curve.csv")
     parser.add_argument("--plot", type=Path, help="draw the rows, run nothing")
     args = parser.parse_args()

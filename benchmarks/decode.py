@@ -1,6 +1,6 @@
 """Building the decoded cache from PNG files in squashfs, beside nothing but decoding them, on all cores.
 
-    python benchmarks/decode.py student_dataset.sqsh [--files dataset/unlabeled]
+    python benchmarks/decode.py student_dataset.sqsh [--files dataset]
 
 The second decodes the same files, read into memory before, in as many processes; what it takes is the least that any
 build can. In turns, each from new processes; the ratio is build over decoding, 1 being the bound.

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from moco.model.small_resnet import SmallBlock, SmallResNet
 
 
+def as_small_resnet(network: nn.Module) -> None:
+    """Weights are drawn as there, those of replaced layers too."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 class NoPool(SmallBlock):
     """A block at the resolution of its input."""
 
@@ -26,7 +33,7 @@ class PatchStem(SmallResNet):
         self.conv1 = nn.Conv2d(3, 2 * width, 4, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(2 * width)
         self.layers[0] = NoPool(2 * width, 2 * width)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        as_small_resnet(self)
 
 
 class PlainStage(SmallBlock):
@@ -44,6 +51,7 @@ class PlainNet(SmallResNet):
     def __init__(self, num_classes: int, width: int, stages: int) -> None:
         super().__init__(num_classes, width, stages, pyramid=True)
         self.layers = nn.Sequential(*(PlainStage(width << s, width << (s + 1)) for s in range(stages)))
+        as_small_resnet(self)
 
 
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {

@@ -74,7 +74,8 @@ def steps(args: argparse.Namespace) -> None:
     a, b = torch.randn(2, args.batch, 3, args.size, args.size)
     x, y = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
     spent = alternate(lambda: theirs(a, b), lambda: ours(x, y), args.rounds)
-    tell(f"step, {args.encoder}, {stem} stem, {args.size} px, batch {args.batch}; baseline: lightly", args.batch, spent)
+    name = f"step, {args.encoder}, {stem} stem, {args.size} px, batch {args.batch}, ours in {ours.precision}"
+    tell(f"{name}; baseline: lightly in fp32", args.batch, spent)
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):

@@ -43,7 +43,7 @@ QUEUE = 4096
 
 
 def settings(**changes: Any) -> PretrainConfig:
-    """Section `pretrain`, by default that of the CIFAR-10 preset; as a type, since a GPU machine may lack PyYAML."""
+    """Section `pretrain`, by default that of the first CIFAR-10 preset; as a type, since a GPU may lack PyYAML."""
     values: dict[str, Any] = {
         "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "convolutions": 2,
         "features": "pyramid", "head": "mlp", "dim": original.DIM, "queue": QUEUE, "momentum": 0.99,

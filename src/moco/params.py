@@ -74,12 +74,13 @@ class _Reader:
     def tuple(self, arguments: tuple[Any, ...], value: Any, key: str) -> Any:
         if not isinstance(value, list):
             self.fail(key, f"expected a list, found {value!r}")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
+        pair = len(arguments) == 2 and arguments[1] is not Ellipsis
+        if len(arguments) == 2 and not pair:
             arguments = (arguments[0],) * len(value)
         if len(value) != len(arguments):
             self.fail(key, f"expected a list of {len(arguments)} numbers, found {len(value)}")
         result = tuple(self.value(hint, item, key) for hint, item in zip(arguments, value, strict=True))
-        if len(arguments) == 2 and result[0] > result[1]:
+        if pair and result[0] > result[1]:
             self.fail(key, f"{value}: the smaller number comes first")
         return result
 

@@ -123,6 +123,9 @@ def test_one_convolution_a_stage_is_the_block_without_its_second() -> None:
     torch.manual_seed(0)
     network = build_encoder(Architecture("small_resnet", "small", 4, 1, convolutions=1), 2).eval()
     x, block = torch.randn(2, 3, 8, 8), network.get_submodule("layers.0")
+    for _, _, norm in batch_norms(network):
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
     assert sum(isinstance(module, nn.Conv2d) for module in block.modules()) == 2  # with the shortcut's
     stem = nn.functional.avg_pool2d(torch.relu(network.bn1(network.conv1(x))), 2)
     expected = torch.relu(block.bn1(block.conv1(stem)) + block.bn_shortcut(block.shortcut(stem)))
@@ -220,3 +223,10 @@ def test_batch_norms_finds_every_layer_where_it_sits() -> None:
     found = list(batch_norms(network))
     assert len(found) == 1 + 2 * 3
     assert all(getattr(parent, name) is layer for parent, name, layer in found)
+
+
+def test_a_description_of_before_there_was_a_choice_is_that_of_then() -> None:
+    old = Architecture(**{"name": "small_resnet", "stem": "small", "width": 4, "stages": 3})
+    network = build_encoder(old, 2)
+    assert feature_width(network) == 32
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 1 + 3 * 3

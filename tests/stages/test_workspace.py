@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,13 +58,17 @@ def test_a_run_that_ends_while_another_process_waits_for_it_is_not_begun_again(
     assert got == [Path("runs/pretrain/key-2")]
 
 
-def test_a_setting_that_came_later_changes_no_run_where_it_changes_nothing() -> None:
-    old = {"pretrain.lr": 0.1}
-    assert (
-        run_key({**old, "pretrain.accumulate": 1}, "d")
-        == run_key(old, "d")
-        != run_key({**old, "pretrain.accumulate": 2}, "d")
-    )
-    assert run_key({**old, "pretrain.minutes": None}, "d") != run_key(old, "d")
-    assert differences(old, {**old, "pretrain.accumulate": 1}) == []
-    assert len(differences(old, {**old, "pretrain.accumulate": 2})) == 1
+@pytest.mark.parametrize(
+    ("key", "same", "other"),
+    [("accumulate", 1, 2), ("features", "last", "pyramid"), ("convolutions", 2, 1), ("resolutions", (1.0,), (0.5, 1.0)),
+     ("resolution_changes", (), (0.5,))],
+)  # fmt: skip
+def test_a_setting_that_came_later_changes_no_run_where_it_changes_nothing(key: str, same: Any, other: Any) -> None:
+    old, name = {"pretrain.lr": 0.1}, f"pretrain.{key}"
+    assert run_key({**old, name: same}, "d") == run_key(old, "d") != run_key({**old, name: other}, "d")
+    assert differences(old, {**old, name: same}) == []
+    assert len(differences(old, {**old, name: other})) == 1
+
+
+def test_a_setting_that_was_always_there_names_the_run() -> None:
+    assert run_key({"pretrain.minutes": None}, "d") != run_key({}, "d")

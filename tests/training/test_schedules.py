@@ -43,6 +43,8 @@ def test_views_grow_at_their_shares_of_the_run_to_the_size_of_the_images() -> No
     assert sizes(50)[-1] == 50  # whatever it is
     assert {view_size(33, (1.0,), (), progress) for progress in (0.0, 0.5, 1.0)} == {33}
     assert view_size(8, (0.1, 1.0), (0.5,), 0.0) == 4
+    assert [view_size(32, (share,), (), 0) for share in (0.4375, 0.5625)] == [16, 20]  # halves go up
+    assert view_size(95, (0.99,), (), 0) == 95  # never larger than the images
 
 
 @pytest.mark.parametrize("epochs", [10, 100, 200, 300, 700])

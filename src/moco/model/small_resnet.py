@@ -39,6 +39,14 @@ class SmallBlock(nn.Module):
         return self.relu(y + self.bn_shortcut(self.shortcut(x)))  # type: ignore[no-any-return]
 
 
+def quarters(x: Tensor) -> Tensor:
+    """Averages over the quarters of N x C x H x W, N x 4 C; in odd sizes they share the middle, as in adaptive pooling,
+    which Apple's MPS does not have for those."""
+    h, w = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    halves = x[:, :, :h].mean(2), x[:, :, -h:].mean(2)  # N x C x W each
+    return torch.stack([part.mean(2) for half in halves for part in (half[:, :, :w], half[:, :, -w:])], 2).flatten(1)
+
+
 class SmallResNet(nn.Module):
     """Stem, one residual block per stage, averages, linear layer.
 
@@ -63,7 +71,6 @@ class SmallResNet(nn.Module):
         )
         self.last_width = width << stages
         self.between = range(1, stages - 1) if pyramid else range(0)  # places of the stages whose quarters are used
-        self.quarters = nn.AdaptiveAvgPool2d(2)
         self.feature_width = self.last_width + sum(4 * width << (place + 1) for place in self.between)
         self.fc = nn.Linear(self.feature_width, num_classes)
         for module in self.modules():
@@ -76,5 +83,5 @@ class SmallResNet(nn.Module):
         for place, layer in enumerate(self.layers):
             x = layer(x)
             if place in self.between:
-                features.append(self.quarters(x).flatten(1))
+                features.append(quarters(x))
         return self.fc(torch.cat([*features, x.mean((2, 3))], 1))  # type: ignore[no-any-return]

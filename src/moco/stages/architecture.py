@@ -20,7 +20,7 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
     if manifest.height != manifest.width:
         raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
     halvings = section.stages + (section.stem == "imagenet")
-    smallest = view_size(manifest.height, (min(section.resolutions, default=1.0),), (), 0)
+    smallest = min(view_size(manifest.height, (share,), (), 0) for share in section.resolutions)
     if section.encoder == SMALL and smallest >> halvings == 0:
         raise UserError(f"pretrain.stages: {section.stages} stages halve views of {smallest} pixels away; use fewer")
     return described(section)

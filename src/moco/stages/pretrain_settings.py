@@ -7,24 +7,34 @@ from moco.errors import UserError
 from moco.training.distributed import SOLO, Processes
 
 
-def check(section: PretrainConfig, processes: Processes = SOLO) -> None:
+def check(section: PretrainConfig, processes: Processes) -> None:
     """Raises UserError, before anything is computed, for the first keys that do not fit each other."""
+    if section.batch_norm == "sync" and processes.size == 1:
+        raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
+    check_alone(section, processes)
+
+
+def check_alone(section: PretrainConfig, processes: Processes = SOLO) -> None:
+    """The same, but that a single process may stand for one of several."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
     parts = section.accumulate * processes.size
     if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
         raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
-    if section.batch_norm == "sync" and processes.size == 1:
-        raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
-    steps = section.resolution_changes
-    if len(section.resolutions) != len(steps) + 1 or list(steps) != sorted(steps):
-        raise UserError(
-            f"pretrain.resolution_changes: {len(section.resolutions)} resolutions have "
-            f"{max(0, len(section.resolutions) - 1)} changes between them, in rising order; found {list(steps)}"
-        )
+    _check_resolutions(list(section.resolutions), list(section.resolution_changes))
     if section.warmup >= 1:
         raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
     check_shares(section, section.batch_size, processes.size)
+
+
+def _check_resolutions(resolutions: list[float], changes: list[float]) -> None:
+    if not resolutions or resolutions != sorted(set(resolutions)) or resolutions[-1] != 1:
+        raise UserError(f"pretrain.resolutions: {resolutions} do not rise to 1, the size of the images")
+    if len(changes) != len(resolutions) - 1 or changes != sorted({*changes} - {0.0, 1.0}):
+        raise UserError(
+            f"pretrain.resolution_changes: {len(resolutions)} resolutions have {len(resolutions) - 1} changes between "
+            f"them, rising, above 0 and below 1; found {changes}"
+        )
 
 
 def check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:

@@ -20,7 +20,7 @@ from moco.data.prepare import open_decoded
 from moco.errors import Say
 from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, pass_flops, pool, pretraining_views
-from moco.stages.pretrain_settings import check
+from moco.stages.pretrain_settings import check_alone, check_shares
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 from moco.training.schedules import view_size
@@ -71,13 +71,14 @@ class Stopwatch:
 def run(config: Config, steps: int, tell: Say) -> None:
     """Takes `steps` steps after a warm-up and tells where the time went. Raises UserError for bad input."""
     section, device = config.pretrain, choose_device(config.runtime.device)
-    check(section)
+    check_alone(section)
     precision = choose_precision(section.precision, device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
     chosen_architecture(section, manifest)
     images = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"].images
     sampler = EpochSampler(pool(len(images), section), section.batch_size, section.seed)
+    check_shares(section, sampler.batch_size, 1)
     step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size)
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)

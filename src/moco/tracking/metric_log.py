@@ -147,7 +147,7 @@ def close_abandoned(path: Path, quiet: float = QUIET) -> None:
 def as_text(value: Any) -> str:
     """A parameter's value as MLflow keeps it; a tuple as the list that params.yaml has."""
     text = str(value)
-    return f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text
+    return f"[{text[1:-1].removesuffix(',')}]" if text.startswith("(") and text.endswith(")") else text
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

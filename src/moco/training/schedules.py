@@ -37,10 +37,12 @@ def view_size(full: int, shares: tuple[float, ...], changes: tuple[float, ...], 
     """Side of the views in pixels under progressive resolution (Tan and Le 2021, arXiv 2104.00298).
 
     full: side of the images. shares: of it, each in force until the next of `changes` (shares of the run); one more of
-    them than of these. Smaller sides are multiples of 4, which halve well.
+    them than of these. Sides below the full one are multiples of 4, which halve well.
     """
     share = shares[sum(progress >= change for change in changes)]
-    return full if share == 1 else max(4, 4 * round(full * share / 4))
+    if share == 1:
+        return full
+    return min(full, max(4, 4 * math.floor(full * share / 4 + 0.5)))
 
 
 def key_momentum(base: float, schedule: str, progress: float) -> float:

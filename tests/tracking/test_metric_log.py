@@ -9,7 +9,7 @@ import pytest
 
 from moco.config import TrackingConfig
 from moco.errors import UserError
-from moco.tracking.metric_log import MetricLog, metric_history, read_events
+from moco.tracking.metric_log import MetricLog, as_text, metric_history, read_events
 from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run
 
@@ -101,3 +101,9 @@ def test_a_run_that_starts_again_without_a_state_makes_its_first_steps_void(tmp_
             run.start({}, UNKNOWN)
             run.log({"held_out_accuracy": accuracy}, 0)
     assert [line["metrics"] for line in metric_history(run.path)] == [{"held_out_accuracy": 0.2}]
+
+
+def test_settings_that_are_lists_read_as_the_lists_of_params_yaml() -> None:
+    assert [as_text(value) for value in ((), (1.0,), (0.2, 1.0), "(word)", 3)] == [
+        "[]", "[1.0]", "[0.2, 1.0]", "[word]", "3"
+    ]  # fmt: skip

@@ -30,12 +30,11 @@ import torch
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder, strip_head
 from moco.params import load
 from moco.presets import edit, render
 from moco.stages.architecture import described
-from moco.stages.train import classify
+from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder
 from moco.training.numerics import set_up
 
@@ -82,7 +81,7 @@ def originals(data: Path, minutes: float, seed: int, rate: float | None, folder:
             done = spent / (60 * minutes)
             if done >= 1:
                 break
-    views = Views(recipe("crop", (0.5, 1.0), (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, CPU)
+    views = linear_views(manifest, CPU)
     _, found = classify(
         strip_head(step.query), splits, views, config.train, len(manifest.classes), CPU, lambda *_: None
     )

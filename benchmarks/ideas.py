@@ -41,10 +41,11 @@ from moco.data.prepare import open_decoded, prepare
 from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder, last_width
 from moco.model.momentum_contrast import MomentumContrast, info_nce
+from moco.model.split_batch_norm import use_split_batch_norm
 from moco.params import parse
 from moco.presets import edit, render
 from moco.stages.architecture import described
-from moco.stages.train import feature_sets
+from moco.stages.train import CROP_SCALE, feature_sets
 from moco.training.features import extract, knn_accuracy
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, set_up
@@ -144,8 +145,6 @@ class Step:
         build = NETWORKS.get(options.network)
         network = build(section.width, section.stages) if build else build_encoder(described(section), 1)
         if section.batch_norm == "split":
-            from moco.model.split_batch_norm import use_split_batch_norm
-
             use_split_batch_norm(network, section.splits)
         self.model = MomentumContrast(
             network, dim=section.dim, queue_length=section.queue, temperature=section.temperature,
@@ -340,7 +339,7 @@ def one_run(name: str, seed: int, images: int, args: argparse.Namespace) -> dict
     train(step, data, images)
     row: dict[str, Any] = {"idea": name, "seed": seed, "images": images, "seconds": time.perf_counter() - began}
     config, network = settings(args.data), step.model.query_encoder
-    crops = Views(recipe("crop", (0.5, 1.0), (0.1, 2.0)), data.size, data.mean, data.std, CPU)
+    crops = Views(recipe("crop", CROP_SCALE, (0.1, 2.0)), data.size, data.mean, data.std, CPU)
     network.fc = nn.Identity()
     if step.options.recalibrate:
         recalibrate(network, data, crops)

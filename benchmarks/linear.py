@@ -22,11 +22,10 @@ from torch import nn
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder, feature_width, load_body, strip_head
 from moco.params import load
 from moco.stages.encoder_file import load_encoder
-from moco.stages.train import classify
+from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder
 from moco.training.numerics import set_up
 
@@ -50,7 +49,7 @@ def main() -> None:
     load_body(network, encoder.weights)
     width, body = feature_width(network), strip_head(network).eval()
 
-    views = Views(recipe("crop", (0.5, 1.0), (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, CPU)
+    views = linear_views(manifest, CPU)
     began = time.perf_counter()
     section = dataclasses.replace(config.train, epochs=EPOCHS)
     fit, found = classify(body, splits, views, section, len(manifest.classes), CPU, lambda *_: None)

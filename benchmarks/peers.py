@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from original import DIM, MEAN, STD, TEMPERATURE, WORKERS
 from speed import CPU, QUEUE, OurStep, alternate, tell
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -26,9 +27,6 @@ from moco.data.batches import step_generator
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
 from moco.training.numerics import set_up
-
-MEAN, STD = (0.47, 0.47, 0.47), (0.25, 0.25, 0.25)
-WORKERS = 2
 
 
 def found(name: str) -> Any:
@@ -45,10 +43,10 @@ def lightly_step(architecture: Architecture) -> Callable[[Tensor, Tensor], None]
         return None
     network = build_encoder(architecture, 1)
     width = feature_width(network)
-    query = nn.Sequential(strip_head(network), heads.MoCoProjectionHead(width, width, 128))
+    query = nn.Sequential(strip_head(network), heads.MoCoProjectionHead(width, width, DIM))
     key = copy.deepcopy(query)
     utils.deactivate_requires_grad(key)
-    criterion = loss.NTXentLoss(temperature=0.2, memory_bank_size=(QUEUE, 128))
+    criterion = loss.NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(QUEUE, DIM))
     optimizer = torch.optim.SGD(query.parameters(), 0.06, momentum=0.9, weight_decay=5e-4)
 
     def step(a: Tensor, b: Tensor) -> None:

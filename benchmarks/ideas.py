@@ -73,6 +73,7 @@ class Options:
     network: str = "small_resnet"
     strength: float = 1.0  # of the colour jitter
     recalibrate: bool = False  # BatchNorm's statistics, before the network is judged
+    averaged: bool = False  # the key encoder is judged, an average of the query encoder's weights
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ IDEAS = {
     "neighbours": Idea("nearest neighbours as positives", options=Options(neighbours=True)),
     "one_encoder": Idea("gradients through both views, no key encoder", options=Options(one_encoder=True)),
     "recalibrated": Idea("BatchNorm's statistics over images as they are", options=Options(recalibrate=True)),
+    "averaged": Idea("the key encoder's weights for the classifier", options=Options(averaged=True)),
     "adamw": Idea("AdamW at 0.001 per 256 images", {"lr": 0.001, "weight_decay": 0.05}, Options(optimizer="adamw")),
 }  # fmt: skip
 
@@ -185,17 +187,17 @@ class Step:
         few = [self.small(unit, generator) for _ in range(options.small)]
         with autocast(CPU, self.precision):
             keys = [model.encode_queries(b)] if options.one_encoder else model.keys(a, b, generator)
-            positives = self._neighbours(keys) if options.neighbours else keys
-            groups = [(a, positives[0])] if options.full_query else []
+            groups = [(a, keys[0])] if options.full_query else []
             if model.symmetric:
-                groups.append((b, positives[1]))
+                groups.append((b, keys[1]))
             found = [(self._queries(view), key) for view, key in groups]
             if few:
-                found += [(part, positives[0]) for part in self._queries(torch.cat(few)).chunk(options.small)]
-        losses = [info_nce(queries, key, model.queue, section.temperature)[0] for queries, key in found]
+                found += [(part, keys[0]) for part in self._queries(torch.cat(few)).chunk(options.small)]
+        loss_of = self._to_neighbours if options.neighbours else self._to_keys
+        losses = [loss_of(queries, key) for queries, key in found]
         loss = torch.stack(losses).mean()
         if options.one_encoder:  # the other way round too, as both have their gradients
-            loss = (loss + info_nce(keys[0], found[0][0], model.queue, section.temperature)[0]) / 2
+            loss = (loss + loss_of(keys[0], found[0][0])) / 2
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -204,10 +206,15 @@ class Step:
         return loss.detach()
 
     def _queries(self, images: Tensor) -> Tensor:
-        return F.normalize(self.predictor(self.model.query_encoder(images).float()), dim=1)
+        return F.normalize(self.predictor(self.model.query_encoder(images)).float(), dim=1)
 
-    def _neighbours(self, keys: list[Tensor]) -> list[Tensor]:
-        return [self.model.queue[(key @ self.model.queue.T).argmax(1)] for key in keys]
+    def _to_keys(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return info_nce(queries, keys, self.model.queue, self.config.temperature)[0]
+
+    def _to_neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The positive is the queue's nearest to the key; the rest of the queue are the negatives."""
+        queue = self.model.queue
+        return F.cross_entropy(queries @ queue.T / self.config.temperature, (keys @ queue.T).argmax(1))
 
 
 @dataclass(frozen=True)
@@ -338,7 +345,8 @@ def one_run(name: str, seed: int, images: int, args: argparse.Namespace) -> dict
     step = build(name, data, args, seed)
     train(step, data, images)
     row: dict[str, Any] = {"idea": name, "seed": seed, "images": images, "seconds": time.perf_counter() - began}
-    config, network = settings(args.data), step.model.query_encoder
+    config = settings(args.data)
+    network = step.model.key_encoder if step.options.averaged else step.model.query_encoder
     crops = Views(recipe("crop", CROP_SCALE, (0.1, 2.0)), data.size, data.mean, data.std, CPU)
     network.fc = nn.Identity()
     if step.options.recalibrate:

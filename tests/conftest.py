@@ -60,6 +60,8 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     params["eval"].update(batch_size=4)
     params["baseline"].update(epochs=2, minutes=None, batch_size=4)
     params["finetune"].update(epochs=3, batch_size=4, holdout=0.4, warmup=0.0)
+    params["request"].update(budget=5, answers="people")
+    params["train_extra"].update(labels=None)
     params["runtime"].update(device="cpu", threads=1, scratch="scratch")
     params["tracking"].update(uri="")
     for name, value in changes.items():

@@ -28,6 +28,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
+    (folder / "labels").mkdir()
+    (folder / "labels/README.md").touch()
     write_dataset(folder / "dataset")
     (folder / ".git/info").mkdir(parents=True)
     params = tiny_params()

@@ -88,9 +88,21 @@ def train(params: Params = PARAMS) -> None:
     stage.run(load(params))
 
 
+@app.command()
+def request(
+    params: Params = PARAMS,
+    budget: Annotated[int | None, typer.Option(min=1, help="Images, in place of request.budget.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="In place of request.strategy.")] = None,
+) -> None:
+    """Choose images of the pool to have labelled; writes models/request/: a form to fill in, and pictures."""
+    from moco.stages import request as stage
+
+    stage.run(load(params, {"request.budget": budget, "request.strategy": strategy}))
+
+
 @app.command("train_extra")
 def train_extra(params: Params = PARAMS) -> None:
-    """Train a linear classifier with extra labels from a CSV file; writes models/classifier_extra/."""
+    """Train a linear classifier with extra labels; writes models/classifier_extra/."""
     from moco.stages import train_extra as stage
 
     stage.run(load(params))

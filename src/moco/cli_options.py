@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,12 @@ Params = Annotated[Path, typer.Option("--params", help="The parameter file.")]
 PARAMS = Path("params.yaml")
 
 
-def load(path: Path) -> Config:
-    """Raises UserError for anything that is wrong with the file."""
+def load(path: Path, changes: dict[str, Any] | None = None) -> Config:
+    """changes: by dotted key; None changes nothing. Raises UserError for anything that is wrong."""
     from moco.params import load as read
+    from moco.params import parse
+    from moco.presets import edit
 
-    return read(path)
+    config = read(path)
+    given = {key: value for key, value in (changes or {}).items() if value is not None}
+    return parse(edit(path.read_text(encoding="utf-8"), given, str(path)), path) if given else config

@@ -171,10 +171,26 @@ class FinetuneConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True)
+class RequestConfig:
+    """Which images of the pool somebody is asked to label."""
+
+    strategy: Literal[
+        "maxherding", "uncertainty_herding", "typiclust", "kmedoids", "margin", "coreset", "loss", "random"
+    ]
+    budget: CountOrZero
+    dimensions: Count
+    bandwidth: Positive
+    loss_views: Annotated[int, Range(2)]
+    answers: Literal["people", "generator"]
+    seed: Seed
+
+
+@dataclass(frozen=True)
 class TrainExtraConfig:
-    """Labels for images of the unlabelled pool; all else is in section train."""
+    """Labels beside those of train; all else is in section train."""
 
     labels: str | None
+    suspicious: Literal["refuse", "warn"]
 
 
 @dataclass(frozen=True)
@@ -206,6 +222,7 @@ class Config:
     eval: EvalConfig
     baseline: BaselineConfig
     finetune: FinetuneConfig
+    request: RequestConfig
     train_extra: TrainExtraConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig

@@ -78,6 +78,7 @@ def bring_project(checkout: Path) -> None:
     params["train"].update(epochs=30, batch_size=64, holdout=0.1)
     params["baseline"].update(epochs=4, batch_size=64)
     params["finetune"].update(epochs=3, batch_size=64, holdout=0.1)
+    params["request"].update(budget=20, answers="people")
     params["train_extra"].update(labels="extra_labels.csv")
     params["eval"].update(batch_size=500)
     params["tracking"].update(uri="sqlite:///mlflow.db")

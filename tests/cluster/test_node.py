@@ -37,6 +37,8 @@ from node_helpers import (
     write,
 )  # fmt: skip
 
+from moco.cluster.slurm import PIPELINE
+
 pytestmark = [
     pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200),
     pytest.mark.filterwarnings("default"),  # MLflow and SQLAlchemy deprecate things among themselves
@@ -113,14 +115,14 @@ def test_all_jobs_run_in_the_sif_and_end_in_accuracies(cluster: None) -> None:
     (checkpoint,) = here("runs/pretrain").glob("*/checkpoint_001.pth")
     named = str(checkpoint.relative_to(here(PROJECT)))
     assert f"continuing from {named}" in finish(sbatch("pretrain_continue", used, "--time=10", arguments=(named,)))
-    extra = sbatch("train_extra", used, "--time=10")
     jobs = submit("pipeline", "--profile", used)
-    assert list(jobs) == ["pretrain", "train", "baseline", "finetune", "eval"]
+    assert list(jobs) == list(PIPELINE)
     logs = {job: finish(number) for job, number in jobs.items()}
     assert "pretrain is up to date" in logs["pretrain"] and "pretrain: encoder" not in logs["pretrain"]
-    assert "train_extra: 500 labels added to 500" in finish(extra)
+    assert "train_extra: 500 labels added to 500" in logs["train_extra"]
+    assert "request: 20 images by maxherding" in logs["request"]
     assert "eval: top-1" in logs["eval"]
-    for stage in ("train", "train_extra", "finetune", "eval"):
+    for stage in ("train", "train_extra", "finetune", "eval", "eval-classifier_extra"):
         measured = json.loads(here(f"reports/{stage}/metrics.json").read_text())
         assert 0.15 < measured["val_accuracy"] < 1, f"{stage}: {measured}"
     assert "up to date" in node(f"{BARE} {SIF} dvc status")

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT, Moco, assert_one_line_error
 from moco.cluster.profile import KEYS, Profile, read_profile
-from moco.cluster.slurm import JOBS, command, render
+from moco.cluster.slurm import JOBS, PIPELINE, command, render
 
 AWKWARD = '/scratch/my data/it\'s $HOME "x" #1'
 
@@ -90,7 +90,7 @@ def test_dry_run_shows_the_scripts_and_needs_no_slurm(moco: Moco, project: Path)
     done = moco("slurm", "submit", "pipeline", "--dry-run", "--profile", profile)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("exec")] == [
-        f'exec slurm/launch {job} "$@"' for job in ("pretrain", "train", "baseline", "finetune", "eval")
+        f'exec slurm/launch {job} "$@"' for job in PIPELINE
     ]
 
 

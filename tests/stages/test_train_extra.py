@@ -146,7 +146,7 @@ def test_labels_of_val_change_nothing_but_the_report(moco: Moco, pretrained: Pat
         (["17,-1"], ("labels.csv:2", "label -1 is out of range")),
         (["17,two"], ("labels.csv:2", "'two' is no class")),
         (["17,2.0"], ("labels.csv:2", "'2.0' is no class")),
-        (["17,"], ("labels.csv:2", "'' is no class")),
+        (["17,"], ("labels.csv", "no label in it that could be used")),
         (["17,2", "3,1", "17.png,3"], ("labels.csv:4", "label 3 here and 2 in labels.csv:2")),
         (["17,2", "3"], ("labels.csv:3", "1 columns")),
         (["17,2,1"], ("labels.csv:2", "3 columns")),
@@ -163,18 +163,21 @@ def test_wrong_lines_are_refused_by_file_and_line(
 
 
 def test_wrong_header_file_and_setting(moco: Moco, pretrained: Path) -> None:
-    write_labels(pretrained, ["17,2"], header="label,image")
-    assert_one_line_error(moco("train_extra"), "labels.csv:1", "'label,image'", "image,label is expected")
+    write_labels(pretrained, ["17,2"], header="image,lable")
+    assert_one_line_error(
+        moco("train_extra"), "labels.csv:1", "no column 'label'", "'lable'", "image,label is expected"
+    )
     (pretrained / "labels.csv").write_bytes(b"image,label\n\xff\xfe,1\n")
     assert_one_line_error(moco("train_extra"), "labels.csv", "cannot be read")
     (pretrained / "labels.csv").write_text("")
     assert_one_line_error(moco("train_extra"), "labels.csv:1", "header")
     (pretrained / "labels.csv").unlink()
     assert_one_line_error(moco("train_extra"), "labels.csv: not found", "train_extra.labels")
-    write_params(pretrained, train_extra__labels="dataset")
-    assert_one_line_error(moco("train_extra"), "dataset: is a folder", "CSV")
+    (pretrained / "empty").mkdir()
+    write_params(pretrained, train_extra__labels="empty")
+    assert_one_line_error(moco("train_extra"), "empty: no labels in it", "a folder per class")
     write_params(pretrained)
-    assert_one_line_error(moco("train_extra"), "train_extra.labels: not set")
+    assert_one_line_error(moco("train_extra"), "models/classifier: not found", "moco train", "train_extra.labels")
 
 
 def test_the_same_label_twice_is_told_and_used_once(moco: Moco, pretrained: Path) -> None:

@@ -19,8 +19,8 @@ from moco.tracking.store import shared_uri
 WARNING = 300
 LOGS = Path("slurm/logs")
 TWO_GPUS = "_2gpu"  # a job of this ending is the stage before it, on two GPUs of one node
-PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval")
-JOBS = ("pretrain", "pretrain_2gpu", "pretrain_continue", "train", "train_extra", "baseline", "finetune", "eval")
+PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval", "request", "train_extra", "eval_extra")
+JOBS = (*PIPELINE, "pretrain_2gpu", "pretrain_continue")
 
 
 def _directive(option: str, value: str) -> str:

@@ -25,8 +25,6 @@ from moco.presets import edit
 FOLDER = Path("sweeps")
 PARAMS = Path("params.yaml")
 _Graph = Mapping[str, tuple[tuple[str, ...], frozenset[str]]]
-# No stage of dvc.yaml, since it needs the user's file; a job all the same.
-EXTRA: _Graph = {"train_extra": (("train_extra", "train"), frozenset({"data", "pretrain"}))}
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,10 @@ def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, .
     }
     if job == "pipeline":
         for key, names in reached.items():
-            if not names - EXTRA.keys():
+            if not names:
                 raise UserError(f"--sweep {key}: no stage of dvc.yaml depends on it")
         varied = _downstream(set().union(*reached.values()), stages)
-        return frozenset(varied), tuple(name for name in stages if name not in varied and name not in EXTRA)
+        return frozenset(varied), tuple(name for name in stages if name not in varied)
     stage = job.removesuffix("_continue").removesuffix("_2gpu")
     needed = _upstream(stage, stages)
     for key, names in reached.items():
@@ -177,8 +175,7 @@ def _graph(path: Path) -> _Graph:
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     makers = {out: name for name, stage in stages.items() for out in stage.get("outs", []) if isinstance(out, str)}
-    graph = {
+    return {
         name: (tuple(stage.get("params", [])), frozenset(makers[dep] for dep in stage.get("deps", []) if dep in makers))
         for name, stage in stages.items()
     }
-    return {**graph, **EXTRA}

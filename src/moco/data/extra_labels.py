@@ -1,108 +1,151 @@
-"""Labels for images of the unlabelled pool, from a CSV file with the header `image,label`.
+"""Labels beside those of train, joined to images by what they are, never by position.
 
-Image and label are joined by the image's name, never by position. In pools of numbered images (the contract's folders
-and torchvision's sets) the name is the number, with or without `.png`, and is the row of the decoded pool. In a class
-tree it is the path below unlabeled/ (without that, below train/), and the row is found by the content of that file.
-A label is the name of a class, else its number. Where the names of classes are numbers themselves, the name is meant.
+In pools of numbered images (the contract's folders and torchvision's sets) an image's name is its number, with or
+without `.png`, and that is the row of the decoded pool. In a class tree it is the path below unlabeled/ (without that,
+below train/), and the row is found by the content of that file. Images that come with their labels, in folders, are
+known by their content alone, and need not be in the pool. A label is the name of a class, else its number. Where the
+names of classes are numbers themselves, the name is meant.
 """
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from moco.config import DataConfig
+from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.decode import ChunkReport, read_image, summarise
+from moco.data.label_files import Line, read_lines
 from moco.data.manifest import Manifest
 from moco.errors import Say, UserError
 from moco.params import nearest
 
-HEADER = ["image", "label"]
 CLASSES_SHOWN = 5
+UNANSWERED, REPEATED, IN_TRAIN, IN_VAL, USED = "no label yet", "repeated", "in train", "in val", "used"
+TOLD = {
+    UNANSWERED: "have no label yet",
+    REPEATED: "say again what stands before them",
+    IN_TRAIN: "say again what train says",
+    IN_VAL: "label an image that also stands in val and are left out",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line and what became of it. label: -1 where it has none."""
+
+    line: Line
+    digest: bytes
+    label: int
+    status: str
 
 
 @dataclass(frozen=True)
 class ExtraLabels:
-    """Labels joined to images of the pool. rows: M int64 rows of the pool, rising, each once; labels: M int64."""
+    """images: M x H x W x 3 uint8; labels: M int64; digests: M x 16 uint8; each image once, in the pool's order.
+    order: rank of each among the used lines as they stand in the file; places: of their lines. answers: every line,
+    used or not."""
 
-    rows: np.ndarray
+    images: np.ndarray
     labels: np.ndarray
+    digests: np.ndarray
+    order: np.ndarray
+    places: list[str]
+    answers: list[Answer]
 
 
 def read_extra_labels(
     path: Path, config: DataConfig, manifest: Manifest, splits: dict[str, DecodedSplit], say: Say
 ) -> ExtraLabels:
-    """Reads and checks the file. Raises UserError, naming file and line, for a wrong header, an image that is not in
-    the pool, a label out of range, and an image with two labels, whether both stand here or one in train.
+    """Reads and checks labels in any of the forms of `moco.data.label_files`.
 
-    A label that is given again is used once. An image that also stands in val is left out: it would be trained on.
+    Raises UserError, naming file and line, for an image that is not in the pool or not the one that the label was
+    asked for, a label out of range, and an image with two labels, whether both stand here or one in train. A label
+    that is given again is used once. An image that also stands in val is left out: it would be trained on.
     """
-    find = _finder(config, manifest, splits["unlabeled"])
-    train, val, classes = splits["train"], splits["val"], manifest.classes
+    lines = read_lines(path)
+    images = _Images(config, manifest, splits["unlabeled"])
+    _refuse_foreign_reply(path, lines, images)
+    train = splits["train"]
     assert train.labels is not None
     of_train = dict(zip(map(bytes, train.digests), train.labels.tolist(), strict=True))
-    of_val = set(map(bytes, val.digests))
-    seen: dict[bytes, tuple[int, str]] = {}  # content of an image: label, place
-    used: dict[int, int] = {}  # row of the pool: label
-    repeated, in_train, in_val = [], [], []
-    for line, name, text in _rows(path):
-        place = f"{path}:{line}"
-        row, label = find(place, name), _label(place, text, classes)
-        digest = bytes(splits["unlabeled"].digests[row])
-        first, where = seen.setdefault(digest, (label, place))
-        if first != label:
-            raise UserError(f"{place}: '{name}' has the label {classes[label]} here and {classes[first]} in {where}")
-        if (theirs := of_train.get(digest, label)) != label:
-            raise UserError(f"{place}: '{name}' has the label {classes[label]} here and {classes[theirs]} in train")
-        if where != place:
-            repeated.append(place)
-        elif digest in of_val:
-            in_val.append(place)
-        elif digest in of_train:
-            in_train.append(place)
-        else:
-            used[row] = label
-    for places, what in (
-        (repeated, "say again what stands before them"),
-        (in_train, "say again what train says"),
-        (in_val, "label an image that also stands in val and are left out"),
-    ):
-        if places:
-            say(f"warning: {len(places)} line(s) {what}, first {places[0]}")
+    of_val = set(map(bytes, splits["val"].digests))
+    seen: dict[bytes, Answer] = {}
+    answers = []
+    for line in lines:
+        digest = images.digest(line)
+        if line.content and digest.hex() != line.content:
+            raise UserError(
+                f"{line.place}: '{line.name}' is another image than was asked for: content {digest.hex()} here, "
+                f"{line.content} there; the dataset has changed since the request"
+            )
+        label = label_number(line.place, line.label, manifest.classes) if line.label else -1
+        answer = Answer(line, digest, label, _status(line, digest, label, seen, of_train, of_val, manifest.classes))
+        answers.append(answer)
+        if line.label:
+            seen.setdefault(digest, answer)
+    _tell(answers, say)
+    used = sorted((a for a in answers if a.status == USED), key=lambda answer: images.rank(answer.digest))
     if not used:
         raise UserError(f"{path}: no label in it that could be used")
-    rows = np.array(sorted(used), np.int64)
-    return ExtraLabels(rows, np.array([used[row] for row in rows.tolist()], np.int64))
+    rank = {id(answer): number for number, answer in enumerate(a for a in answers if a.status == USED)}
+    return ExtraLabels(
+        np.stack([images.pixels(answer.line, answer.digest) for answer in used]),
+        np.array([answer.label for answer in used], np.int64),
+        np.frombuffer(b"".join(answer.digest for answer in used), np.uint8).reshape(len(used), -1),
+        np.array([rank[id(answer)] for answer in used]),
+        [answer.line.place for answer in used],
+        answers,
+    )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, image, label) as they stand in the file; empty lines are passed over."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; train_extra.labels names a CSV file with the header image,label")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if header != HEADER:
-                raise UserError(f"{path}:1: the header is '{','.join(header)}', image,label is expected")
-            for row in reader:
-                if len(row) == 2:
-                    yield reader.line_num, row[0].strip(), row[1].strip()
-                elif row:
-                    raise UserError(f"{path}:{reader.line_num}: {len(row)} columns, image,label is expected")
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; train_extra.labels names a CSV file with the header image,label") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {error}") from None
+def _status(
+    line: Line, digest: bytes, label: int, seen: dict[bytes, Answer], of_train: dict[bytes, int], of_val: set[bytes],
+    classes: list[str],
+) -> str:  # fmt: skip
+    """Raises UserError where the image has another label elsewhere."""
+    if label < 0:
+        return UNANSWERED
+    first = seen.get(digest)
+    if first is not None and first.label != label:
+        raise UserError(
+            f"{line.place}: '{line.name}' has the label {classes[label]} here and {classes[first.label]} in "
+            f"{first.line.place}"
+        )
+    if (theirs := of_train.get(digest, label)) != label:
+        raise UserError(
+            f"{line.place}: '{line.name}' has the label {classes[label]} here and {classes[theirs]} in train"
+        )
+    if first is not None:
+        return REPEATED
+    return IN_VAL if digest in of_val else IN_TRAIN if digest in of_train else USED
 
 
-def _label(place: str, text: str, classes: list[str]) -> int:
+def _tell(answers: list[Answer], say: Say) -> None:
+    counts = Counter(answer.status for answer in answers)
+    for status, what in TOLD.items():
+        if counts[status]:
+            first = next(answer for answer in answers if answer.status == status)
+            say(f"warning: {counts[status]} line(s) {what}, first {first.line.place}")
+
+
+def _refuse_foreign_reply(path: Path, lines: list[Line], images: _Images) -> None:
+    """Where lines say what the images look like, and none of them looks like any in the pool."""
+    contents = {line.content for line in lines if line.content}
+    if contents and not contents & images.contents:
+        raise UserError(
+            f"{path}: a reply to a request on another dataset: none of its {len(contents)} images is in the unlabelled "
+            "pool; set train_extra.labels to a reply to a request made here"
+        )
+
+
+def label_number(place: str, text: str, classes: list[str]) -> int:
+    """Of a class's name or number. Raises UserError, naming the place, where it is neither."""
     if text in classes:
         return classes.index(text)
     if re.fullmatch(r"-?[0-9]{1,9}", text):
@@ -113,36 +156,59 @@ def _label(place: str, text: str, classes: list[str]) -> int:
     raise UserError(f"{place}: label '{text}' is no class{nearest(text, classes)}; classes: {shown}")
 
 
-def _finder(config: DataConfig, manifest: Manifest, pool: DecodedSplit) -> Callable[[str, str], int]:
-    """find(place, name): row of the pool. Raises UserError where the pool has no such image."""
-    if config.source == "classes":
-        return _finder_by_content(config, manifest, pool)
+class _Images:
+    """The pool's images by name, and those that come with their labels."""
 
-    def find(place: str, name: str) -> int:
-        number = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", name)
-        if number is None or int(number[1]) >= len(pool.images):
-            last = len(pool.images) - 1
-            raise UserError(f"{place}: '{name}' is not in the unlabelled pool, which has 0.png to {last}.png")
+    def __init__(self, config: DataConfig, manifest: Manifest, pool: DecodedSplit) -> None:
+        self.manifest, self.pool = manifest, pool
+        self.rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
+        self.contents = {digest.hex() for digest in self.rows}
+        self.folder = pool_folder(Path(config.path)) if config.source == "classes" else None
+
+    def digest(self, line: Line) -> bytes:
+        """Of the image's pixels. Raises UserError where the pool has no such image, or the file is none."""
+        if line.file is not None:
+            return self._of_file(line, line.file)
+        if self.folder is None:
+            return bytes(self.pool.digests[self._number(line)])
+        inside = not Path(line.name).is_absolute() and ".." not in Path(line.name).parts
+        digest = self._of_file(line, str(self.folder / line.name)) if inside else b""
+        if digest not in self.rows:
+            raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool as `moco data` found it")
+        return digest
+
+    def rank(self, digest: bytes) -> tuple[int, bytes]:
+        """For an order that does not depend on that of the lines: the pool's, then all others."""
+        return self.rows.get(digest, len(self.pool.images)), digest
+
+    def pixels(self, line: Line, digest: bytes) -> np.ndarray:
+        row = self.rows.get(digest)
+        return self._read(line, str(line.file)) if row is None else gather(self.pool.images, np.array([row]))[0]
+
+    def _number(self, line: Line) -> int:
+        number = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name)
+        if number is None or int(number[1]) >= len(self.pool.images):
+            last = len(self.pool.images) - 1
+            raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")
         return int(number[1])
 
-    return find
-
-
-def _finder_by_content(config: DataConfig, manifest: Manifest, pool: DecodedSplit) -> Callable[[str, str], int]:
-    """For files that have names of their own: files that came or went since would shift every position."""
-    root = Path(config.path)
-    folder = root / "unlabeled" if (root / "unlabeled").is_dir() else root / "train"
-    rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
-
-    def find(place: str, name: str) -> int:
+    def _of_file(self, line: Line, path: str) -> bytes:
         report = ChunkReport(0, 0)
-        try:
-            image = read_image(str(folder / name), (manifest.height, manifest.width), manifest.resize)
-        except ValueError as error:
-            raise UserError(f"{place}: '{name}' is not in the unlabelled pool {folder}: {error}") from None
-        summarise(report, np.ascontiguousarray(image)[None])
-        if report.digests not in rows:
-            raise UserError(f"{place}: '{name}' is not in the unlabelled pool as `moco data` found it")
-        return rows[report.digests]
+        summarise(report, self._read(line, path)[None])
+        return report.digests
 
-    return find
+    def _read(self, line: Line, path: str) -> np.ndarray:
+        manifest = self.manifest
+        try:
+            return np.ascontiguousarray(read_image(path, (manifest.height, manifest.width), manifest.resize))
+        except ValueError as error:
+            if line.file is not None:
+                raise UserError(f"{line.place}: cannot be used: {error}") from None
+            raise UserError(
+                f"{line.place}: '{line.name}' is not in the unlabelled pool {self.folder}: {error}"
+            ) from None
+
+
+def pool_folder(root: Path) -> Path:
+    """Of a class tree: where the images of its pool lie."""
+    return root / "unlabeled" if (root / "unlabeled").is_dir() else root / "train"

@@ -98,14 +98,14 @@ def contract_folder(root: Path, origin: dict[str, Any]) -> Dataset:
         raise UserError(f"{root}: dataset folder not found; set data.path (and data.source) in params.yaml")
     splits = {}
     for name in ("unlabeled", "train", "val"):
-        split = Split(name, paths=_numbered_images(root / name))
+        split = Split(name, paths=numbered_images(root / name))
         if name != "unlabeled":
             split.labels = read_labels(root / f"{name}_label_tensor.pt", len(split), name)
         splits[name] = split
     return Dataset(splits, _class_names(root, root.parent), origin)
 
 
-def _numbered_images(folder: Path) -> list[str]:
+def numbered_images(folder: Path) -> list[str]:
     """Paths of 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")

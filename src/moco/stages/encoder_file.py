@@ -14,21 +14,25 @@ from moco.training.checkpoints import load_weights, save_weights
 
 class EncoderFile(NamedTuple):
     """weights: without the last layer. digest: of the data they were trained on. settings: of that training and
-    its data, by dotted name, as text."""
+    its data, by dotted name, as text. projection: weights of the layers that contrast acted on (`fc.…`); empty in files
+    of before they were kept."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
     digest: str
     settings: dict[str, str]
+    projection: dict[str, Tensor]
 
 
 def save_encoder(
     path: Path, network: nn.Module, architecture: Architecture, digest: str, settings: dict[str, Any]
 ) -> None:
-    """All but the last layer, with what is needed to build it."""
+    """The body and, apart from it, the projection, with what is needed to build them."""
     texts = {name: str(value) for name, value in settings.items()}
+    state = network.state_dict()
+    projection = {name: value.detach().cpu().clone() for name, value in state.items() if name.startswith("fc.")}
     content = {"format": 2, "architecture": architecture.as_dict(), "data": digest, "settings": texts}
-    save_weights(path, {**content, "weights": body_weights(network.state_dict())})
+    save_weights(path, {**content, "weights": body_weights(state), "projection": projection})
 
 
 def load_encoder(path: Path) -> EncoderFile:
@@ -36,6 +40,8 @@ def load_encoder(path: Path) -> EncoderFile:
     content = load_weights(path, "run `moco pretrain` (or `dvc repro pretrain`) again")
     try:
         architecture = Architecture(**content["architecture"])
-        return EncoderFile(architecture, content["weights"], content["data"], content["settings"])
+        return EncoderFile(
+            architecture, content["weights"], content["data"], content["settings"], content.get("projection", {})
+        )
     except (KeyError, TypeError):
         raise UserError(f"{path}: not an encoder file; run `moco pretrain` again") from None

@@ -20,7 +20,7 @@ def _read(stage: str) -> dict[str, Any]:
 def run(console: Console) -> None:
     """Prints the table. Raises UserError where no stage has left results yet."""
     baseline, pretrain, train, score = (_read(s) for s in ("baseline", "pretrain", "train", "eval"))
-    extra, finetune = _read("train_extra"), _read("finetune")
+    extra, finetune, score_extra = _read("train_extra"), _read("finetune"), _read("eval-classifier_extra")
     if not baseline and not score:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
     table = Table(title="Accuracy on val")
@@ -51,10 +51,11 @@ def run(console: Console) -> None:
             percent(score, "val_accuracy"), percent(train, "val_knn_accuracy"), *effort(pretrain, ""),
             style="bold",
         )  # fmt: skip
-    if extra:
+    if extra.get("extra_labels"):
+        gain = f" ({extra['val_accuracy'] - score['val_accuracy']:+.1%})" if score else ""
         table.add_row(
-            f"the same with {extra['extra_labels']:,.0f} extra labels",
-            percent(extra, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
+            f"the same with {extra['extra_labels']:,.0f} extra labels{gain}",
+            percent(score_extra or extra, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
         )  # fmt: skip
     if finetune:
         table.add_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,12 @@ def open_inputs(config: Config) -> Inputs:
 
 def train_classifier(
     config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any],
-    more: Metrics,
+    more: Metrics, check: Callable[[Tensor], None] = lambda _: None, artifacts: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE.
 
-    settings: those of the stage beside section `train`. more: its own metrics.
+    settings: those of the stage beside section `train`. more: its own metrics. check: gets the features of all labelled
+    images before anything is fitted. artifacts: files to keep with the run.
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
@@ -108,7 +109,7 @@ def train_classifier(
             _draw(record, inputs, train_features, val_features)
 
         body = strip_head(network)
-        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look)
+        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check)
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -116,6 +117,8 @@ def train_classifier(
         found = Classifier(encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain)
         files = write_classifier(folder, found, manifest, config.eval)
         report = REPORTS / stage
+        for path in artifacts:
+            record.artifact(path)
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
         record.model(
@@ -158,9 +161,10 @@ def feature_sets(
 def classify(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: TrainConfig,
     classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
+    check: Callable[[Tensor], None] = lambda _: None,
 ) -> tuple[LinearFit, Metrics]:  # fmt: skip
     """Fits the linear layer on features of train (and `extra`); returns it with the accuracies. look: gets the features
-    of both and those of val (N x D each).
+    of both and those of val (N x D each). check: gets the features of both before anything is fitted.
 
     The epoch is chosen on a held-out part of train; with `refit` the layer is then trained on all labels
     for so many epochs. val is measured once, at the end, and decides nothing. Images of `extra` are never held out:
@@ -171,6 +175,7 @@ def classify(
     known = [part.labels for part in parts if part.labels is not None]
     labels, val_labels = torch.from_numpy(np.concatenate(known)), torch.from_numpy(val.labels)
     stack = feature_sets(network, parts, views, section, device)
+    check(stack[0])
     kept, held = features.stratified_holdout(known[0], section.holdout, section.seed)
     if not len(held):
         raise UserError("train.holdout: no class has two labelled images; none can be held out")

@@ -1,45 +1,127 @@
-"""Stage `train_extra`: stage `train` with extra labels, for images of the unlabelled pool."""
+"""Stage `train_extra`: stage `train` with extra labels.
+
+Without any it hands on what `train` made, so that `dvc repro` runs to its end before somebody has labelled something.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from moco.config import Config
-from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import ExtraLabels, read_extra_labels
+from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
+from moco.data.manifest import Manifest
 from moco.errors import UserError
-from moco.stages.train import open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER_EXTRA, say
+from moco.files import write_text
+from moco.stages.train import Inputs, open_inputs, train_classifier
+from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, REPORTS, say
+from moco.training.label_check import check_labels
+
+REPORT = REPORTS / "train_extra"
 
 
 def run(config: Config) -> None:
-    """Raises UserError where the labels are missing or wrong (see moco.data.extra_labels), or encoder, data and
-    settings do not fit each other."""
+    """Raises UserError where the labels are missing or wrong (see moco.data.extra_labels), are not likely to belong to
+    their images (moco.training.label_check), or encoder, data and settings do not fit each other."""
     if config.train_extra.labels is None:
-        raise UserError("train_extra.labels: not set; it names a CSV file with the header image,label")
+        _hand_on()
+        return
     inputs = open_inputs(config)
-    path = Path(config.train_extra.labels)
-    extra = read_extra_labels(path, config.data, inputs.manifest, inputs.splits, say)
-    train, pool = inputs.splits["train"], inputs.splits["unlabeled"]
+    extra = read_extra_labels(Path(config.train_extra.labels), config.data, inputs.manifest, inputs.splits, say)
+    train = inputs.splits["train"]
     assert train.labels is not None
     classes = len(inputs.manifest.classes)
     added, before = (np.bincount(labels, minlength=classes) for labels in (extra.labels, train.labels))
     say(
-        f"train_extra: {len(extra.rows)} labels added to {len(train.labels)}: {added.min()} to {added.max()} a class, "
-        f"with train's {(before + added).min()} to {(before + added).max()}"
+        f"train_extra: {len(extra.labels)} labels added to {len(train.labels)}: {added.min()} to {added.max()} a class,"
+        f" with train's {(before + added).min()} to {(before + added).max()}"
     )
-    inputs.splits["extra"] = DecodedSplit(gather(pool.images, extra.rows), extra.labels, pool.digests[extra.rows])
+    inputs.splits["extra"] = DecodedSplit(extra.images, extra.labels, extra.digests)
+    write_text(REPORT / "labels.csv", _table(train, extra.answers, inputs.manifest))
+
+    def check(features: Tensor) -> None:
+        _check(config, inputs, extra, features)
 
     settings = {"train_extra.labels": config.train_extra.labels, "train_extra.content": _digest(extra)}
     train_classifier(
-        config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.rows))}
+        config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.labels))}, check,
+        [REPORT / "labels.csv"],
+    )  # fmt: skip
+
+
+def _hand_on() -> None:
+    """The classifier and metrics of `train`. Raises UserError where there are none yet."""
+    metrics = REPORTS / "train" / "metrics.json"
+    if not CLASSIFIER.is_dir() or not metrics.is_file():
+        raise UserError(f"{CLASSIFIER}: not found; run `moco train` first, or set train_extra.labels")
+    shutil.rmtree(CLASSIFIER_EXTRA, ignore_errors=True)
+    shutil.copytree(CLASSIFIER, CLASSIFIER_EXTRA)
+    found = {**json.loads(metrics.read_text()), "extra_labels": 0.0}
+    write_text(REPORT / "metrics.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
+    write_text(REPORT / "labels.csv", _table(None, [], None))
+    shutil.copyfile(REPORTS / "train" / "epochs.csv", REPORT / "epochs.csv")
+    say(f"train_extra: no extra labels (train_extra.labels); {CLASSIFIER_EXTRA} is what `train` made")
+
+
+def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor) -> None:
+    """features: of train, then of the extra images."""
+    train = inputs.splits["train"]
+    assert train.labels is not None
+    order = np.argsort(extra.order)  # as the lines stand in the file
+    found = check_labels(
+        features[: len(train.labels)], torch.from_numpy(train.labels), features[len(train.labels) :][order],
+        torch.from_numpy(extra.labels[order]), len(inputs.manifest.classes),
+    )  # fmt: skip
+    if not found.runs:
+        enough = "" if found.needed is None else f"; {found.needed} would be enough to tell"
+        say(f"train_extra: whether the labels belong to their images cannot be told from their neighbours{enough}")
+        return
+    agreements = [run.agreement for run in found.runs]
+    say(
+        f"train_extra: neighbours in train agree with {np.mean(agreements):.0%} of the new labels (chance "
+        f"{np.mean([run.chance for run in found.runs]):.0%}, train's own {found.known:.0%})"
     )
+    bad = [run for run in found.runs if run.suspicious]
+    if not bad:
+        return
+    first, last = (extra.places[order[row]] for row in (bad[0].first, bad[0].last))
+    said = (
+        f"{first} to {last}: {bad[0].agreement:.0%} of these labels agree with the images' neighbours in train; "
+        f"{bad[0].chance:.0%} would by chance, {found.known:.0%} of train's own do, at least {bad[0].threshold:.0%} "
+        "are expected"
+    )
+    if config.train_extra.suspicious == "refuse":
+        raise UserError(
+            f"{said}. Labels of other images, rows that slipped? If they are right, set train_extra.suspicious: warn"
+        )
+    say(f"warning: {said}")
+
+
+def _table(train: DecodedSplit | None, answers: list[Answer], manifest: Manifest | None) -> str:
+    """All labels and where each is from: train's by number, then every line that was read."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "content", "label", "class", "source", "status"])
+    if train is not None and manifest is not None:
+        assert train.labels is not None
+        for number, (digest, label) in enumerate(zip(train.digests, train.labels.tolist(), strict=True)):
+            content = bytes(digest).hex()
+            table.writerow([f"train/{number}", content, label, manifest.classes[label], "train", "used"])
+        for each in answers:
+            named = ["", ""] if each.label < 0 else [each.label, manifest.classes[each.label]]
+            table.writerow([each.line.name, each.digest.hex(), *named, each.line.place, each.status])
+    return text.getvalue()
 
 
 def _digest(extra: ExtraLabels) -> str:
     """Of images and labels, whatever their order in the file."""
-    return hashlib.sha256(extra.rows.astype("<i8").tobytes() + extra.labels.astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(extra.digests.tobytes() + extra.labels.astype("<i8").tobytes()).hexdigest()

@@ -24,6 +24,8 @@ ENCODER = Path("models/encoder.pth")
 CLASSIFIER = Path("models/classifier")
 CLASSIFIER_EXTRA = Path("models/classifier_extra")
 FINETUNED = Path("models/finetuned")
+REQUEST = Path("models/request")
+FORM = REQUEST / "request.csv"
 REPORTS = Path("reports")
 RUNS = Path("runs")
 LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its process is alive
@@ -33,6 +35,7 @@ MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "fine
 HOUSEKEEPING = {
     "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
     "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout", "finetune.checkpoint_every",
+    "train_extra.suspicious",
 }  # fmt: skip
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {

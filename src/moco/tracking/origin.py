@@ -48,7 +48,7 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     """What cannot be found out is left out."""
     tags = {**_code(), **_machine(device), "data_digest": manifest.digest}
     params: dict[str, Any] = {}
-    for section in ("pretrain", "train", "train_extra", "baseline", "finetune", "eval"):
+    for section in ("pretrain", "train", "request", "train_extra", "baseline", "finetune", "eval"):
         params.update(flatten(getattr(config, section), section))
     params = {**manifest.settings, **params}
     key = hashlib.sha256(json.dumps([params, manifest.digest], sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,46 @@
+"""Names and, for drawn images, labels of what is in the unlabelled pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from moco.config import DataConfig
+from moco.data.cache import DecodedSplit
+from moco.data.decode import ChunkReport, read_image, summarise
+from moco.data.extra_labels import pool_folder
+from moco.data.generated import CLASSES
+from moco.data.manifest import Manifest
+from moco.data.sources import class_tree
+from moco.errors import Say, UserError
+
+
+def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: DecodedSplit, say: Say) -> list[str]:
+    """Of the given rows, as label files name them: `17.png`, in a class tree the path below the pool's folder.
+
+    Raises UserError where the files of a class tree are no longer those that were decoded.
+    """
+    if config.source != "classes":
+        return [f"{row}.png" for row in rows.tolist()]
+    root = Path(config.path)
+    paths = class_tree(root, say).splits["unlabeled"].paths or []
+    folder, found = pool_folder(root), []
+    for row in rows.tolist():
+        report = ChunkReport(0, 0)
+        try:
+            image = read_image(paths[row], (manifest.height, manifest.width), manifest.resize)
+            summarise(report, np.ascontiguousarray(image)[None])
+        except (IndexError, ValueError):
+            pass
+        if report.digests != bytes(pool.digests[row]):
+            raise UserError(f"{folder}: its files have changed since `moco data` decoded them; run `moco data` again")
+        found.append(str(Path(paths[row]).relative_to(folder)))
+    return found
+
+
+def drawn_labels(rows: np.ndarray, config: DataConfig) -> np.ndarray:
+    """What the generator drew, for the given rows of the pool. Raises UserError where images are not its own."""
+    if config.source != "generated":
+        raise UserError("request.answers: the generator knows the labels of its own images alone; set it to people")
+    return rows % len(CLASSES)

@@ -1,0 +1,42 @@
+"""Images that are nearly the same, so that nobody is asked twice about one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIDE = 8  # pixels of the small pictures that are compared
+ALIKE = 4.0  # levels of 255 by which two of them may differ on average
+BLOCK = 512  # rows compared at a time
+PICTURES = 1024  # images made small at a time
+
+
+def small_pictures(images: np.ndarray) -> Tensor:
+    """N x H x W x 3 uint8 -> N x 192: averages over the fields of an 8 x 8 grid, each channel."""
+    found = []
+    for first in range(0, len(images), PICTURES):
+        part = torch.from_numpy(np.ascontiguousarray(images[first : first + PICTURES])).permute(0, 3, 1, 2).float()
+        found.append(torch.nn.functional.adaptive_avg_pool2d(part, SIDE).flatten(1))
+    return torch.cat(found) if found else torch.empty(0, 3 * SIDE * SIDE)
+
+
+def first_of_each(pictures: Tensor, known: Tensor) -> Tensor:
+    """N booleans: whether a picture is unlike all known ones and unlike all kept ones before it. N x 192, M x 192."""
+    limit = ALIKE * pictures.shape[1]
+    kept = torch.ones(len(pictures), dtype=torch.bool)
+    for first in range(0, len(pictures), BLOCK):
+        part = pictures[first : first + BLOCK]
+        for others in known.split(BLOCK) if len(known) else ():
+            kept[first : first + BLOCK] &= ~(torch.cdist(part, others, p=1) < limit).any(1)
+    later, earlier = [], []
+    for first in range(0, len(pictures), BLOCK):
+        end = min(first + BLOCK, len(pictures))
+        alike = torch.cdist(pictures[first:end], pictures[:end], p=1) < limit
+        rows, columns = alike.tril(first - 1).nonzero(as_tuple=True)
+        later += (rows + first).tolist()
+        earlier += columns.tolist()
+    for row, before in zip(later, earlier, strict=True):  # rows rise, so that those before are decided
+        if kept[before]:
+            kept[row] = False
+    return kept

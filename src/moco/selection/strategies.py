@@ -1,0 +1,92 @@
+"""All strategies under their names, and what they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.selection.clusters import cluster_margin, k_medoids, typical
+from moco.selection.coverage import herd, k_centre
+from moco.selection.kmeans import kmeans
+
+NEEDS_CLASSIFIER = ("uncertainty_herding", "margin")
+NEEDS_LOSSES = ("loss",)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """features: N x D of unit length; candidates: N booleans, those that may be chosen; labelled: L x D, features of
+    the images whose labels are known. For strategies that need them: probabilities (N x C) of a classifier, losses
+    (N) of the contrastive task."""
+
+    features: Tensor
+    candidates: Tensor
+    labelled: Tensor
+    probabilities: Tensor | None = None
+    losses: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """rows, scores, clusters: B each, on the CPU, in the order of their rank."""
+
+    rows: Tensor
+    scores: Tensor
+    clusters: Tensor
+
+
+def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) -> Choice:
+    """Chooses `budget` candidates; the same for the same seed. bandwidth: of the kernel of the two herding strategies.
+
+    Strategies: random; loss (the largest contrastive losses); kmedoids, typiclust, margin (moco.selection.clusters);
+    maxherding, uncertainty_herding, coreset (moco.selection.coverage). Those that have no clusters of their own get
+    them from k-means over what was chosen, so that a gallery shows similar images together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    features, candidates, labelled = pool.features, pool.candidates, pool.labelled
+    clusters = None
+    if strategy == "random":
+        order = torch.randperm(len(features), generator=generator).to(candidates.device)
+        rows = order[candidates[order]][:budget]
+        scores = torch.zeros(budget)
+    elif strategy == "loss":
+        assert pool.losses is not None
+        scores, rows = pool.losses.masked_fill(~candidates, -torch.inf).topk(budget)
+    elif strategy == "kmedoids":
+        rows, scores, clusters = k_medoids(features, candidates, labelled, budget, generator)
+    elif strategy == "typiclust":
+        rows, scores, clusters = typical(features, candidates, labelled, budget, generator)
+    elif strategy == "margin":
+        assert pool.probabilities is not None
+        rows, scores, clusters = cluster_margin(features, candidates, pool.probabilities, budget, generator)
+    elif strategy == "coreset":
+        rows, scores = k_centre(features, candidates, labelled, budget)
+    else:
+        weights = None if strategy == "maxherding" else uncertainty(pool.probabilities)
+        rows, scores = herd(features, candidates, labelled, budget, bandwidth, generator, weights)
+    rows, scores = rows.cpu(), scores.cpu()
+    if clusters is None:
+        _, clusters = kmeans(features[rows.to(features.device)], round(len(rows) ** 0.5), generator)
+    return Choice(rows, scores, clusters.cpu())
+
+
+def uncertainty(probabilities: Tensor | None) -> Tensor:
+    """1 minus the margin between the two likeliest classes, N, for N x C (arXiv 2412.20644, section 3)."""
+    assert probabilities is not None
+    top = probabilities.topk(2, 1).values
+    return 1 - (top[:, 0] - top[:, 1])
+
+
+def reduced(features: Tensor, width: int, generator_seed: int = 0) -> Tensor:
+    """Rows of unit length, N x min(D, width): what principal components keep of unit-length features, not centred, so
+    that cosines stay what they were but for what is left out."""
+    unit = F.normalize(features, dim=1)
+    if unit.shape[1] <= width:
+        return unit
+    sample = torch.randperm(len(unit), generator=torch.Generator().manual_seed(generator_seed))[:50_000]
+    part = unit[sample.to(unit.device)].double()
+    _, directions = torch.linalg.eigh(part.T @ part)
+    return F.normalize(unit @ directions[:, -width:].flip(1).to(unit.dtype), dim=1)

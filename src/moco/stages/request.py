@@ -1,0 +1,208 @@
+"""Stage `request`: which images of the unlabelled pool to have labelled next, as a form with pictures.
+
+Nobody is asked for what is labelled already (in train, val or the extra labels), nor twice about nearly the same image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco.config import Config, flatten
+from moco.data.batches import gather
+from moco.data.cache import DecodedSplit
+from moco.data.extra_labels import read_extra_labels
+from moco.data.manifest import Manifest
+from moco.data.pool_names import drawn_labels, pool_names
+from moco.errors import UserError
+from moco.model.encoder import build_encoder, last_width, load_body, strip_head
+from moco.selection.coverage import coverage
+from moco.selection.near_copies import first_of_each, small_pictures
+from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
+from moco.stages.classifier_files import WEIGHTS, read_classifier
+from moco.stages.contrastive_losses import contrastive_losses
+from moco.stages.encoder_file import EncoderFile
+from moco.stages.request_files import Asked, write_request
+from moco.stages.train import FEATURE_BATCH, Inputs, linear_views, open_inputs
+from moco.stages.workspace import CLASSIFIER, FORM, open_run_folder, run_key, say
+from moco.tracking.origin import origin
+from moco.tracking.run import Run
+from moco.training import features
+from moco.training.numerics import choose_precision
+
+
+@dataclass(frozen=True)
+class Known:
+    """Images that need no label any more. images: M x H x W x 3 uint8; digests: of all of them and of val's."""
+
+    images: np.ndarray
+    digests: set[bytes]
+
+
+def run(config: Config) -> None:
+    """Raises UserError where the budget is larger than what can be asked for, the strategy lacks a classifier, or
+    encoder, data and settings do not fit each other."""
+    section = config.request
+    inputs = open_inputs(config)
+    pool, manifest = inputs.splits["unlabeled"], inputs.manifest
+    known = _known(config, inputs)
+    candidates = _candidates(pool, known)
+    if section.budget > int(candidates.sum()):
+        raise UserError(
+            f"request.budget: {section.budget} images wanted, the pool has {int(candidates.sum())} that are different "
+            "and have no label yet"
+        )
+    if section.answers == "generator":
+        drawn_labels(np.arange(0), config.data)
+    chain = {**inputs.encoder.settings, **flatten(section, "request"), "request.known": len(known.digests)}
+    with (
+        open_run_folder("request", run_key(chain, manifest.digest)) as folder,
+        Run(folder.path, "request", config.tracking, say) as record,
+    ):
+        record.start(chain, origin(config, manifest, inputs.device))
+        say(f"request: features of {len(pool.images)} images on {inputs.device}")
+        problem, probabilities = _pool(config, inputs, known, candidates)
+        choice, copies = _choose(config, problem, pool, known)
+        rows = choice.rows.numpy()
+        names = pool_names(rows, config.data, manifest, pool, say)
+        labels = None
+        if section.answers == "generator":
+            labels = [manifest.classes[label] for label in drawn_labels(rows, config.data)]
+        asked = Asked(
+            gather(pool.images, rows),
+            pool.digests[rows],
+            names,
+            choice.scores.tolist(),
+            choice.clusters.tolist(),
+            labels,
+        )
+        summary = _summary(config, problem, probabilities, choice, copies, manifest)
+        write_request(asked, summary, record)
+        folder.finish()
+    say(f"request: {len(rows)} images by {section.strategy} -> {FORM}")
+
+
+def _known(config: Config, inputs: Inputs) -> Known:
+    """Train's and val's, and those of the extra labels, if these are not the answers to this very request."""
+    train, val = inputs.splits["train"], inputs.splits["val"]
+    parts, digests = [train.images], set(map(bytes, train.digests)) | set(map(bytes, val.digests))
+    extra = config.train_extra.labels
+    if extra is not None and Path(extra).resolve() != FORM.resolve():
+        found = read_extra_labels(Path(extra), config.data, inputs.manifest, inputs.splits, say)
+        parts.append(found.images)
+        digests |= set(map(bytes, found.digests))
+    return Known(np.concatenate([np.asarray(part) for part in parts]), digests)
+
+
+def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
+    """N booleans: the first of each content in the pool, without those that are known."""
+    seen, found = set(known.digests), np.zeros(len(pool.images), bool)
+    for row, digest in enumerate(map(bytes, pool.digests)):
+        found[row] = digest not in seen
+        seen.add(digest)
+    return found
+
+
+def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) -> tuple[Pool, Tensor | None]:
+    """What strategies choose from, and the classifier's probabilities, N x C, where there is a classifier."""
+    section, encoder, device = config.request, inputs.encoder, inputs.device
+    precision = choose_precision(config.pretrain.precision, device)
+    network = build_encoder(encoder.architecture, len(inputs.manifest.classes))
+    load_body(network, encoder.weights)
+    last = last_width(network)
+    layer = _layer(encoder, section.strategy)
+    body = strip_head(network).to(device).to(memory_format=torch.channels_last)
+    views, images = linear_views(inputs.manifest, device), inputs.splits["unlabeled"].images
+
+    def of(images: np.ndarray) -> Tensor:
+        return features.extract(body, images, views.plain, batch_size=FEATURE_BATCH, device=device, precision=precision)
+
+    all_features = of(images)
+    probabilities = None
+    if layer is not None:
+        probabilities = torch.softmax(all_features @ layer.weight.T.cpu() + layer.bias.cpu(), 1).detach()
+    losses = None
+    if section.strategy == "loss":
+        losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
+    joined = torch.cat([all_features[:, -last:], of(known.images)[:, -last:]]).to(
+        device
+    )  # the stage that contrast shaped
+    small = reduced(joined, section.dimensions)
+    chances = probabilities.to(device) if probabilities is not None else None
+    return (
+        Pool(small[: len(images)], torch.from_numpy(candidates).to(device), small[len(images) :], chances, losses),
+        probabilities,
+    )
+
+
+def _layer(encoder: EncoderFile, strategy: str) -> nn.Linear | None:
+    """The linear classifier on this encoder, where `train` has made one."""
+    needed = strategy in NEEDS_CLASSIFIER
+    if not needed and not (CLASSIFIER / WEIGHTS).is_file():
+        return None
+    found = read_classifier(CLASSIFIER)
+    if any(not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()):
+        if needed:
+            raise UserError(f"{CLASSIFIER}: made on another encoder; run `moco train` again")
+        return None
+    weight, bias = found.weights["fc.weight"], found.weights["fc.bias"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
+
+
+def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> tuple[Choice, int]:
+    """The choice, and how many near copies were passed over; those are chosen anew, with the rest as labelled."""
+    section, budget = config.request, config.request.budget
+    candidates = pool.candidates.clone()
+    before = small_pictures(known.images)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    copies, count = 0, 0
+    labelled = pool.labelled
+    while count < budget:
+        if budget - count > int(candidates.sum()):
+            raise UserError(
+                f"request.budget: {budget} images wanted, the pool has {count + int(candidates.sum())} that have no "
+                f"label yet and are no near copies of others ({copies} are)"
+            )
+        now = Pool(pool.features, candidates, labelled, pool.probabilities, pool.losses)
+        choice = choose(section.strategy, now, budget - count, section.bandwidth, section.seed)
+        candidates[choice.rows.to(candidates.device)] = False
+        pictures = small_pictures(gather(images.images, choice.rows.numpy()))
+        kept = first_of_each(pictures, before)
+        copies += int((~kept).sum())
+        count += int(kept.sum())
+        parts.append((choice.rows[kept], choice.scores[kept], choice.clusters[kept]))
+        before = torch.cat([before, pictures[kept]])
+        labelled = torch.cat([labelled, pool.features[choice.rows[kept].to(pool.features.device)]])
+    if not parts:
+        nothing = torch.empty(0)
+        return Choice(nothing.long(), nothing, nothing.long()), 0
+    rows, scores, clusters = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Choice(rows, scores, clusters), copies
+
+
+def _summary(
+    config: Config, pool: Pool, probabilities: Tensor | None, choice: Choice, copies: int, manifest: Manifest
+) -> dict[str, Any]:
+    """Numbers for the report. coverage: the mean kernel of the pool's images with the nearest labelled one, before the
+    request and once it is answered; expected: labels of each class that the classifier expects."""
+    rows = choice.rows.to(pool.features.device)
+    bandwidth = config.request.bandwidth
+    after = torch.cat([pool.labelled, pool.features[rows]])
+    found: dict[str, Any] = {
+        "images": len(rows),
+        "candidates": int(pool.candidates.sum()),
+        "near_copies_passed_over": copies,
+        "coverage_before": coverage(pool.features, pool.labelled, bandwidth),
+        "coverage_after": coverage(pool.features, after, bandwidth),
+    }
+    if probabilities is not None:
+        expected = probabilities[choice.rows].sum(0).tolist()
+        found["expected"] = {name: round(value, 1) for name, value in zip(manifest.classes, expected, strict=True)}
+    return found

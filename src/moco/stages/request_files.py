@@ -1,0 +1,70 @@
+"""The files of a request: the form that comes back as a reply, pictures for whoever fills it in, a summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco.files import write_text
+from moco.stages.workspace import FORM, REPORTS, REQUEST
+from moco.tracking import pictures
+from moco.tracking.run import Run
+
+COLUMNS = ("image", "label", "rank", "score", "cluster", "content")
+PAGE, ROW = 50, 10  # images of a page of the gallery, and of a row
+
+
+@dataclass(frozen=True)
+class Asked:
+    """images: B x H x W x 3 uint8; digests: B x 16 uint8; labels: where they are known already, else None."""
+
+    images: np.ndarray
+    digests: np.ndarray
+    names: list[str]
+    scores: list[float]
+    clusters: list[int]
+    labels: list[str] | None
+
+
+def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
+    """Replaces models/request/ as a whole; writes reports/request/ and what MLflow gets."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for rank, name in enumerate(asked.names):
+        label = asked.labels[rank] if asked.labels else ""
+        content = bytes(asked.digests[rank]).hex()
+        table.writerow([name, label, rank + 1, f"{asked.scores[rank]:.6g}", asked.clusters[rank], content])
+    REQUEST.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{REQUEST.name}-", dir=REQUEST.parent) as work:
+        new = Path(work) / REQUEST.name
+        write_text(new / FORM.name, text.getvalue())
+        (new / "gallery").mkdir()
+        for number, first in enumerate(range(0, len(asked.names), PAGE), 1):
+            sheet = _page(asked, range(first, min(first + PAGE, len(asked.names))))
+            sheet.save(new / "gallery" / f"page-{number:03}.png")
+        shutil.rmtree(REQUEST, ignore_errors=True)
+        new.replace(REQUEST)
+    report = REPORTS / "request" / "metrics.json"
+    write_text(report, json.dumps(summary, indent=2) + "\n")
+    record.log({name: float(value) for name, value in summary.items() if not isinstance(value, dict)}, 0)
+    record.artifact(FORM)
+    record.artifact(report)
+    if asked.names:
+        page = REQUEST / "gallery" / "page-001.png"
+        record.picture("gallery", lambda path: shutil.copyfile(page, path))
+
+
+def _page(asked: Asked, ranks: range) -> Any:
+    """Similar images stand together; captions are ranks and names."""
+    order = sorted(ranks, key=lambda rank: (asked.clusters[rank], rank))
+    tiles = [pictures.Tile(asked.images[rank], f"{rank + 1}\n{Path(asked.names[rank]).name}") for rank in order]
+    return pictures.grid([tiles[first : first + ROW] for first in range(0, len(tiles), ROW)])

@@ -1,0 +1,164 @@
+"""Requests: the form, what is not asked for, the way back through train_extra, and everything that may be wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stage_helpers import run_all
+
+from conftest import Moco, assert_one_line_error, write_params
+from moco.config import RequestConfig
+
+STRATEGIES = typing.get_args(typing.get_type_hints(RequestConfig)["strategy"])
+
+
+def form(project: Path) -> list[dict[str, str]]:
+    with (project / "models/request/request.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def answer(project: Path, rows: list[dict[str, str]], name: str = "reply.csv") -> None:
+    with (project / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def trained(moco: Moco, project: Path) -> Path:
+    run_all(moco, "data", "pretrain", "train")
+    return project
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_asks_for_different_images_and_for_the_same_again(
+    moco: Moco, trained: Path, strategy: str
+) -> None:
+    done = moco("request", "--strategy", strategy, "--budget", "7")
+    assert done.returncode == 0, done.stderr
+    rows = form(trained)
+    assert len({row["image"] for row in rows}) == 7 and [row["rank"] for row in rows] == list("1234567")
+    assert all(row["label"] == "" for row in rows)
+    assert list(rows[0]) == ["image", "label", "rank", "score", "cluster", "content"]
+    first = (trained / "models/request/request.csv").read_bytes()
+    assert moco("request", "--strategy", strategy, "--budget", "7").returncode == 0
+    assert (trained / "models/request/request.csv").read_bytes() == first
+    found = json.loads((trained / "reports/request/metrics.json").read_text())
+    assert found["images"] == 7 and sum(found["expected"].values()) == pytest.approx(7, abs=0.3)
+    assert 0 < found["coverage_before"] < found["coverage_after"] <= 1
+    (page,) = (trained / "models/request/gallery").iterdir()
+    with Image.open(page) as picture:
+        assert picture.width > 7 * 64
+
+
+def test_nothing_that_is_labelled_and_no_copy_is_asked_for(moco: Moco, project: Path) -> None:
+    dataset = project / "dataset"
+    shutil.copy(dataset / "train/6.png", dataset / "unlabeled/8.png")
+    shutil.copy(dataset / "val/4.png", dataset / "unlabeled/9.png")
+    shutil.copy(dataset / "unlabeled/1.png", dataset / "unlabeled/2.png")
+    with Image.open(dataset / "unlabeled/1.png") as picture:
+        near = np.asarray(picture).astype(int)
+    Image.fromarray((near + np.eye(32, dtype=int)[..., None]).astype(np.uint8)).save(dataset / "unlabeled/3.png")
+    (project / "labels.csv").write_text("image,label\n17,2\n")
+    write_params(project, train_extra__labels="labels.csv", request__strategy="coreset")
+    run_all(moco, "data", "pretrain")
+    assert moco("request", "--budget", "35").returncode == 0
+    asked = {row["image"] for row in form(project)}
+    assert not asked & {"8.png", "9.png", "17.png", "2.png"}
+    assert len(asked & {"1.png", "3.png"}) == 1
+    assert len(asked) == 35
+    assert_one_line_error(moco("request", "--budget", "36"), "request.budget: 36", "35", "near copies")
+    assert_one_line_error(moco("request", "--budget", "37"), "request.budget: 37", "the pool has 36")
+
+
+def test_an_answered_form_trains_the_classifier(moco: Moco, trained: Path) -> None:
+    run_all(moco, "request")
+    rows = form(trained)
+    for row in rows[:-1]:
+        row["label"] = str(int(row["image"].removesuffix(".png")) % 5)
+    answer(trained, rows)
+    write_params(trained, train_extra__labels="reply.csv")
+    done = moco("train_extra")
+    assert done.returncode == 0 and "4 labels added to 20" in done.stderr, done.stderr
+    assert "1 line(s) have no label yet, first reply.csv:6" in done.stderr
+    run_all(moco, "request")
+    assert not {row["image"] for row in form(trained)} & {row["image"] for row in rows[:-1]}, "the next round"
+
+
+def test_a_reply_that_does_not_belong_here(moco: Moco, trained: Path) -> None:
+    run_all(moco, "request")
+    rows = form(trained)
+    for row in rows:
+        row["label"] = "1"
+    write_params(trained, train_extra__labels="reply.csv")
+    answer(trained, [{**rows[0], "content": rows[1]["content"]}, *rows[1:]])
+    assert_one_line_error(moco("train_extra"), "reply.csv:2", "another image than was asked for", "changed")
+    answer(trained, [{**row, "content": f"{number:032x}"} for number, row in enumerate(rows)])
+    assert_one_line_error(moco("train_extra"), "reply.csv", "a request on another dataset", "none of its 5 images")
+    answer(trained, [{**rows[0], "image": "999.png"}, *rows[1:]])
+    assert_one_line_error(moco("train_extra"), "reply.csv:2", "'999.png' is not in the unlabelled pool")
+    answer(trained, [*rows, {**rows[0], "label": "2"}])
+    assert_one_line_error(moco("train_extra"), "reply.csv:7", "label 2 here and 1 in reply.csv:2")
+
+
+def test_the_generator_answers_for_its_own_images_alone(moco: Moco, trained: Path) -> None:
+    write_params(trained, request__answers="generator")
+    assert_one_line_error(moco("request"), "request.answers", "people")
+    generated = {"seed": 0, "size": 32, "unlabeled": 60, "train_per_class": 2, "val_per_class": 1, "pack": False}
+    write_params(trained, request__answers="generator", data__source="generated", data__path="build",
+                 data__classes=None, data__generated=generated)  # fmt: skip
+    run_all(moco, "data", "pretrain", "request")
+    classes = json.loads((trained / "models/manifest.json").read_text())["classes"]
+    for row in form(trained):
+        assert row["label"] == classes[int(row["image"].removesuffix(".png")) % 12]
+
+
+def test_strategies_that_need_a_classifier_want_one_of_this_encoder(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain")
+    assert_one_line_error(moco("request", "--strategy", "margin"), "models/classifier", "moco train")
+    run_all(moco, "train")
+    path = project / "models/classifier/model_sub.pth"
+    state = torch.load(path, weights_only=True)
+    state["conv1.weight"] += 1
+    torch.save(state, path)
+    assert_one_line_error(moco("request", "--strategy", "margin"), "made on another encoder")
+    assert moco("request").returncode == 0, "others do without"
+    assert_one_line_error(moco("request", "--strategy", "maxherdin"), "request.strategy", "did you mean 'maxherding'")
+
+
+def test_a_budget_of_nothing_asks_for_nothing(moco: Moco, trained: Path) -> None:
+    write_params(trained, request__budget=0)
+    run_all(moco, "request")
+    assert form(trained) == [] and not list((trained / "models/request/gallery").iterdir())
+
+
+def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> None:
+    tree, flat = project / "tree", project / "dataset"
+    for split, count in (("train", 20), ("val", 10)):
+        for i in range(count):
+            folder = tree / split / "abcde"[i % 5]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(flat / split / f"{i}.png", folder / f"{i:02}.png")
+    (tree / "unlabeled/deep, down").mkdir(parents=True)
+    for i in range(40):
+        shutil.copy(flat / f"unlabeled/{i}.png", tree / f"unlabeled/deep, down/image-{i:02}.png")
+    write_params(project, data__source="classes", data__path="tree", train_extra__labels="reply.csv")
+    answer(project, [{"image": "deep, down/image-01.png", "label": "b"}])
+    run_all(moco, "data", "pretrain", "request")
+    rows = form(project)
+    assert all(row["image"].startswith("deep, down/image-") for row in rows)
+    answer(project, [{**row, "label": "abcde"[int(row["image"][-6:-4]) % 5]} for row in rows])
+    assert "5 labels added" in moco("train_extra").stderr
+    answer(project, [{"image": "../train/a/00.png", "label": "b"}])
+    assert_one_line_error(moco("train_extra"), "reply.csv:2", "is not in the unlabelled pool")
+    (tree / "unlabeled/deep, down/image-00.png").rename(tree / "unlabeled/zero.png")
+    write_params(project, data__source="classes", data__path="tree")
+    assert_one_line_error(moco("request", "--budget", "20"), "files have changed", "moco data")

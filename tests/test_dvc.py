@@ -83,7 +83,15 @@ def test_second_repro_runs_nothing(workspace: Path) -> None:
 
 def test_changing_only_train_reruns_what_uses_it(workspace: Path) -> None:
     edit(workspace, "train", "lr", 0.2)
-    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == ["baseline", "eval", "finetune", "train"]
+    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == [
+        "baseline",
+        "eval",
+        "eval_extra",
+        "finetune",
+        "request",
+        "train",
+        "train_extra",
+    ]
     restore(workspace)
 
 
@@ -97,8 +105,8 @@ def test_machine_and_tracking_settings_rerun_nothing(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("src/moco/stages/eval.py", ["eval"]),
-        ("src/moco/model/momentum_contrast.py", ["pretrain"]),
+        ("src/moco/stages/eval.py", ["eval", "eval_extra"]),
+        ("src/moco/model/momentum_contrast.py", ["pretrain", "request"]),
         ("src/moco/cli.py", []),
     ],
 )
@@ -106,7 +114,7 @@ def test_editing_code_reruns_the_stages_that_run_it(workspace: Path, file: str, 
     """A comment changes no output: DVC then finds the later stages unchanged."""
     with (workspace / file).open("a") as source:
         source.write("# touched\n")
-    assert stages_run(run(workspace, "dvc", "repro")) == expected
+    assert sorted(stages_run(run(workspace, "dvc", "repro"))) == sorted(expected)
     restore(workspace)
 
 
@@ -135,14 +143,14 @@ def test_queued_experiments_leave_their_logs_in_the_project_and_its_store(worksp
     run(workspace, "dvc", "exp", "run", "--run-all")
     assert "queued" in run(workspace, "dvc", "exp", "show", "--csv")
     logs = {path.parent.name: path / "metrics.jsonl" for path in set(workspace.glob("runs/*/*")) - before}
-    assert set(logs) == {"pretrain", "train", "finetune", "eval"}, "what a temperature reaches"
+    assert set(logs) == {"pretrain", "train", "finetune", "eval", "request"}, "what a temperature reaches"
     with sqlite3.connect(workspace / "mlflow.db") as store:
         found = store.execute("SELECT value FROM tags WHERE key = 'dvc_experiment'").fetchall()
         states = store.execute("SELECT DISTINCT status FROM runs").fetchall()
         versions = store.execute("SELECT version FROM model_versions").fetchall()
     store.close()
     assert states == [("FINISHED",)] and len(versions) == 2, "MLflow has all: also what it looks up by itself"
-    assert found == [("queued",)] * 5, "four stages and their pipeline"
+    assert found == [("queued",)] * 7, "five stages, a second score, and their pipeline"
     restore(workspace)
 
 

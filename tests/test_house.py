@@ -26,6 +26,7 @@ LEVELS = [
     {"moco.training", "moco.submission", "moco.presets"},
     {"moco.tracking"},
     {"moco.stages", "moco.cluster"},
+    {"moco.labelling"},
     {"moco.cli_options"},
     {"moco.cli_cluster", "moco.cli_runs"},
     {"moco.cli"},

@@ -100,6 +100,20 @@ def request(
     stage.run(load(params, {"request.budget": budget, "request.strategy": strategy}))
 
 
+@app.command()
+def label(
+    params: Params = PARAMS,
+    reply: Annotated[Path, typer.Option(help="Where answers go; an unfinished one is continued.")] = Path(
+        "labels/reply.csv"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any that is free.")] = 0,
+) -> None:
+    """Answer a request by hand, on a page in the browser: one key an image, every answer saved at once."""
+    from moco.labelling import server
+
+    server.run(load(params), reply, port, typer.echo)
+
+
 @app.command("train_extra")
 def train_extra(params: Params = PARAMS) -> None:
     """Train a linear classifier with extra labels; writes models/classifier_extra/."""

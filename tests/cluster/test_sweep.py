@@ -46,7 +46,8 @@ def test_every_combination_is_a_task_and_values_are_read_as_params_yaml_reads_th
     ("job", "key", "once", "shared"),
     [
         ("pipeline", "pretrain.temperature=0.1,0.2", ["baseline"], ("data", "baseline")),
-        ("pipeline", "finetune.lr=1,2", ["pretrain", "train", "baseline", "eval", "request", "train_extra", "eval_extra"],
+        ("pipeline", "finetune.lr=1,2",
+         ["pretrain", "train", "baseline", "eval", "request", "train_extra", "eval_extra"],
          ("data", "pretrain", "train", "baseline", "request", "train_extra", "eval", "eval_extra")),
         ("pipeline", "data.generated.seed=1,2", [], ()),
         ("train", "train.lr=1,2", [], ("data", "pretrain")),

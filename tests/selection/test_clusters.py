@@ -75,9 +75,9 @@ def test_typical_images_lie_where_it_is_dense_and_small_clusters_wait() -> None:
 
 
 def test_more_is_asked_for_than_there_are_clusters() -> None:
-    features, truth = blobs((40, 30, 20, 10))
+    features, _ = blobs((40, 30, 20, 10))
     known = features[torch.tensor([0, 40, 70, 90])]
-    rows, _, _ = typical(features, torch.ones(100, dtype=torch.bool), known.repeat(1, 1), 60, seeded())
+    rows, _, _ = typical(features, torch.ones(100, dtype=torch.bool), known, 60, seeded())
     assert len(set(rows.tolist())) == 60
 
 

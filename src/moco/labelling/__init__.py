@@ -1,0 +1,1 @@
+"""A page in the browser to answer a label request by hand."""

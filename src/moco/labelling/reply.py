@@ -1,0 +1,82 @@
+"""A reply to a request: the form with its column `label` filled in, written whole after every answer."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from moco.data.label_files import Line, read_lines
+from moco.errors import UserError
+from moco.files import write_text
+
+
+class Reply:
+    """The rows of a reply, in the order in which they are shown: similar images one after the other.
+
+    names, labels ('' where there is none yet), contents: of the rows. Raises UserError where the form or an existing
+    reply cannot be read, or the reply is one to another request.
+    """
+
+    def __init__(self, form: Path, path: Path, classes: list[str]) -> None:
+        self.path, self.classes = path, classes
+        if not form.is_file():
+            raise UserError(f"{form}: not found; run `moco request` first")
+        source = path if path.exists() else form
+        self.header, self.rows = _table(source)
+        lines = read_lines(source)
+        if path.exists() and (asked := _contents(form)) != (mine := {line.content for line in lines}):
+            raise UserError(
+                f"{path}: answers another request than {form} ({len(mine & asked)} of {len(asked)} images are the "
+                "same); name another file with --reply"
+            )
+        for line in lines:
+            if line.label and line.label not in classes and not _number(line.label, classes):
+                raise UserError(f"{line.place}: label '{line.label}' is no class; correct it there first")
+        cluster = self.header.index("cluster") if "cluster" in self.header else None
+        first: dict[str, int] = {}
+        for place, row in enumerate(self.rows):
+            first.setdefault(row[cluster] if cluster is not None else "", place)
+        order = sorted(
+            range(len(lines)),
+            key=lambda place: (first[self.rows[place][cluster] if cluster is not None else ""], place),
+        )
+        self.order = order
+        self.lines: list[Line] = [lines[place] for place in order]
+        self.labels = [self._name(line.label) for line in self.lines]
+
+    def answer(self, place: int, label: str) -> None:
+        """Sets the label of the row shown at `place`, '' takes it back, and writes the file."""
+        self.labels[place] = label
+        column = self.header.index("label")
+        for shown, row in enumerate(self.order):
+            self.rows[row][column] = self.labels[shown]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        write_text(self.path, text.getvalue())
+
+    @property
+    def answered(self) -> int:
+        return sum(label != "" for label in self.labels)
+
+    def _name(self, label: str) -> str:
+        return self.classes[int(label)] if _number(label, self.classes) and label not in self.classes else label
+
+
+def _number(label: str, classes: list[str]) -> bool:
+    return label.isascii() and label.isdigit() and int(label) < len(classes)
+
+
+def _contents(form: Path) -> set[str]:
+    return {line.content for line in read_lines(form)}
+
+
+def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file, strict=True) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV: {error}") from None
+    if not rows or not {"image", "label", "content"} <= {name.strip() for name in rows[0]}:
+        raise UserError(f"{path}: not a request's form, which has the columns image, label and content")
+    return [name.strip() for name in rows[0]], rows[1:]

@@ -1,0 +1,167 @@
+"""The page's server: on this machine alone, for whoever has the token."""
+
+from __future__ import annotations
+
+import hmac
+import io
+import json
+import secrets
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from moco.config import Config
+from moco.data.manifest import load_manifest
+from moco.data.prepare import open_decoded
+from moco.errors import Interrupted, Say, UserError
+from moco.labelling.reply import Reply
+from moco.stages.workspace import FORM, MANIFEST, scratch_folder
+
+HOST = "127.0.0.1"
+LONGEST = 10_000  # bytes of an answer
+
+
+def run(config: Config, path: Path, port: int, say: Say) -> None:
+    """Serves until it is stopped by a signal. Raises UserError where form, reply and pool do not fit each other."""
+    manifest = load_manifest(MANIFEST)
+    pool = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"]
+    reply = Reply(FORM, path, manifest.classes)
+    rows = {bytes(digest).hex(): row for row, digest in enumerate(pool.digests)}
+    for line in reply.lines:
+        if line.content not in rows:
+            raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool; run `moco request` again")
+
+    def picture(place: int) -> np.ndarray:
+        return np.asarray(pool.images[rows[reply.lines[place].content]])
+
+    server = make_server(reply, picture, port)
+    say(f"label: {reply.answered} of {len(reply.lines)} images answered; answers go to {path}")
+    say(f"label: open {address(server)} in a browser on this machine; Ctrl-C ends it, nothing gets lost")
+    say(f"label: from your desk: ssh -L {server.server_port}:{HOST}:{server.server_port} USER@THIS-MACHINE")
+    try:
+        server.serve_forever()
+    except (Interrupted, KeyboardInterrupt):
+        say(f"label: {reply.answered} of {len(reply.lines)} images answered in {path}")
+        if reply.answered:
+            say(f"label: to train with them, set train_extra.labels: {path}")
+    finally:
+        server.server_close()
+
+
+def address(server: Server) -> str:
+    """With the token."""
+    return f"http://{HOST}:{server.server_port}/?token={server.token}"
+
+
+class Server(ThreadingHTTPServer):
+    """token: what a request must bring."""
+
+    token: str
+
+
+def make_server(reply: Reply, picture: Callable[[int], np.ndarray], port: int) -> Server:
+    """Bound to localhost; port 0 takes a free one. picture: uint8 H x W x 3 of the image shown at a place. Raises
+    UserError where the port is taken."""
+    token, nonce, lock = secrets.token_urlsafe(24), secrets.token_urlsafe(12), Lock()
+    page = files("moco.labelling").joinpath("page.html").read_text(encoding="utf-8").replace("NONCE", nonce)
+    policy = (
+        f"default-src 'none'; img-src 'self'; connect-src 'self'; script-src 'nonce-{nonce}'; "
+        f"style-src 'nonce-{nonce}' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
+    )
+
+    class Handler(BaseHTTPRequestHandler):
+        """Answers GET / (the page), /state, /image/PLACE, and POST /answer."""
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            if not self._allowed():
+                return
+            if path == "/":
+                self._send(page.encode(), "text/html; charset=utf-8")
+            elif path == "/state":
+                names = [line.name for line in reply.lines]
+                state = {"classes": reply.classes, "names": names, "labels": reply.labels}
+                self._send(json.dumps(state).encode(), "application/json")
+            elif path.startswith("/image/") and (place := _place(path[7:], len(reply.lines))) is not None:
+                data = io.BytesIO()
+                Image.fromarray(picture(place)).save(data, "png")
+                self._send(data.getvalue(), "image/png")
+            else:
+                self._refuse(404, "not found")
+
+        def do_POST(self) -> None:
+            if not self._allowed():
+                return
+            length = _place(self.headers.get("Content-Length", ""), LONGEST)
+            try:
+                given = json.loads(self.rfile.read(length or 0))
+                place, label = given["place"], given["label"]
+            except (ValueError, KeyError, TypeError):
+                self._refuse(400, "an object with place and label is expected")
+                return
+            if type(place) is not int or not 0 <= place < len(reply.lines):
+                self._refuse(400, "no such image")
+            elif label != "" and label not in reply.classes:
+                self._refuse(400, "no such class")
+            elif urlsplit(self.path).path != "/answer":
+                self._refuse(404, "not found")
+            else:
+                self._answer(place, label)
+
+        def _answer(self, place: int, label: str) -> None:
+            try:
+                with lock:
+                    reply.answer(place, label)
+            except UserError as error:
+                self._refuse(500, str(error))
+            else:
+                self._send(b"saved", "text/plain")
+
+        def _allowed(self) -> bool:
+            """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
+            wanted = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}  # type: ignore[attr-defined]
+            given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+            if self.headers.get("Host") not in wanted:
+                self._refuse(403, "wrong host")
+                return False
+            if not hmac.compare_digest(given.encode(), token.encode()):
+                self._refuse(403, "wrong token; open the address that `moco label` printed")
+                return False
+            return True
+
+        def _refuse(self, code: int, why: str) -> None:
+            self._send(why.encode(), "text/plain; charset=utf-8", code)
+
+        def _send(self, content: bytes, kind: str, code: int = 200) -> None:
+            self.send_response(code)
+            for name, value in (
+                ("Content-Type", kind), ("Content-Length", str(len(content))), ("Content-Security-Policy", policy),
+                ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+                ("Referrer-Policy", "no-referrer"),
+            ):  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """The terminal is for what the user must know."""
+
+    try:
+        server = Server((HOST, port), Handler)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; name another, or 0 for any that is free") from None
+    server.daemon_threads = True
+    server.token = token
+    return server
+
+
+def _place(text: str, count: int) -> int | None:
+    """A whole number below `count`, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 and int(text) < count else None

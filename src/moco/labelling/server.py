@@ -60,106 +60,109 @@ def address(server: Server) -> str:
     return f"http://{HOST}:{server.server_port}/?token={server.token}"
 
 
-class Server(ThreadingHTTPServer):
-    """token: what a request must bring."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET / (the page), /state, /image/PLACE, and POST /answer."""
 
-    token: str
+    server: Server
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if not self._allowed():
+            return
+        if path == "/":
+            self._send(self.server.page.encode(), "text/html; charset=utf-8")
+        elif path == "/state":
+            names = [line.name for line in self.server.reply.lines]
+            state = {"classes": self.server.reply.classes, "names": names, "labels": self.server.reply.labels}
+            self._send(json.dumps(state).encode(), "application/json")
+        elif path.startswith("/image/") and (place := _place(path[7:], len(self.server.reply.lines))) is not None:
+            data = io.BytesIO()
+            Image.fromarray(self.server.picture(place)).save(data, "png")
+            self._send(data.getvalue(), "image/png")
+        else:
+            self._refuse(404, "not found")
+
+    def do_POST(self) -> None:
+        if not self._allowed():
+            return
+        length = _place(self.headers.get("Content-Length", ""), LONGEST)
+        try:
+            given = json.loads(self.rfile.read(length or 0))
+            place, label = given["place"], given["label"]
+        except (ValueError, KeyError, TypeError):
+            self._refuse(400, "an object with place and label is expected")
+            return
+        if type(place) is not int or not 0 <= place < len(self.server.reply.lines):
+            self._refuse(400, "no such image")
+        elif label != "" and label not in self.server.reply.classes:
+            self._refuse(400, "no such class")
+        elif urlsplit(self.path).path != "/answer":
+            self._refuse(404, "not found")
+        else:
+            self._answer(place, label)
+
+    def _answer(self, place: int, label: str) -> None:
+        try:
+            with self.server.lock:
+                self.server.reply.answer(place, label)
+        except UserError as error:
+            self._refuse(500, str(error))
+        else:
+            self._send(b"saved", "text/plain")
+
+    def _allowed(self) -> bool:
+        """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
+        wanted = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+        if self.headers.get("Host") not in wanted:
+            self._refuse(403, "wrong host")
+            return False
+        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
+            self._refuse(403, "wrong token; open the address that `moco label` printed")
+            return False
+        return True
+
+    def _refuse(self, code: int, why: str) -> None:
+        self._send(why.encode(), "text/plain; charset=utf-8", code)
+
+    def _send(self, content: bytes, kind: str, code: int = 200) -> None:
+        self.send_response(code)
+        for name, value in (
+            ("Content-Type", kind), ("Content-Length", str(len(content))),
+            ("Content-Security-Policy", self.server.policy), ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The terminal is for what the user must know."""
+
+
+class Server(ThreadingHTTPServer):
+    """token: what a request must bring. picture: uint8 H x W x 3 of the image shown at a place."""
+
+    daemon_threads = True
+
+    def __init__(self, reply: Reply, picture: Callable[[int], np.ndarray], port: int) -> None:
+        self.reply, self.picture, self.lock = reply, picture, Lock()
+        self.token, nonce = secrets.token_urlsafe(24), secrets.token_urlsafe(12)
+        page = files("moco.labelling").joinpath("page.html").read_text(encoding="utf-8")
+        self.page = page.replace("NONCE", nonce)
+        self.policy = (
+            f"default-src 'none'; img-src 'self'; connect-src 'self'; script-src 'nonce-{nonce}'; "
+            f"style-src 'nonce-{nonce}'; frame-ancestors 'none'; base-uri 'none'"
+        )
+        super().__init__((HOST, port), Handler)
 
 
 def make_server(reply: Reply, picture: Callable[[int], np.ndarray], port: int) -> Server:
-    """Bound to localhost; port 0 takes a free one. picture: uint8 H x W x 3 of the image shown at a place. Raises
-    UserError where the port is taken."""
-    token, nonce, lock = secrets.token_urlsafe(24), secrets.token_urlsafe(12), Lock()
-    page = files("moco.labelling").joinpath("page.html").read_text(encoding="utf-8").replace("NONCE", nonce)
-    policy = (
-        f"default-src 'none'; img-src 'self'; connect-src 'self'; script-src 'nonce-{nonce}'; "
-        f"style-src 'nonce-{nonce}' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
-    )
-
-    class Handler(BaseHTTPRequestHandler):
-        """Answers GET / (the page), /state, /image/PLACE, and POST /answer."""
-
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            if not self._allowed():
-                return
-            if path == "/":
-                self._send(page.encode(), "text/html; charset=utf-8")
-            elif path == "/state":
-                names = [line.name for line in reply.lines]
-                state = {"classes": reply.classes, "names": names, "labels": reply.labels}
-                self._send(json.dumps(state).encode(), "application/json")
-            elif path.startswith("/image/") and (place := _place(path[7:], len(reply.lines))) is not None:
-                data = io.BytesIO()
-                Image.fromarray(picture(place)).save(data, "png")
-                self._send(data.getvalue(), "image/png")
-            else:
-                self._refuse(404, "not found")
-
-        def do_POST(self) -> None:
-            if not self._allowed():
-                return
-            length = _place(self.headers.get("Content-Length", ""), LONGEST)
-            try:
-                given = json.loads(self.rfile.read(length or 0))
-                place, label = given["place"], given["label"]
-            except (ValueError, KeyError, TypeError):
-                self._refuse(400, "an object with place and label is expected")
-                return
-            if type(place) is not int or not 0 <= place < len(reply.lines):
-                self._refuse(400, "no such image")
-            elif label != "" and label not in reply.classes:
-                self._refuse(400, "no such class")
-            elif urlsplit(self.path).path != "/answer":
-                self._refuse(404, "not found")
-            else:
-                self._answer(place, label)
-
-        def _answer(self, place: int, label: str) -> None:
-            try:
-                with lock:
-                    reply.answer(place, label)
-            except UserError as error:
-                self._refuse(500, str(error))
-            else:
-                self._send(b"saved", "text/plain")
-
-        def _allowed(self) -> bool:
-            """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
-            wanted = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}  # type: ignore[attr-defined]
-            given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-            if self.headers.get("Host") not in wanted:
-                self._refuse(403, "wrong host")
-                return False
-            if not hmac.compare_digest(given.encode(), token.encode()):
-                self._refuse(403, "wrong token; open the address that `moco label` printed")
-                return False
-            return True
-
-        def _refuse(self, code: int, why: str) -> None:
-            self._send(why.encode(), "text/plain; charset=utf-8", code)
-
-        def _send(self, content: bytes, kind: str, code: int = 200) -> None:
-            self.send_response(code)
-            for name, value in (
-                ("Content-Type", kind), ("Content-Length", str(len(content))), ("Content-Security-Policy", policy),
-                ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                ("Referrer-Policy", "no-referrer"),
-            ):  # fmt: skip
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """The terminal is for what the user must know."""
-
+    """Bound to localhost; port 0 takes a free one. Raises UserError where the port is taken."""
     try:
-        server = Server((HOST, port), Handler)
+        return Server(reply, picture, port)
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; name another, or 0 for any that is free") from None
-    server.daemon_threads = True
-    server.token = token
-    return server
 
 
 def _place(text: str, count: int) -> int | None:

@@ -166,6 +166,11 @@ class BaselineConfig(SupervisedConfig):
 class FinetuneConfig(SupervisedConfig):
     """All weights of the linear classifier, trained further."""
 
+    start: Literal["classifier", "encoder"]
+    layer_decay: PositiveShare
+    label_smoothing: Share
+    mixup: NotNegative
+    batch_norm: Literal["batch", "frozen"]
     holdout: PositiveShare
     checkpoint_every: Count
 

@@ -12,8 +12,9 @@ from moco.selection.clusters import cluster_margin, k_medoids, typical
 from moco.selection.coverage import herd, k_centre
 from moco.selection.kmeans import kmeans
 
+SAMPLE = 50_000  # rows that principal components are computed from
+BLOCK = 16_384  # rows at a time, so that nothing of the features' size is made beside them
 NEEDS_CLASSIFIER = ("uncertainty_herding", "margin")
-NEEDS_LOSSES = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,17 @@ def uncertainty(probabilities: Tensor | None) -> Tensor:
     return 1 - (top[:, 0] - top[:, 1])
 
 
-def reduced(features: Tensor, width: int, generator_seed: int = 0) -> Tensor:
-    """Rows of unit length, N x min(D, width): what principal components keep of unit-length features, not centred, so
-    that cosines stay what they were but for what is left out."""
-    unit = F.normalize(features, dim=1)
-    if unit.shape[1] <= width:
-        return unit
-    sample = torch.randperm(len(unit), generator=torch.Generator().manual_seed(generator_seed))[:50_000]
-    part = unit[sample.to(unit.device)].double()
-    _, directions = torch.linalg.eigh(part.T @ part)
-    return F.normalize(unit @ directions[:, -width:].flip(1).to(unit.dtype), dim=1)
+def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:
+    """Rows of unit length, fp32, N x min(D, width): what principal components keep of unit-length features, not
+    centred, so that cosines stay what they were but for what is left out. features: N x D, of any precision."""
+    if features.shape[1] <= width:
+        return F.normalize(features.float(), dim=1)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:SAMPLE].to(features.device)
+    moments = torch.zeros(features.shape[1], features.shape[1], device=features.device)
+    for rows in chosen.split(BLOCK):
+        part = F.normalize(features[rows].float(), dim=1)
+        moments.addmm_(part.T, part)
+    _, directions = torch.linalg.eigh(moments)
+    kept = directions[:, -width:].flip(1)
+    parts = [F.normalize(F.normalize(part.float(), dim=1) @ kept, dim=1) for part in features.split(BLOCK)]
+    return torch.cat(parts)

@@ -1,9 +1,9 @@
 """Stage `finetune`: trains all weights of the linear classifier further, on the labelled images.
 
-It starts from model_sub.pth, with one exception. The epoch is to be chosen on images that were not trained on, but
-with `train.refit` the last layer has seen all of train. So that layer is fitted again, as stage `train` does it and
-for as many epochs, without the held-out images; where `train` has held out the same ones and not refitted, that gives
-the layer of model_sub.pth to the bit.
+It starts from the encoder with a new last layer, or from model_sub.pth, with one exception. The epoch is to be chosen
+on images that were not trained on, but with `train.refit` the last layer has seen all of train. So that layer is fitted
+again, as stage `train` does it and for as many epochs, without the held-out images; where `train` has held out the same
+ones and not refitted, that gives the layer of model_sub.pth to the bit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
-from moco.files import write_text
-from moco.model.encoder import build_encoder
+from moco.files import sha256, write_text
+from moco.model.encoder import build_encoder, feature_width
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
-from moco.stages.supervised import SupervisedStep, train_supervised
+from moco.stages.encoder_file import load_encoder
+from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import feature_sets, linear_views
 from moco.stages.workspace import (
     CLASSIFIER,
+    ENCODER,
     FINETUNED,
     HOUSEKEEPING,
     MANIFEST,
@@ -93,7 +95,7 @@ def run(config: Config) -> None:
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads)
     manifest = load_manifest(MANIFEST)
-    start = read_classifier(CLASSIFIER)
+    start = read_classifier(CLASSIFIER) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
     if start.classes != manifest.classes:
         raise UserError(f"{CLASSIFIER}: made for other classes than the data has; run `moco train` again")
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
@@ -122,13 +124,14 @@ def _run(
     checkpoints = CheckpointFolder(folder.path, KEEP)
     saved = checkpoints.newest(say)
     network = _network(start, manifest)
-    if saved is None:
+    if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, train, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
     precision = choose_precision(config.pretrain.precision, device)
+    tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
     step = SupervisedStep(
-        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision
+        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision, tuning
     )  # fmt: skip
     state = LoopState(**saved["loop"]) if saved else LoopState()
     choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
@@ -157,6 +160,19 @@ def _run(
         "images_seen": state.step * sampler.batch_size,
     }
     _write(config, Classifier(start.architecture, settings=chain, **choice.best), manifest, results, record, state)
+
+
+def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
+    """The encoder with a last layer of small random weights (arXiv 1911.05722, section 4.1)."""
+    encoder = load_encoder(ENCODER)
+    network = build_encoder(encoder.architecture, len(manifest.classes))
+    width, generator = feature_width(network), torch.Generator().manual_seed(config.finetune.seed)
+    weight = torch.randn(len(manifest.classes), width, generator=generator) * 0.01
+    layer = {"fc.weight": weight, "fc.bias": torch.zeros(len(manifest.classes))}
+    settings = {**encoder.settings, **{name: str(value) for name, value in flatten(config.train, "train").items()}}
+    return TrainedClassifier(
+        encoder.architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER)
+    )
 
 
 def _network(start: TrainedClassifier, manifest: Manifest) -> nn.Module:

@@ -5,6 +5,8 @@ Nobody is asked for what is labelled already (in train, val or the extra labels)
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.numerics import choose_precision
+
+BLOCK = 16_384  # images whose features are there in full at a time
+Probabilities = Callable[[np.ndarray], Tensor]  # B x H x W x 3 uint8 -> B x C
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def run(config: Config) -> None:
     ):
         record.start(chain, origin(config, manifest, inputs.device))
         say(f"request: features of {len(pool.images)} images on {inputs.device}")
-        problem, probabilities = _pool(config, inputs, known, candidates)
+        problem, classified = _pool(config, inputs, known, candidates)
         choice, copies = _choose(config, problem, pool, known)
         rows = choice.rows.numpy()
         names = pool_names(rows, config.data, manifest, pool, say)
@@ -81,7 +86,8 @@ def run(config: Config) -> None:
             choice.clusters.tolist(),
             labels,
         )
-        summary = _summary(config, problem, probabilities, choice, copies, manifest)
+        expected = classified(asked.images) if classified is not None and len(rows) else None
+        summary = _summary(config, problem, expected, choice, copies, manifest)
         write_request(asked, summary, record)
         folder.finish()
     say(f"request: {len(rows)} images by {section.strategy} -> {FORM}")
@@ -108,36 +114,43 @@ def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
     return found
 
 
-def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) -> tuple[Pool, Tensor | None]:
-    """What strategies choose from, and the classifier's probabilities, N x C, where there is a classifier."""
+def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) -> tuple[Pool, Probabilities | None]:
+    """What strategies choose from; and, where there is a classifier, what it says of some images of the pool."""
     section, encoder, device = config.request, inputs.encoder, inputs.device
-    precision = choose_precision(config.pretrain.precision, device)
     network = build_encoder(encoder.architecture, len(inputs.manifest.classes))
     load_body(network, encoder.weights)
-    last = last_width(network)
+    last = last_width(network)  # of the features that contrast shaped
     layer = _layer(encoder, section.strategy)
     body = strip_head(network).to(device).to(memory_format=torch.channels_last)
     views, images = linear_views(inputs.manifest, device), inputs.splits["unlabeled"].images
+    precision = choose_precision(config.pretrain.precision, device)
 
-    def of(images: np.ndarray) -> Tensor:
-        return features.extract(body, images, views.plain, batch_size=FEATURE_BATCH, device=device, precision=precision)
+    def blocks(images: np.ndarray) -> Iterator[Tensor]:
+        for first in range(0, len(images), BLOCK):
+            yield features.extract(
+                body, images[first : first + BLOCK], views.plain, batch_size=FEATURE_BATCH, device=device,
+                precision=precision,
+            )  # fmt: skip
 
-    all_features = of(images)
-    probabilities = None
-    if layer is not None:
-        probabilities = torch.softmax(all_features @ layer.weight.T.cpu() + layer.bias.cpu(), 1).detach()
+    def classified(images: np.ndarray) -> Tensor:
+        assert layer is not None
+        return torch.cat([torch.softmax(block @ layer.weight.T + layer.bias, 1) for block in blocks(images)])
+
+    # In half precision, and only once: features of half a million images take gigabytes.
+    wide = torch.empty(len(images) + len(known.images), last, dtype=torch.float16, device=device)
+    first = 0
+    for block in itertools.chain(blocks(images), blocks(known.images)):
+        wide[first : first + len(block)] = block[:, -last:].to(device)
+        first += len(block)
+    small = reduced(wide, section.dimensions)
+    del wide
+    chances = classified(images).to(device) if section.strategy in NEEDS_CLASSIFIER else None
     losses = None
     if section.strategy == "loss":
         losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
-    joined = torch.cat([all_features[:, -last:], of(known.images)[:, -last:]]).to(
-        device
-    )  # the stage that contrast shaped
-    small = reduced(joined, section.dimensions)
-    chances = probabilities.to(device) if probabilities is not None else None
-    return (
-        Pool(small[: len(images)], torch.from_numpy(candidates).to(device), small[len(images) :], chances, losses),
-        probabilities,
-    )
+    usable = torch.from_numpy(candidates).to(device)
+    pool = Pool(small[: len(images)], usable, small[len(images) :], chances, losses)
+    return pool, classified if layer is not None else None
 
 
 def _layer(encoder: EncoderFile, strategy: str) -> nn.Linear | None:
@@ -153,7 +166,7 @@ def _layer(encoder: EncoderFile, strategy: str) -> nn.Linear | None:
     weight, bias = found.weights["fc.weight"], found.weights["fc.bias"]
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer
+    return layer.requires_grad_(False)
 
 
 def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> tuple[Choice, int]:
@@ -190,8 +203,9 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
 def _summary(
     config: Config, pool: Pool, probabilities: Tensor | None, choice: Choice, copies: int, manifest: Manifest
 ) -> dict[str, Any]:
-    """Numbers for the report. coverage: the mean kernel of the pool's images with the nearest labelled one, before the
-    request and once it is answered; expected: labels of each class that the classifier expects."""
+    """Numbers for the report. probabilities: the classifier's, of what is asked for. coverage: the mean kernel of the
+    pool's images with the nearest labelled one, before the request and once it is answered; expected: labels of each
+    class that the classifier expects."""
     rows = choice.rows.to(pool.features.device)
     bandwidth = config.request.bandwidth
     after = torch.cat([pool.labelled, pool.features[rows]])
@@ -203,6 +217,6 @@ def _summary(
         "coverage_after": coverage(pool.features, after, bandwidth),
     }
     if probabilities is not None:
-        expected = probabilities[choice.rows].sum(0).tolist()
+        expected = probabilities.sum(0).tolist()
         found["expected"] = {name: round(value, 1) for name, value in zip(manifest.classes, expected, strict=True)}
     return found

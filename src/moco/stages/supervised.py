@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,31 @@ from moco.training.schedules import lr_factor, scaled_lr
 BATCH = 256  # images, when measuring
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """layer_decay: each stage's learning rate as a share of that of the stage after it. label_smoothing: share of the
+    target that goes to all classes alike. mixup: alpha (arXiv 1710.09412), 0 for none. frozen_norms: BatchNorm keeps
+    its running statistics and normalises with them."""
+
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    frozen_norms: bool = False
+
+
+def layer_groups(network: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: the stem, each stage, the last layer; `scale` of their learning rates."""
+    if decay == 1:
+        return [{"params": list(network.parameters()), "scale": 1.0}]
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        words = name.split(".")
+        part = ".".join(words[:2]) if words[0] == "layers" else words[0]  # small_resnet's stages are one Sequential
+        parts.setdefault("stem" if part in ("conv1", "bn1") else part, []).append(parameter)
+    last = len(parts) - 1
+    return [{"params": each, "scale": decay ** (last - depth)} for depth, each in enumerate(parts.values())]
+
+
 class SupervisedStep:
     """Callable for the loop: cross-entropy on random crops of labelled images.
 
@@ -33,15 +59,15 @@ class SupervisedStep:
 
     def __init__(
         self, network: nn.Module, labels: Tensor, views: Views, section: SupervisedConfig,
-        batch_size: int, device: torch.device, precision: torch.dtype,
+        batch_size: int, device: torch.device, precision: torch.dtype, tuning: Tuning = Tuning(),
     ) -> None:  # fmt: skip
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.labels, self.views, self.section = labels, views, section
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.tuning = device, precision, tuning
         self.peak_lr = scaled_lr(section.lr, batch_size)
         self.optimizer = torch.optim.SGD(
-            network.parameters(), lr=self.peak_lr, momentum=section.sgd_momentum, weight_decay=section.weight_decay,
-            nesterov=section.sgd_momentum > 0,
+            layer_groups(network, tuning.layer_decay), lr=self.peak_lr, momentum=section.sgd_momentum,
+            weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
@@ -49,17 +75,35 @@ class SupervisedStep:
         section = self.section
         factor = lr_factor(section.schedule, fraction, section.warmup, section.milestones)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr * factor
+            group["lr"] = self.peak_lr * factor * group.get("scale", 1.0)  # not in older states
         generator = step_generator(section.seed, number)
         self.network.train()
+        if self.tuning.frozen_norms:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         batch = self.views(self.views.to_unit(images), generator)
+        targets = self._targets(indices)
+        if self.tuning.mixup:
+            share = np.random.default_rng((section.seed, number)).beta(self.tuning.mixup, self.tuning.mixup)
+            other = torch.randperm(len(batch), generator=generator).to(self.device)
+            batch, targets = torch.lerp(batch[other], batch, share), torch.lerp(targets[other], targets, share)
         with autocast(self.device, self.precision):
-            loss = F.cross_entropy(self.network(batch), self.labels[indices].to(self.device))
+            loss = F.cross_entropy(self.network(batch), targets)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.detach(), "lr": self.peak_lr * factor}
+
+    def _targets(self, indices: np.ndarray) -> Tensor:
+        """Labels B, or, where they are smoothed or mixed, shares of the classes, B x C."""
+        labels, tuning = self.labels[indices].to(self.device), self.tuning
+        if not tuning.mixup and not tuning.label_smoothing:
+            return labels
+        classes = self.network.fc.out_features  # type: ignore[union-attr]
+        shares = F.one_hot(labels, classes).float()  # type: ignore[arg-type]
+        return shares.lerp(torch.full_like(shares, 1 / shares.shape[1]), tuning.label_smoothing)
 
     def state(self) -> dict[str, Any]:
         """Network, optimizer and loss scale. Random numbers need no saving."""

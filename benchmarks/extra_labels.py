@@ -1,0 +1,108 @@
+"""Accuracy on val over the number of extra labels, chosen at random, all of them right.
+
+    python benchmarks/extra_labels.py PROJECT [ORACLE] [--labels 0 100 500 2000] [--seeds 5] [--plot PNG]
+
+PROJECT: a folder in which `moco pretrain` has run. ORACLE: int64 labels of its pool; not needed where the project's images
+are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage `train`'s
+classifier is fitted with the settings of the project, on the same held-out images. A shifted file is tried as well:
+the agreement that `train_extra` checks before training is printed for right and for slipped labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco.data.batches import gather
+from moco.data.cache import DecodedSplit
+from moco.data.manifest import load_manifest
+from moco.data.pool_names import drawn_labels
+from moco.data.prepare import open_decoded
+from moco.model.encoder import build_encoder, load_body, strip_head
+from moco.params import load
+from moco.stages.encoder_file import load_encoder
+from moco.stages.train import classify, linear_views
+from moco.stages.workspace import scratch_folder
+from moco.training.label_check import check_labels
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("project", type=Path)
+    parser.add_argument("oracle", type=Path, nargs="?")
+    parser.add_argument("--labels", type=int, nargs="+", default=[0, 100, 500, 2000])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    oracle = torch.load(args.oracle.resolve(), weights_only=True).numpy() if args.oracle else None
+    picture = args.plot and args.plot.absolute()
+    os.chdir(args.project)
+    config, manifest = load(Path("params.yaml")), load_manifest(Path("models/manifest.json"))
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), print)
+    pool, known = splits["unlabeled"], {bytes(d) for name in ("train", "val") for d in splits[name].digests}
+    truth = drawn_labels(np.arange(len(pool.images)), config.data) if oracle is None else oracle
+    usable = np.array([row for row, digest in enumerate(pool.digests) if bytes(digest) not in known])
+    encoder = load_encoder(Path("models/encoder.pth"))
+    network = build_encoder(encoder.architecture, len(manifest.classes))
+    load_body(network, encoder.weights)
+    body, views = strip_head(network), linear_views(manifest, CPU)
+    found: dict[int, list[float]] = {count: [] for count in args.labels}
+    for seed in range(args.seeds):
+        order = np.random.default_rng(seed).permutation(usable)
+        section = dataclasses.replace(config.train, seed=seed)
+        for count in args.labels:
+            rows = order[:count]
+            given = dict(splits)
+            if count:
+                given["extra"] = DecodedSplit(gather(pool.images, rows), truth[rows], pool.digests[rows])
+
+            def agreement(features: Tensor, rows: np.ndarray = rows) -> None:
+                labels = splits["train"].labels
+                assert labels is not None
+                first, right = len(labels), torch.from_numpy(truth[rows])
+                for name, new in (("right", right), ("slipped", right.roll(1))):
+                    check = check_labels(
+                        features[:first], torch.from_numpy(labels), features[first:], new, len(manifest.classes)
+                    )
+                    print(f"  {name}: {[f'{run.agreement:.2f}' for run in check.runs]}, refused "
+                          f"{sum(run.suspicious for run in check.runs)} of {len(check.runs)} parts", flush=True)  # fmt: skip
+
+            look = agreement if count and not seed else lambda _: None
+            _, results = classify(
+                body, given, views, section, len(manifest.classes), CPU, lambda *_: None, None, look
+            )  # fmt: skip
+            found[count].append(100 * results["val_accuracy"])
+            print(f"seed {seed}, {count} extra labels: {found[count][-1]:.2f} %", flush=True)
+    print("| extra labels | mean | lowest to highest |\n|---|---|---|")
+    for count, values in found.items():
+        print(f"| {count} | {statistics.mean(values):.1f} % | {min(values):.1f} to {max(values):.1f} |")
+    if picture:
+        plot(found, picture)
+
+
+def plot(found: dict[int, list[float]], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    means = [statistics.mean(values) for values in found.values()]
+    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+    axes.errorbar(list(found), means, yerr=spread, marker="o", capsize=3)
+    axes.set(xlabel="extra labels, chosen at random", ylabel="linear accuracy on val, %")
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The options of fine-tuning: each does what its paper says, and nothing where it is off."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from stage_helpers import run_all
+from torch import nn
+from torchvision.models import resnet18
+
+from conftest import Moco, write_params
+from moco.data.views import Views, recipe
+from moco.model.small_resnet import SmallResNet
+from moco.params import load
+from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
+from moco.training.schedules import scaled_lr
+
+CPU = torch.device("cpu")
+
+
+def stepped(project: Path, tuning: Tuning, network: nn.Module | None = None) -> tuple[SupervisedStep, torch.Tensor]:
+    """A step on images that views leave as they are, and what the network got."""
+    section = load(project / "params.yaml").finetune
+    torch.manual_seed(0)
+    network = network or SmallResNet(5, 4, 2)
+    views = Views(recipe("crop", (1.0, 1.0), (0.1, 2.0)), 32, (0.0,) * 3, (1.0,) * 3, CPU)
+    step = SupervisedStep(network, torch.arange(5).repeat(4), views, section, 4, CPU, torch.float32, tuning)
+    seen: list[torch.Tensor] = []
+    hook = network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8))
+    step(np.array([0, 1, 2, 3]), images, 0.5, 7)
+    hook.remove()
+    return step, seen[0]
+
+
+def loss_of(network: nn.Module, batch: torch.Tensor, targets: torch.Tensor) -> float:
+    network.train()
+    return float(F.cross_entropy(network(batch), targets))
+
+
+def test_smoothed_targets_are_those_of_torch(project: Path) -> None:
+    torch.manual_seed(0)
+    before = SmallResNet(5, 4, 2)
+    step, batch = stepped(project, Tuning(label_smoothing=0.2), copy.deepcopy(before))
+    expected = F.cross_entropy(before.train()(batch), torch.arange(4), label_smoothing=0.2)
+    expected.backward()
+    torch.optim.SGD(before.parameters(), step.optimizer.param_groups[0]["lr"], 0.9, weight_decay=1e-4,
+                    nesterov=True).step()  # fmt: skip
+    for ours, theirs in zip(step.network.parameters(), before.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_mixup_mixes_images_and_targets_alike_and_again_the_same(project: Path) -> None:
+    _, plain = stepped(project, Tuning())
+    step, mixed = stepped(project, Tuning(mixup=1.0))
+    share = np.random.default_rng((step.section.seed, 7)).beta(1.0, 1.0)
+    partners = [
+        next(j for j in range(4) if torch.allclose(share * plain[i] + (1 - share) * plain[j], mixed[i], atol=1e-5))
+        for i in range(4)
+    ]
+    assert sorted(partners) == [0, 1, 2, 3] and 0.01 < share < 0.99
+    again, same = stepped(project, Tuning(mixup=1.0))
+    assert torch.equal(same, mixed)
+    assert all(torch.equal(a, b) for a, b in zip(step.network.parameters(), again.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("network", [SmallResNet(5, 4, 3), resnet18(num_classes=5)])
+def test_earlier_stages_learn_more_slowly(network: nn.Module, project: Path) -> None:
+    groups = layer_groups(network, 0.5)
+    stages = 3 if isinstance(network, SmallResNet) else 4
+    assert [group["scale"] for group in groups] == [0.5**depth for depth in range(stages + 1, -1, -1)]
+    assert groups[-1]["params"][0] is network.fc.weight and groups[0]["params"][0] is network.conv1.weight
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(map(id, network.parameters()))
+    step, _ = stepped(project, Tuning(layer_decay=0.5), network)
+    rates = [group["lr"] for group in step.optimizer.param_groups]
+    assert rates == pytest.approx([rates[-1] * group["scale"] for group in groups])
+    assert rates[-1] == pytest.approx(scaled_lr(step.section.lr, 4) * 0.5, rel=0.01), "cosine, half-way"
+
+
+def test_frozen_norms_keep_their_statistics_and_the_rest_trains(project: Path) -> None:
+    torch.manual_seed(0)
+    network = SmallResNet(5, 4, 2)
+    before = copy.deepcopy(network.state_dict())
+    step, _ = stepped(project, Tuning(frozen_norms=True), network)
+    after = step.network.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert not {name for name in moved if "running" in name or "num_batches" in name}
+    assert "conv1.weight" in moved and "fc.weight" in moved and step.network.training
+    step, _ = stepped(project, Tuning())
+    assert int(step.network.state_dict()["bn1.num_batches_tracked"]) == 1
+
+
+def test_straight_from_the_encoder_no_classifier_is_needed(moco: Moco, project: Path) -> None:
+    write_params(project, finetune__start="encoder", finetune__epochs=1, finetune__lr=1e-9, finetune__weight_decay=0.0,
+                 finetune__layer_decay=0.8, finetune__mixup=0.2, finetune__label_smoothing=0.1)  # fmt: skip
+    run_all(moco, "data", "pretrain", "finetune")
+    found = torch.load(project / "models/finetuned/model_sub.pth", weights_only=True)
+    encoder = torch.load(project / "models/encoder.pth", weights_only=True)["weights"]
+    assert torch.allclose(found["conv1.weight"], encoder["conv1.weight"], atol=1e-5)
+    assert found["fc.weight"].std() == pytest.approx(0.01, rel=0.3) and found["fc.bias"].abs().max() < 1e-6
+    done = moco("eval", "--classifier", "models/finetuned")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr

@@ -2,8 +2,8 @@
 
     python benchmarks/extra_labels.py PROJECT [ORACLE] [--labels 0 100 500 2000] [--seeds 5] [--plot PNG]
 
-PROJECT: a folder in which `moco pretrain` has run. ORACLE: int64 labels of its pool; not needed where the project's images
-are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage `train`'s
+PROJECT: a folder in which `moco pretrain` has run. ORACLE: int64 labels of its pool; not needed where the
+project's images are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage `train`'s
 classifier is fitted with the settings of the project, on the same held-out images. A shifted file is tried as well:
 the agreement that `train_extra` checks before training is printed for right and for slipped labels.
 """
@@ -73,8 +73,8 @@ def main() -> None:
                     check = check_labels(
                         features[:first], torch.from_numpy(labels), features[first:], new, len(manifest.classes)
                     )
-                    print(f"  {name}: {[f'{run.agreement:.2f}' for run in check.runs]}, refused "
-                          f"{sum(run.suspicious for run in check.runs)} of {len(check.runs)} parts", flush=True)  # fmt: skip
+                    parts = " ".join(f"{run.agreement:.2f}{' refused' * run.suspicious}" for run in check.runs)
+                    print(f"  agreement of {name} labels, by part: {parts or 'too few to tell'}", flush=True)
 
             look = agreement if count and not seed else lambda _: None
             _, results = classify(

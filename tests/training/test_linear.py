@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,7 @@ def test_separable_classes_are_learnt(batch_size: int) -> None:
     fitted, log = fit(replace(CONFIG, batch_size=batch_size, epochs=30))
     values = [line["held_out_accuracy"] for line in log]
     assert fitted.accuracy == 1 and values.count(1) > 1
-    assert fitted.epoch == values.index(1) + 1, "the first of several that are equally good"
+    assert fitted.epoch == 30, "none is better than the last"
     assert fitted.weight.shape == (CLASSES, WIDTH) and fitted.bias.shape == (CLASSES,)
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]
 
@@ -117,6 +118,23 @@ def test_the_best_epoch_is_the_first_with_the_highest_held_out_accuracy() -> Non
     assert 1 < fitted.epoch < 40 and min(values) < max(values), "a case in which the choice matters"
     held, labels = blobs(40, 1, noise=3.0)
     assert accuracy(fitted, held[0], labels) == pytest.approx(fitted.accuracy), "the weights are of that epoch"
+
+
+@pytest.mark.parametrize("held_images", [3, 40])
+def test_an_earlier_epoch_must_be_better_by_more_than_chance(held_images: int) -> None:
+    x, labels = blobs(50, 0, noise=3.0)
+    held, held_labels = blobs(held_images, 1, noise=3.0)
+    log: Log = []
+    config = replace(CONFIG, lr=20.0, epochs=40)
+    fitted = fit_linear(x, labels, held[0], held_labels, CLASSES, config, lambda m, epoch: log.append(m))
+    values = [line["held_out_accuracy"] for line in log]
+    best, last = max(values), values[-1]
+    assert best > last, "a case in which the choice matters"
+    error = math.sqrt(best * (1 - best) / len(held_labels))
+    if held_images == 3:
+        assert best - last < error and (fitted.epoch, fitted.accuracy) == (40, last)
+    else:
+        assert best - last > error and (fitted.epoch, fitted.accuracy) == (values.index(best) + 1, best)
 
 
 def test_the_optimizer_state_is_that_of_the_best_epoch() -> None:

@@ -3,9 +3,9 @@
     python benchmarks/extra_labels.py PROJECT [ORACLE] [--labels 0 100 500 2000] [--seeds 5] [--plot PNG]
 
 PROJECT: a folder in which `moco pretrain` has run. ORACLE: int64 labels of its pool; not needed where the
-project's images are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage `train`'s
-classifier is fitted with the settings of the project, on the same held-out images. A shifted file is tried as well:
-the agreement that `train_extra` checks before training is printed for right and for slipped labels.
+project's images are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage
+`train`'s classifier is fitted with the settings of the project, on the same held-out images. A shifted file is tried as
+well: the agreement that `train_extra` checks before training is printed for right and for slipped labels.
 """
 
 from __future__ import annotations

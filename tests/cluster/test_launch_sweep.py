@@ -96,6 +96,7 @@ def test_a_signal_while_the_experiment_is_saved_waits(project: Path) -> None:
     assert done.returncode == 0 and (project / "sweeps/lr/2/saved").exists()
 
 
+@pytest.mark.slow
 def test_an_experiment_that_cannot_be_left_is_tried_again_and_then_an_error(project: Path) -> None:
     once = PUBLISHING + "[ -e tried ] || { touch tried; exit 1; };; esac"
     done, lines = task(project, once, FRESH="data pretrain")

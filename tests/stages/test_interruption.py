@@ -169,6 +169,7 @@ def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) 
     process.communicate()
 
 
+@pytest.mark.slow
 def test_decoding_that_is_stopped_leaves_neither_files_nor_processes(moco: Moco, project: Path) -> None:
     write_dataset(project / "large", unlabeled=5000, size=64)
     text = (project / "params.yaml").read_text().replace("path: dataset", "path: large")

@@ -23,7 +23,7 @@ def by_csv(moco: Moco, project: Path) -> bytes:
     """The classifier that a CSV file of EXTRA gives."""
     (project / "labels.csv").write_text("image,label\n" + "".join(f"{i}.png,{c}\n" for i, c in EXTRA.items()))
     write_params(project, train_extra__labels="labels.csv")
-    run_all(moco, "data", "pretrain", "train", "train_extra")
+    run_all(moco, "data", "pretrain", "train_extra")
     return result(project)
 
 

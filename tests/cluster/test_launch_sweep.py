@@ -8,6 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
 
 

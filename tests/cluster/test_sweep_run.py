@@ -18,7 +18,7 @@ from sweep_helpers import git, repository
 
 from conftest import ROOT, write_params
 from moco.cluster.profile import Profile
-from moco.cluster.slurm import submit
+from moco.cluster.slurm import PIPELINE, submit
 from moco.cluster.sweep import plan
 from moco.errors import UserError
 
@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # Every result names the values and results that it was made from.
 MOCO = f"""#!{sys.executable}
 import json, os, pathlib, sys, time, yaml
-stage, params = sys.argv[1], yaml.safe_load(open("params.yaml"))
+params = yaml.safe_load(open("params.yaml"))
+stage = sys.argv[1] + ("_extra" if "--classifier" in sys.argv else "")
 if os.environ.get("FAIL") == stage: sys.exit(f"{{stage}} fails")
 spec = yaml.safe_load(open("dvc.yaml"))["stages"][stage]
 files = [path for dep in spec["deps"] if dep.startswith("models") for path in [pathlib.Path(dep)]]
@@ -37,7 +38,7 @@ made = {{"stage": stage, "params": {{key: params.get(key) for key in spec["param
 for kind in ("outs", "plots", "metrics"):
     for out in spec.get(kind, []):
         path = pathlib.Path(out if isinstance(out, str) else next(iter(out)))
-        path = path / "model" if path.name in ("classifier", "finetuned") else path
+        path = path / "model" if path.parent.name == "models" and not path.suffix else path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("step,loss\\n1,1\\n" if path.suffix == ".csv" else json.dumps(made))
 done = pathlib.Path("runs", stage, "key", "done")
@@ -70,6 +71,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "src", project / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in (".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "labels", project / "labels")
     write_params(project)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -115,13 +117,13 @@ def test_a_pipeline_sweep_ends_in_experiments_made_from_their_own_values(checkou
     ids = send("pipeline", "train.lr=0.25", name="lr")
     logs = jobs(checkout)
     assert all(log.endswith("exit 0") for log in logs.values()), logs
-    assert len(ids) == 5 and len(logs) == len(ids), "pretrain once, as train.lr does not reach it"
+    assert len(ids) == len(PIPELINE) and len(logs) == len(ids), "pretrain once, as train.lr does not reach it"
     arguments = jobs(checkout, "*.args")
     waits = [re.findall(r"--dependency=(\S+)", words) for words in arguments.values()]
-    assert waits == [[], ["afterok:100"], ["aftercorr:101"], ["aftercorr:102"], ["aftercorr:103"]]
+    assert waits == [[], ["afterok:100"], *([f"aftercorr:{job}"] for job in range(101, 99 + len(PIPELINE)))]
     ((name, commit),) = experiments().items()
     assert name == "lr-1"
-    for stage in ("train", "finetune", "eval"):
+    for stage in ("train", "finetune", "eval", "request", "train_extra", "eval-classifier_extra"):
         found = made(commit, stage)
         while found["stage"] != "train":
             found = found["from"][-1]

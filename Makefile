@@ -30,8 +30,9 @@ demo: install
 	dvc repro
 	moco report
 
+# As many at a time as there are cores, up to four: most of them start processes and wait for these.
 test: install
-	python -m pytest -m "not slow" --durations=5
+	python -m pytest -m "not slow" --durations=5 --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # TESTS: some of them, by folder or file.
 test-slow: install

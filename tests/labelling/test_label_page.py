@@ -35,7 +35,8 @@ HEADER = "image,label,rank,score,cluster,content"
 @pytest.fixture
 def form(tmp_path: Path) -> Path:
     """Six images in two clusters, which take turns."""
-    path = tmp_path / "request.csv"
+    path = tmp_path / "request/request.csv"
+    path.parent.mkdir()
     rows = [f"{i}.png,,{i + 1},0.5,{i % 2},{i:032x}" for i in range(6)]
     path.write_text("\n".join([HEADER, *rows]) + "\n")
     return path
@@ -121,9 +122,13 @@ def test_an_answer_that_cannot_be_written_is_told(form: Path, read_only: Path) -
 
 def test_replies_that_do_not_fit_are_refused(form: Path, tmp_path: Path) -> None:
     path = tmp_path / "reply.csv"
-    path.write_text(f"{HEADER}\n0.png,fox,1,0.5,0,{0:032x}\n")
-    with pytest.raises(UserError, match=r"answers another request than .* \(1 of 6 images.*--reply"):
+    path.write_text(f"{HEADER}\n0.png,cat,1,0.5,0,{0:032x}\n")
+    with pytest.raises(UserError, match=r"answers an earlier request, all of it.*--reply"):
         Reply(form, path, CLASSES)
+    with pytest.raises(UserError, match=r"`dvc repro` replaces"):
+        Reply(form, form.parent / "deeper/reply.csv", CLASSES)
+    with pytest.raises(UserError, match=r"reply.jsonl: a CSV file"):
+        Reply(form, path.with_suffix(".jsonl"), CLASSES)
     path.write_text(form.read_text().replace("3.png,,", "3.png,fox,"))
     with pytest.raises(UserError, match=r"reply.csv:5: label 'fox' is no class"):
         Reply(form, path, CLASSES)
@@ -131,7 +136,28 @@ def test_replies_that_do_not_fit_are_refused(form: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="not a request's form"):
         Reply(form, path, CLASSES)
     with pytest.raises(UserError, match="run `moco request` first"):
-        Reply(tmp_path / "absent.csv", tmp_path / "other.csv", CLASSES)
+        Reply(tmp_path / "none/absent.csv", tmp_path / "other.csv", CLASSES)
+
+
+def test_a_reply_goes_on_when_a_new_request_has_come(form: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels/reply.csv"
+    reply = Reply(form, path, CLASSES)
+    assert not reply.earlier
+    reply.answer(0, "dog")
+    form.write_text(f"{HEADER}\n9.png,,1,0.5,0,{9:032x}\n")
+    again = Reply(form, path, CLASSES)
+    assert again.earlier and again.answered == 1 and len(again.lines) == 6
+    form.unlink()
+    assert not Reply(form, path, CLASSES).earlier, "a reply has all it needs"
+
+
+def test_what_another_program_wrote_is_not_overwritten(form: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels/reply.csv"
+    one, other = Reply(form, path, CLASSES), Reply(form, path, CLASSES)
+    one.answer(0, "dog")
+    with pytest.raises(UserError, match=r"changed by another program.*again"):
+        other.answer(1, "cat")
+    assert other.answered == 0 and labels(path)["0.png"] == "dog" and labels(path)["2.png"] == ""
 
 
 def test_the_command_serves_what_was_asked_and_ends_with_a_count(moco: Moco, project: Path) -> None:
@@ -150,6 +176,7 @@ def test_the_command_serves_what_was_asked_and_ends_with_a_count(moco: Moco, pro
         body = json.dumps({"place": 0, "label": "3"}).encode()
         with urllib.request.urlopen(urllib.request.Request(url, body, {"X-Token": found[2]}), timeout=5) as answer:
             assert answer.read() == b"saved"
+        assert_one_line_error(moco("label"), "labels/reply.csv", "another `moco label` is open on it")
         running.send_signal(signal.SIGINT)
         rest = running.stdout.read()
     assert running.returncode == 0 and "1 of 5 images answered in labels/reply.csv" in rest

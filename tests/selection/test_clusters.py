@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moco.selection import kmeans as module
+from moco.selection import near_copies
 from moco.selection.clusters import cluster_margin, k_medoids, typical
 from moco.selection.kmeans import assign, kmeans
 from moco.selection.near_copies import first_of_each, small_pictures
@@ -89,6 +91,7 @@ def test_margins_are_small_and_from_all_clusters() -> None:
     assert set(truth[rows].tolist()) == {0, 1, 2}
     assert (-scores <= (2 * sure).sort().values[59] + 1e-6).all(), "of the ten times as many least certain"
     assert torch.allclose(uncertainty(probabilities), 1 - 2 * sure, atol=1e-6)
+    assert not uncertainty(torch.ones(5, 1)).any(), "of one class everything is certain"
 
 
 def test_reduced_features_keep_their_cosines() -> None:
@@ -108,3 +111,14 @@ def test_near_copies_are_found_once() -> None:
     assert small.shape == (6, 192)
     assert first_of_each(small, small[:0]).tolist() == [True, True, True, False, False, True]
     assert first_of_each(small, small[1:2]).tolist() == [True, False, True, False, False, True]
+
+
+def test_near_copies_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = 255 * torch.rand(40, 192, generator=seeded())
+    again = torch.randint(40, (200,), generator=seeded())
+    small = pictures[again]
+    first = [number not in again[:place] for place, number in enumerate(again)]
+    assert first_of_each(small, small[:0]).tolist() == first
+    monkeypatch.setattr(near_copies, "BLOCK", 7)
+    assert first_of_each(small, small[:0]).tolist() == first
+    assert not first_of_each(small, pictures).any()

@@ -110,3 +110,15 @@ def test_the_core_set_takes_the_farthest() -> None:
         assert float(distances[place]) == pytest.approx(float(distance.max()), abs=1e-4)
     first, _ = k_centre(features, candidates, features[:0], 3)
     assert first[0] == torch.where(candidates, features @ features.mean(0), -torch.inf).argmax()
+
+
+def test_few_candidates_among_many_rows_are_all_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random part stands for all rows, and may hold fewer candidates than the budget."""
+    monkeypatch.setattr(coverage, "WHOLE", 100)
+    monkeypatch.setattr(coverage, "PART", 50)
+    features, candidates = clustered(1000), torch.zeros(1000, dtype=torch.bool)
+    candidates[[3, 500, 700, 900, 999]] = True
+    rows, _ = herd(features, candidates, features[:0], 5, 0.5, torch.Generator())
+    assert sorted(rows.tolist()) == [3, 500, 700, 900, 999]
+    with pytest.raises(ValueError, match="a budget of 6, and 5"):
+        herd(features, candidates, features[:0], 6, 0.5, torch.Generator())

@@ -136,9 +136,57 @@ def test_strategies_that_need_a_classifier_want_one_of_this_encoder(moco: Moco, 
 
 
 def test_a_budget_of_nothing_asks_for_nothing(moco: Moco, trained: Path) -> None:
-    write_params(trained, request__budget=0)
+    write_params(trained, request__budget=0, train_extra__labels="models/request/request.csv")
     run_all(moco, "request")
     assert form(trained) == [] and not list((trained / "models/request/gallery").iterdir())
+    hands_on(moco, trained)
+
+
+def hands_on(moco: Moco, project: Path) -> None:
+    done = moco("train_extra")
+    assert done.returncode == 0 and "nobody has answered models/request/request.csv" in done.stderr, done.stderr
+    files = [project / f"models/{name}/model_sub.pth" for name in ("classifier", "classifier_extra")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_form_that_nobody_has_answered_trains_nothing(moco: Moco, trained: Path) -> None:
+    write_params(trained, train_extra__labels="models/request/request.csv")
+    run_all(moco, "request")
+    assert len(form(trained)) == 5
+    hands_on(moco, trained)
+
+
+def test_where_all_is_labelled_nothing_is_asked_for(moco: Moco, project: Path) -> None:
+    shutil.rmtree(project / "dataset/unlabeled")
+    shutil.copytree(project / "dataset/train", project / "dataset/unlabeled")
+    run_all(moco, "data", "pretrain")
+    done = moco("request")
+    assert done.returncode == 0 and "every image of the pool has a label" in done.stderr, done.stderr
+    assert form(project) == []
+
+
+def test_the_reply_may_be_named_before_it_is_there(moco: Moco, trained: Path) -> None:
+    write_params(trained, train_extra__labels="labels/reply.csv")
+    done = moco("request")
+    assert done.returncode == 0 and "labels/reply.csv (train_extra.labels): not there yet" in done.stderr
+    answer(trained, form(trained), "empty.csv")
+    write_params(trained, train_extra__labels="empty.csv")
+    run_all(moco, "request")
+    assert len(form(trained)) == 5, "as long as it has no answers, nothing is left out"
+
+
+def test_answers_in_the_form_itself_outlive_the_next_request(moco: Moco, trained: Path) -> None:
+    run_all(moco, "request")
+    run_all(moco, "request")
+    assert not (trained / "labels").exists(), "nobody had filled it in"
+    rows = form(trained)
+    answer(trained, [{**row, "label": "1"} for row in rows], "models/request/request.csv")
+    done = moco("request", "--budget", "3")
+    assert done.returncode == 0 and "are kept in labels/reply-" in done.stderr, done.stderr
+    (kept,) = (trained / "labels").iterdir()
+    with kept.open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["1"] * 5
+    assert len(form(trained)) == 3 and all(row["label"] == "" for row in form(trained))
 
 
 def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> None:

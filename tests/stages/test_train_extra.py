@@ -180,6 +180,14 @@ def test_wrong_header_file_and_setting(moco: Moco, pretrained: Path) -> None:
     assert_one_line_error(moco("train_extra"), "models/classifier: not found", "moco train", "train_extra.labels")
 
 
+def test_labels_that_dvc_does_not_look_at_are_told(moco: Moco, pretrained: Path) -> None:
+    assert "labels.csv lies outside labels/" in moco("train_extra").stderr
+    (pretrained / "labels").mkdir()
+    (pretrained / "labels.csv").rename(pretrained / "labels/mine.csv")
+    write_params(pretrained, train_extra__labels="labels/mine.csv")
+    assert "outside" not in moco("train_extra").stderr
+
+
 def test_the_same_label_twice_is_told_and_used_once(moco: Moco, pretrained: Path) -> None:
     run_all(moco, "train_extra")
     first = result(pretrained)

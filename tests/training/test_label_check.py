@@ -63,8 +63,26 @@ def test_too_few_labels_and_features_that_say_nothing_are_told() -> None:
     assert nothing.runs == []
 
 
-def test_labels_of_one_class_alone_are_right_or_wrong_too() -> None:
-    known, labels = images(300, 0)
-    new, right = images(400, 1)
-    ones = new[right == 1]
-    assert not any(run.suspicious for run in check_labels(known, labels, ones, torch.ones(len(ones)).long(), 10).runs)
+@pytest.mark.parametrize("name", range(CLASSES))
+def test_labels_of_one_class_alone_are_right_or_wrong_too(name: int) -> None:
+    known, labels = images(300, 0, noise=2.0)
+    new, right = images(2000, 1, noise=2.0)
+    ones = new[right == name]
+    found = check_labels(known, labels, ones, torch.full((len(ones),), name), CLASSES)
+    assert found.runs and not any(run.suspicious for run in found.runs)
+    others = new[right != name][: len(ones)]
+    wrong = check_labels(known, labels, others, torch.full((len(others),), name), CLASSES)
+    assert wrong.runs and all(run.suspicious for run in wrong.runs)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 8])
+def test_a_file_that_is_sorted_by_class(classes: int) -> None:
+    known, labels = images(300, 0, noise=2.0)
+    new, right = images(4000, 1, noise=2.0)
+    known, labels = known[labels < classes], labels[labels < classes]
+    order = right.argsort(stable=True)
+    order = order[right[order] < classes]
+    found = check_labels(known, labels, new[order], right[order], classes)
+    assert len(found.runs) > 1 and not any(run.suspicious for run in found.runs)
+    moved = right[order].roll(len(order) // classes)  # as if one class's folder were another's
+    assert any(run.suspicious for run in check_labels(known, labels, new[order], moved, classes).runs)

@@ -22,7 +22,8 @@ from moco.files import write_text
 DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
 # Written last into a sweep's folder: a digest of all that its workspaces were made from.
 MADE = "made-from"
-SOURCES = ("src", "dvc.yaml")  # what decides, with params.yaml, what a task comes to
+SOURCES = ("src", "dvc.yaml")  # what decides, with params.yaml and the labels, what a task comes to
+LABELS = "labels"  # where git does not know a file here that params.yaml names, a link leads to it
 
 
 def make(sweep: Sweep, say: Say) -> bool:
@@ -56,7 +57,7 @@ def _sources(sweep: Sweep) -> tuple[bytes, str]:
         raise UserError(f"{unknown[0]}: git does not know it, and the sweep would run without it; `git add` it")
     with contextlib.suppress(UserError):  # it ends with 1 where files differ
         _git("update-index", "-q", "--refresh")
-    tree = _run("git", "ls-tree", "-r", "HEAD", "--", *SOURCES) + _patch(*SOURCES)
+    tree = _run("git", "ls-tree", "-r", "HEAD", "--", *SOURCES, LABELS) + _patch(*SOURCES, LABELS)
     stages = f"{sorted(sweep.varied)} {sweep.shared}"
     parts = [tree, *(text.encode() for text in (stages, *(task.text for task in sweep.tasks)))]
     return _patch(), hashlib.sha256(b"\0".join(parts)).hexdigest()

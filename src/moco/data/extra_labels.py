@@ -66,7 +66,8 @@ def read_extra_labels(
 
     Raises UserError, naming file and line, for an image that is not in the pool or not the one that the label was
     asked for, a label out of range, and an image with two labels, whether both stand here or one in train. A label
-    that is given again is used once. An image that also stands in val is left out: it would be trained on.
+    that is given again is used once. An image that also stands in val is left out: it would be trained on. Where no
+    line has a label that can be used, M is 0.
     """
     lines = read_lines(path)
     images = _Images(config, manifest, splits["unlabeled"])
@@ -91,14 +92,14 @@ def read_extra_labels(
             seen.setdefault(digest, answer)
     _tell(answers, say)
     used = sorted((a for a in answers if a.status == USED), key=lambda answer: images.rank(answer.digest))
-    if not used:
-        raise UserError(f"{path}: no label in it that could be used")
     rank = {id(answer): number for number, answer in enumerate(a for a in answers if a.status == USED)}
     return ExtraLabels(
-        np.stack([images.pixels(answer.line, answer.digest) for answer in used]),
+        np.array([images.pixels(answer.line, answer.digest) for answer in used], np.uint8).reshape(
+            len(used), manifest.height, manifest.width, 3
+        ),
         np.array([answer.label for answer in used], np.int64),
         np.frombuffer(b"".join(answer.digest for answer in used), np.uint8).reshape(len(used), -1),
-        np.array([rank[id(answer)] for answer in used]),
+        np.array([rank[id(answer)] for answer in used], np.int64),
         [answer.line.place for answer in used],
         answers,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from moco.config import Config
@@ -22,14 +24,26 @@ from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Interrupted, Say, UserError
 from moco.labelling.reply import Reply
-from moco.stages.workspace import FORM, MANIFEST, scratch_folder
+from moco.stages.workspace import FORM, MANIFEST, RUNS, scratch_folder
 
 HOST = "127.0.0.1"
 LONGEST = 10_000  # bytes of an answer
 
 
 def run(config: Config, path: Path, port: int, say: Say) -> None:
-    """Serves until it is stopped by a signal. Raises UserError where form, reply and pool do not fit each other."""
+    """Serves until it is stopped by a signal. Raises UserError where form, reply and pool do not fit each other, and
+    where another process serves the same reply."""
+    # Not beside the reply: DVC looks for changes there.
+    lock = FileLock(RUNS / "label" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.acquire(timeout=0):
+            _run(config, path, port, say)
+    except Timeout:
+        raise UserError(f"{path}: another `moco label` is open on it; go on there, or stop it") from None
+
+
+def _run(config: Config, path: Path, port: int, say: Say) -> None:
     manifest = load_manifest(MANIFEST)
     pool = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"]
     reply = Reply(FORM, path, manifest.classes)
@@ -42,6 +56,8 @@ def run(config: Config, path: Path, port: int, say: Say) -> None:
         return np.asarray(pool.images[rows[reply.lines[place].content]])
 
     server = make_server(reply, picture, port)
+    if reply.earlier:
+        say(f"label: {path} answers an earlier request; to answer the new one, name another file with --reply")
     say(f"label: {reply.answered} of {len(reply.lines)} images answered; answers go to {path}")
     say(f"label: open {address(server)} in a browser on this machine; Ctrl-C ends it, nothing gets lost")
     say(f"label: from your desk: ssh -L {server.server_port}:{HOST}:{server.server_port} USER@THIS-MACHINE")

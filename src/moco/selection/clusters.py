@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moco.selection.kmeans import kmeans
@@ -12,6 +13,7 @@ from moco.selection.kmeans import kmeans
 TYPICAL_CLUSTERS = 500  # at most (arXiv 2202.02794, section 3.2)
 TYPICAL_NEIGHBOURS = 20  # (the same)
 SMALLEST = 5  # rows of a cluster that TypiClust chooses from (the same)
+PAIRS = 8192  # rows of a cluster that are compared with each other, at most
 MEDOID_CLUSTERS = 16_384  # at most: more cost minutes, and then a cluster is chosen from several times
 MARGIN_FACTOR = 10  # candidates for each image of the budget (arXiv 2107.14263, section 3)
 MARGIN_SIZE = 10  # images of a cluster of those, on average
@@ -45,8 +47,9 @@ def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int,
     def best(rows: Tensor) -> tuple[Tensor, Tensor]:
         if len(rows) == 1:
             return rows[0], torch.zeros((), device=rows.device)
+        if len(rows) > PAIRS:
+            rows = rows[torch.randperm(len(rows), generator=generator)[:PAIRS].to(rows.device)]
         near = min(TYPICAL_NEIGHBOURS, len(rows) - 1)
-        rows = rows[:PAIRS]
         nearest = torch.cdist(features[rows], features[rows]).topk(near + 1, 1, largest=False).values[:, 1:]
         typicality = 1 / nearest.mean(1).clamp(min=1e-6)
         at = typicality.argmax()
@@ -55,17 +58,13 @@ def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int,
     return _in_turns(cluster, known, candidates, budget, best, SMALLEST)
 
 
-PAIRS = 8192  # rows of a cluster that are compared with each other
-
-
 def cluster_margin(
     features: Tensor, candidates: Tensor, probabilities: Tensor, budget: int, generator: torch.Generator
 ) -> Chosen:
     """Cluster-Margin (Citovsky et al. 2021, arXiv 2107.14263, algorithm 2, with k-means for its clusters): of the ten
     times as many candidates whose classes are the least certain, one from each cluster in turn, the smallest cluster
     first. score: minus the margin between the two likeliest classes. probabilities: N x C."""
-    top = probabilities.topk(2, 1).values
-    margin = torch.where(candidates, top[:, 0] - top[:, 1], torch.inf)
+    margin = torch.where(candidates, margins(probabilities), torch.inf)
     pool = margin.topk(min(MARGIN_FACTOR * budget, int(candidates.sum())), largest=False).indices
     _, cluster = kmeans(features[pool], max(1, len(pool) // MARGIN_SIZE), generator, iterations=10)
     sizes = torch.bincount(cluster)
@@ -76,6 +75,12 @@ def cluster_margin(
     rows = torch.stack([row for _, _, row in turns[:budget]])
     ranks = torch.tensor([rank for _, rank, _ in turns[:budget]])
     return rows, -margin[rows], ranks
+
+
+def margins(probabilities: Tensor) -> Tensor:
+    """What the likeliest class is ahead of the second, N, for N x C."""
+    top = F.pad(probabilities, (0, 1)).topk(2, 1).values  # a single class is ahead of nothing
+    return top[:, 0] - top[:, 1]
 
 
 def _clusters(

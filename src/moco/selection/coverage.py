@@ -11,6 +11,7 @@ PART = 8192  # rows that are covered at a time, as all pairs of them are looked 
 WHOLE = 65_536  # rows up to which a small budget is spread over all of them at once
 ROUND = 64  # rows whose gain is computed at a time
 PER_PART = 16  # images that a part gets at least, so that parts cost little coverage
+AT_LEAST = 4  # candidates for each image of the budget, where a part of the rows stands for all
 BLOCK = 1 << 24  # elements of a block of similarities: 64 MiB
 
 
@@ -29,14 +30,13 @@ def herd(
     features: N x D of unit length; candidates: N booleans; labelled: L x D. weights (N): how much covering a row is
     worth, as in Uncertainty Herding (Bae et al. 2024, arXiv 2412.20644). The greedy choice is exact, by lazy
     evaluation (Minoux 1978), up to 65,536 rows. More are split into parts by k-means, which share the budget by what
-    of them is not covered yet; where the budget is too small for that, a random 65,536 stand for all.
+    of them is not covered yet; where the budget is too small for that, a random 65,536 stand for all. There must be
+    as many candidates as the budget.
     """
     count = len(features)
     weights = torch.ones(count, device=features.device) if weights is None else weights
     if count <= WHOLE or budget < PER_PART * (count // PART):
-        rows = torch.arange(count)
-        if count > WHOLE:
-            rows = torch.randperm(count, generator=generator)[:WHOLE].sort().values
+        rows = torch.arange(count) if count <= WHOLE else _some(candidates.cpu(), budget, generator)
         parts = [rows.to(features.device)]
     else:
         parts = _parts(features, torch.arange(count, device=features.device), generator)
@@ -78,8 +78,18 @@ def _parts(features: Tensor, rows: Tensor, generator: torch.Generator) -> list[T
     return [small for part in parts if len(part) for small in _parts(features, part, generator)]
 
 
+def _some(candidates: Tensor, budget: int, generator: torch.Generator) -> Tensor:
+    """Random rows, and where few of them are candidates, more of those: four times the budget, as far as there are."""
+    order = torch.randperm(len(candidates), generator=generator)
+    rows, others = order[:WHOLE], order[WHOLE:]
+    missing = max(0, AT_LEAST * budget - int(candidates[rows].sum()))
+    return torch.cat([rows, others[candidates[others]][:missing]]).sort().values
+
+
 def _shares(open_weight: Tensor, room: Tensor, budget: int) -> list[int]:
     """`budget` split in proportion to what is open, each at most its room, by the largest remainders."""
+    if budget > int(room.sum()):
+        raise ValueError(f"a budget of {budget}, and {int(room.sum())} candidates")
     shares = torch.zeros(len(room), dtype=torch.int64)
     while (left := budget - int(shares.sum())) > 0:
         weight = torch.where(shares < room, open_weight.double().clamp(min=1e-12), torch.zeros(1, dtype=torch.float64))

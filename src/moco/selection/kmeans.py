@@ -57,8 +57,8 @@ def _spread(sample: Tensor, count: int, generator: torch.Generator) -> Tensor:
     centres = [sample[first]]
     distance = (sample - centres[0]).square().sum(1)
     for _ in range(count - 1):
-        total = distance.double().cumsum(0)
-        at = torch.rand(1, generator=generator, dtype=torch.float64).to(total.device) * total[-1]
+        total = distance.cpu().double().cumsum(0)  # not every device has doubles
+        at = torch.rand(1, generator=generator, dtype=torch.float64) * total[-1]
         row = int(torch.searchsorted(total, at).clamp(max=len(sample) - 1))
         centres.append(sample[row])
         distance = torch.minimum(distance, (sample - sample[row]).square().sum(1))

@@ -27,16 +27,12 @@ def first_of_each(pictures: Tensor, known: Tensor) -> Tensor:
     kept = torch.ones(len(pictures), dtype=torch.bool)
     for first in range(0, len(pictures), BLOCK):
         part = pictures[first : first + BLOCK]
-        for others in known.split(BLOCK) if len(known) else ():
-            kept[first : first + BLOCK] &= ~(torch.cdist(part, others, p=1) < limit).any(1)
-    later, earlier = [], []
-    for first in range(0, len(pictures), BLOCK):
-        end = min(first + BLOCK, len(pictures))
-        alike = torch.cdist(pictures[first:end], pictures[:end], p=1) < limit
-        rows, columns = alike.tril(first - 1).nonzero(as_tuple=True)
-        later += (rows + first).tolist()
-        earlier += columns.tolist()
-    for row, before in zip(later, earlier, strict=True):  # rows rise, so that those before are decided
-        if kept[before]:
-            kept[row] = False
+        open_rows = kept[first : first + BLOCK]  # a view
+        for others in (*known.split(BLOCK), *pictures[:first][kept[:first]].split(BLOCK)):
+            if len(others):
+                open_rows &= ~(torch.cdist(part, others, p=1) < limit).any(1)
+        alike = torch.cdist(part, part, p=1) < limit
+        for row in open_rows.nonzero().flatten().tolist():
+            if open_rows[row]:
+                open_rows[row + 1 :] &= ~alike[row, row + 1 :]
     return kept

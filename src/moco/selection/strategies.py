@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.selection.clusters import cluster_margin, k_medoids, typical
+from moco.selection.clusters import cluster_margin, k_medoids, margins, typical
 from moco.selection.coverage import herd, k_centre
 from moco.selection.kmeans import kmeans
 
@@ -77,8 +77,7 @@ def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) 
 def uncertainty(probabilities: Tensor | None) -> Tensor:
     """1 minus the margin between the two likeliest classes, N, for N x C (arXiv 2412.20644, section 3)."""
     assert probabilities is not None
-    top = probabilities.topk(2, 1).values
-    return 1 - (top[:, 0] - top[:, 1])
+    return 1 - margins(probabilities)
 
 
 def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:
@@ -91,7 +90,7 @@ def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:
     for rows in chosen.split(BLOCK):
         part = F.normalize(features[rows].float(), dim=1)
         moments.addmm_(part.T, part)
-    _, directions = torch.linalg.eigh(moments)
-    kept = directions[:, -width:].flip(1)
+    _, directions = torch.linalg.eigh(moments.cpu())  # not every device can
+    kept = directions[:, -width:].flip(1).to(features.device)
     parts = [F.normalize(F.normalize(part.float(), dim=1) @ kept, dim=1) for part in features.split(BLOCK)]
     return torch.cat(parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, re
 from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.contrastive_losses import contrastive_losses
 from moco.stages.encoder_file import EncoderFile
-from moco.stages.request_files import Asked, write_request
+from moco.stages.request_files import Asked, keep_answers, write_request
 from moco.stages.train import FEATURE_BATCH, Inputs, linear_views, open_inputs
 from moco.stages.workspace import CLASSIFIER, FORM, open_run_folder, run_key, say
 from moco.tracking.origin import origin
@@ -38,6 +38,7 @@ from moco.training import features
 from moco.training.numerics import choose_precision
 
 BLOCK = 16_384  # images whose features are there in full at a time
+SURPLUS = 64  # images chosen at least in the place of near copies, as each time costs the same
 Probabilities = Callable[[np.ndarray], Tensor]  # B x H x W x 3 uint8 -> B x C
 
 
@@ -57,14 +58,19 @@ def run(config: Config) -> None:
     pool, manifest = inputs.splits["unlabeled"], inputs.manifest
     known = _known(config, inputs)
     candidates = _candidates(pool, known)
-    if section.budget > int(candidates.sum()):
+    available = int(candidates.sum())
+    if section.budget > available > 0:
         raise UserError(
-            f"request.budget: {section.budget} images wanted, the pool has {int(candidates.sum())} that are different "
-            "and have no label yet"
+            f"request.budget: {section.budget} images wanted, the pool has {available} that are different and have no "
+            "label yet"
         )
+    if section.budget and not available:
+        say("warning: every image of the pool has a label; none is asked for")
+        config = replace(config, request=replace(section, budget=0))
     if section.answers == "generator":
         drawn_labels(np.arange(0), config.data)
     chain = {**inputs.encoder.settings, **flatten(section, "request"), "request.known": len(known.digests)}
+    keep_answers(config)
     with (
         open_run_folder("request", run_key(chain, manifest.digest)) as folder,
         Run(folder.path, "request", config.tracking, say) as record,
@@ -98,7 +104,9 @@ def _known(config: Config, inputs: Inputs) -> Known:
     train, val = inputs.splits["train"], inputs.splits["val"]
     parts, digests = [train.images], set(map(bytes, train.digests)) | set(map(bytes, val.digests))
     extra = config.train_extra.labels
-    if extra is not None and Path(extra).resolve() != FORM.resolve():
+    if extra is not None and not Path(extra).exists():
+        say(f"request: {extra} (train_extra.labels): not there yet, so no answers are left out")
+    elif extra is not None and Path(extra).resolve() != FORM.resolve():
         found = read_extra_labels(Path(extra), config.data, inputs.manifest, inputs.splits, say)
         parts.append(found.images)
         digests |= set(map(bytes, found.digests))
@@ -170,7 +178,8 @@ def _layer(encoder: EncoderFile, strategy: str) -> nn.Linear | None:
 
 
 def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> tuple[Choice, int]:
-    """The choice, and how many near copies were passed over; those are chosen anew, with the rest as labelled."""
+    """The choice, and how many near copies were passed over. In their place others are chosen, with the rest as
+    labelled: more than are needed, since those may be near copies again."""
     section, budget = config.request, config.request.budget
     candidates = pool.candidates.clone()
     before = small_pictures(known.images)
@@ -184,13 +193,17 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
                 f"label yet and are no near copies of others ({copies} are)"
             )
         now = Pool(pool.features, candidates, labelled, pool.probabilities, pool.losses)
-        choice = choose(section.strategy, now, budget - count, section.bandwidth, section.seed)
-        candidates[choice.rows.to(candidates.device)] = False
+        wanted = budget - count if not parts else min(max(budget - count, SURPLUS), int(candidates.sum()))
+        choice = choose(section.strategy, now, wanted, section.bandwidth, section.seed)
         pictures = small_pictures(gather(images.images, choice.rows.numpy()))
-        kept = first_of_each(pictures, before)
-        copies += int((~kept).sum())
-        count += int(kept.sum())
-        parts.append((choice.rows[kept], choice.scores[kept], choice.clusters[kept]))
+        unlike = first_of_each(pictures, before)
+        kept = unlike.nonzero().flatten()[: budget - count]
+        last = int(kept[-1]) + 1 if count + len(kept) == budget else wanted  # of those that are decided
+        candidates[choice.rows[:last].to(candidates.device)] = False
+        copies += int((~unlike[:last]).sum())
+        count += len(kept)
+        first = max((int(part[2].max()) + 1 for part in parts if len(part[2])), default=0)  # clusters are new ones
+        parts.append((choice.rows[kept], choice.scores[kept], choice.clusters[kept] + first))
         before = torch.cat([before, pictures[kept]])
         labelled = torch.cat([labelled, pool.features[choice.rows[kept].to(pool.features.device)]])
     if not parts:

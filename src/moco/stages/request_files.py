@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -13,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from moco.config import Config
+from moco.data.label_files import read_lines
+from moco.errors import UserError
 from moco.files import write_text
-from moco.stages.workspace import FORM, REPORTS, REQUEST
+from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, say
 from moco.tracking import pictures
 from moco.tracking.run import Run
 
@@ -61,6 +66,20 @@ def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
     if asked.names:
         page = REQUEST / "gallery" / "page-001.png"
         record.picture("gallery", lambda path: shutil.copyfile(page, path))
+
+
+def keep_answers(config: Config) -> None:
+    """Copies a form that somebody has filled in, in place, before a new one replaces it."""
+    if not FORM.is_file() or config.data.source == "generated":  # drawn images: the generator's answers
+        return
+    content = FORM.read_bytes()
+    with contextlib.suppress(UserError):  # no form of ours: whatever it is, it is kept
+        if not any(line.label for line in read_lines(FORM)):
+            return
+    copy = LABELS / f"reply-{hashlib.sha256(content).hexdigest()[:8]}.csv"
+    if not copy.exists():
+        write_text(copy, content.decode("utf-8", "replace"))
+        say(f"request: {FORM} has answers in it; they are kept in {copy}")
 
 
 def _page(asked: Asked, ranks: range) -> Any:

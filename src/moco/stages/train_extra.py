@@ -23,7 +23,7 @@ from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import write_text
 from moco.stages.train import Inputs, open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, REPORTS, say
+from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, FORM, LABELS, REPORTS, REQUEST, say
 from moco.training.label_check import check_labels
 
 REPORT = REPORTS / "train_extra"
@@ -33,10 +33,18 @@ def run(config: Config) -> None:
     """Raises UserError where the labels are missing or wrong (see moco.data.extra_labels), are not likely to belong to
     their images (moco.training.label_check), or encoder, data and settings do not fit each other."""
     if config.train_extra.labels is None:
-        _hand_on()
+        _hand_on("train_extra.labels is not set")
         return
+    path = Path(config.train_extra.labels)
     inputs = open_inputs(config)
-    extra = read_extra_labels(Path(config.train_extra.labels), config.data, inputs.manifest, inputs.splits, say)
+    extra = read_extra_labels(path, config.data, inputs.manifest, inputs.splits, say)
+    if not len(extra.labels):
+        if path.resolve() != FORM.resolve():
+            raise UserError(f"{path}: no label in it that could be used")
+        _hand_on(f"nobody has answered {path}; answers go to a file of their own, by `moco label`")
+        return
+    if not any(path.resolve().is_relative_to(folder.resolve()) for folder in (LABELS, REQUEST)):
+        say(f"warning: {path} lies outside {LABELS}/, so that `dvc repro` does not see when it changes")
     train = inputs.splits["train"]
     assert train.labels is not None
     classes = len(inputs.manifest.classes)
@@ -58,18 +66,18 @@ def run(config: Config) -> None:
     )  # fmt: skip
 
 
-def _hand_on() -> None:
+def _hand_on(why: str) -> None:
     """The classifier and metrics of `train`. Raises UserError where there are none yet."""
-    metrics = REPORTS / "train" / "metrics.json"
-    if not CLASSIFIER.is_dir() or not metrics.is_file():
+    metrics, epochs = REPORTS / "train" / "metrics.json", REPORTS / "train" / "epochs.csv"
+    if not CLASSIFIER.is_dir() or not metrics.is_file() or not epochs.is_file():
         raise UserError(f"{CLASSIFIER}: not found; run `moco train` first, or set train_extra.labels")
     shutil.rmtree(CLASSIFIER_EXTRA, ignore_errors=True)
     shutil.copytree(CLASSIFIER, CLASSIFIER_EXTRA)
     found = {**json.loads(metrics.read_text()), "extra_labels": 0.0}
     write_text(REPORT / "metrics.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
     write_text(REPORT / "labels.csv", _table(None, [], None))
-    shutil.copyfile(REPORTS / "train" / "epochs.csv", REPORT / "epochs.csv")
-    say(f"train_extra: no extra labels (train_extra.labels); {CLASSIFIER_EXTRA} is what `train` made")
+    shutil.copyfile(epochs, REPORT / "epochs.csv")
+    say(f"train_extra: no extra labels ({why}); {CLASSIFIER_EXTRA} is what `train` made")
 
 
 def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor) -> None:

@@ -26,6 +26,7 @@ CLASSIFIER_EXTRA = Path("models/classifier_extra")
 FINETUNED = Path("models/finetuned")
 REQUEST = Path("models/request")
 FORM = REQUEST / "request.csv"
+LABELS = Path("labels")  # files that people make; DVC looks for changes in it
 REPORTS = Path("reports")
 RUNS = Path("runs")
 LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its process is alive

@@ -1,10 +1,11 @@
 """Whether new labels are likely to belong to their images, from the images' neighbours among those known before.
 
-The labels of an image's nearest neighbours in the features predict its own. How often, the known labels tell about each
-other; how often it happens by chance, the frequencies of predictions and labels tell. Labels that belong to other
-images (a file whose rows have slipped by one) agree as often as chance has it. A run of lines that agrees less than a
-third of the way from chance to the known labels' agreement is suspicious. A third, not a half: images that were chosen
-because they are hard agree less with their neighbours, and are still far from chance.
+The labels of an image's nearest neighbours in the features predict its own. The known images tell how often that is
+right for each class, and how often an image of another class is taken for one. So a run of lines is expected to agree
+as the known images of its classes do; labels that belong to any other images of the file (its rows have slipped by one)
+would agree as often as chance has it. A run that agrees less than a third of the way from chance to what is expected is
+suspicious, in files that are sorted by class or of one class alone as well. A third, not a half: images that were
+chosen because they are hard agree less with their neighbours, and are still far from chance.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ NEIGHBOURS = 10
 SHARE = 1 / 3  # of the way from chance to the known labels' agreement
 SURE = 3.0  # standard deviations that lie between the threshold and either end; decides how many lines are looked at
 RUNS = 8  # of consecutive lines, at most
+MOST = 0.5  # share of the new labels that one class may have for chance to be told from their own frequencies
+ADDED = 10  # images of a class that are added to those that are known
+SMALLEST_GAP = 0.02  # between chance and what is expected; below it, nothing can be told
 BLOCK = 1024  # rows of the similarity matrix that are held at a time
 
 
@@ -52,37 +56,48 @@ def check_labels(known: Tensor, known_labels: Tensor, new: Tensor, labels: Tenso
     """known: N x D features with labels N; new: M x D, labels M, in the order in which they were given."""
     known, new = F.normalize(known, dim=1), F.normalize(new, dim=1)
     among_known = _vote(known, known_labels, known, classes, skip_self=True)
-    expected = float((among_known == known_labels).float().mean())
+    agreement = float((among_known == known_labels).float().mean())
     predicted = _vote(known, known_labels, new, classes, skip_self=False)
-    chance = _chance(predicted, labels, classes)
-    needed = _needed(expected, chance)
+    rates = _rates(among_known, known_labels, agreement, classes)
+    shares = _shares(labels, classes)
+    if shares.max() > MOST:  # a slip would leave most labels right; any image of the pool is what they might belong to
+        shares = _shares(known_labels, classes)
+    right, by_chance = rates.diagonal(), shares @ rates
+    needed = _needed(float(right[labels].mean()), float(by_chance[labels].mean()))
     if needed is None or len(labels) < needed:
-        return Check(expected, [], needed)
+        return Check(agreement, [], needed)
     count = max(1, min(RUNS, len(labels) // needed))
     bounds = [round(i * len(labels) / count) for i in range(count + 1)]
     runs = []
     for first, end in itertools.pairwise(bounds):
-        part, given = predicted[first:end], labels[first:end]
-        chance = _chance(part, given, classes)  # a run may be of one class alone
-        agreement = float((part == given).float().mean())
-        runs.append(Run(first, end - 1, agreement, chance, chance + SHARE * max(0.0, expected - chance)))
-    return Check(expected, runs, needed)
+        given = labels[first:end]
+        expected, chance = float(right[given].mean()), float(by_chance[given].mean())
+        threshold = chance + SHARE * (expected - chance) if expected - chance > SMALLEST_GAP else 0.0
+        runs.append(Run(first, end - 1, float((predicted[first:end] == given).float().mean()), chance, threshold))
+    return Check(agreement, runs, needed)
+
+
+def _rates(predicted: Tensor, labels: Tensor, agreement: float, classes: int) -> Tensor:
+    """How often an image of one class is taken for another, C x C. As there may be few of a class, some more are added
+    that are taken for what all images are taken for."""
+    counts = torch.zeros(classes, classes)
+    counts.index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
+    usual = agreement * torch.eye(classes) + (1 - agreement) * _shares(predicted, classes)
+    return (counts + ADDED * usual) / (counts.sum(1, keepdim=True) + ADDED)
+
+
+def _shares(labels: Tensor, classes: int) -> Tensor:
+    return torch.bincount(labels, minlength=classes) / len(labels)
 
 
 def _needed(expected: float, chance: float) -> int | None:
     """Labels by which the threshold lies SURE standard deviations from the agreement of wrong and of right ones."""
     gap = expected - chance
-    if gap <= 0.02:
+    if gap <= SMALLEST_GAP:
         return None
     low = chance * (1 - chance) / (SHARE * gap) ** 2
     high = expected * (1 - expected) / ((1 - SHARE) * gap) ** 2
     return max(10, int(SURE**2 * max(low, high)) + 1)
-
-
-def _chance(predicted: Tensor, labels: Tensor, classes: int) -> float:
-    """Agreement of labels that have these frequencies and nothing to do with the predictions."""
-    shares = [torch.bincount(part, minlength=classes).double() / len(part) for part in (predicted, labels)]
-    return float((shares[0] * shares[1]).sum())
 
 
 def _vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, skip_self: bool) -> Tensor:

@@ -45,6 +45,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_answers_in_the_form_itself_outlive_dvc_repro(workspace: Path) -> None:
+    """DVC clears what a stage makes before it runs it, or brings it back from its cache without running anything."""
+    form, params = workspace / "models/request/request.csv", workspace / "params.yaml"
+    before, asked = params.read_text(), form.read_text()
+    for changed in (before, before.replace("bandwidth: 0.8", "bandwidth: 0.7")):
+        assert form.read_text().count(",,") == len(form.read_text().splitlines()) - 1
+        answered = form.read_text().replace(",,", ",2,")
+        form.write_text(answered)
+        params.write_text(changed)
+        said = run(workspace, "dvc", "repro", "request")
+        kept = [path for path in (workspace / "labels").glob("reply-*.csv") if path.read_text() == answered]
+        assert kept, said
+    for path in (workspace / "labels").glob("reply-*.csv"):
+        path.unlink()
+    params.write_text(before)
+    run(workspace, "dvc", "repro")
+    assert form.read_text() == asked
+
+
 def run(folder: Path, *command: str) -> str:
     environment = {
         **os.environ,

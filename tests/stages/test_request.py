@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import typing
 from pathlib import Path
@@ -68,15 +69,18 @@ def test_nothing_that_is_labelled_and_no_copy_is_asked_for(moco: Moco, project: 
     with Image.open(dataset / "unlabeled/1.png") as picture:
         near = np.asarray(picture).astype(int)
     Image.fromarray((near + np.eye(32, dtype=int)[..., None]).astype(np.uint8)).save(dataset / "unlabeled/3.png")
+    with Image.open(dataset / "val/5.png") as picture:
+        near = np.asarray(picture).astype(int)
+    Image.fromarray((near + np.eye(32, dtype=int)[..., None]).astype(np.uint8)).save(dataset / "unlabeled/10.png")
     (project / "labels.csv").write_text("image,label\n17,2\n")
     write_params(project, train_extra__labels="labels.csv", request__strategy="coreset")
     run_all(moco, "data", "pretrain")
-    assert moco("request", "--budget", "35").returncode == 0
+    assert moco("request", "--budget", "34").returncode == 0
     asked = {row["image"] for row in form(project)}
-    assert not asked & {"8.png", "9.png", "17.png", "2.png"}
+    assert not asked & {"8.png", "9.png", "10.png", "17.png", "2.png"}
     assert len(asked & {"1.png", "3.png"}) == 1
-    assert len(asked) == 35
-    assert_one_line_error(moco("request", "--budget", "36"), "request.budget: 36", "35", "near copies")
+    assert len(asked) == 34
+    assert_one_line_error(moco("request", "--budget", "35"), "request.budget: 35", "34", "near copies")
     assert_one_line_error(moco("request", "--budget", "37"), "request.budget: 37", "the pool has 36")
 
 
@@ -112,7 +116,9 @@ def test_a_reply_that_does_not_belong_here(moco: Moco, trained: Path) -> None:
 
 def test_the_generator_answers_for_its_own_images_alone(moco: Moco, trained: Path) -> None:
     write_params(trained, request__answers="generator")
-    assert_one_line_error(moco("request"), "request.answers", "people")
+    done = moco("request")
+    assert done.returncode == 0 and "request.answers: these images are not drawn" in done.stderr
+    assert all(row["label"] == "" for row in form(trained))
     generated = {"seed": 0, "size": 32, "unlabeled": 60, "train_per_class": 2, "val_per_class": 1, "pack": False}
     write_params(trained, request__answers="generator", data__source="generated", data__path="build",
                  data__classes=None, data__generated=generated)  # fmt: skip
@@ -133,6 +139,25 @@ def test_strategies_that_need_a_classifier_want_one_of_this_encoder(moco: Moco, 
     assert_one_line_error(moco("request", "--strategy", "margin"), "made on another encoder")
     assert moco("request").returncode == 0, "others do without"
     assert_one_line_error(moco("request", "--strategy", "maxherdin"), "request.strategy", "did you mean 'maxherding'")
+
+
+def test_features_that_are_no_numbers_are_told(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain")
+    path = project / "models/encoder.pth"
+    state = torch.load(path, weights_only=True)
+    state["weights"]["conv1.weight"][0] = torch.nan
+    torch.save(state, path)
+    assert_one_line_error(moco("request"), "models/encoder.pth", "moco pretrain")
+
+
+def test_a_classifier_for_other_classes_is_not_asked(moco: Moco, trained: Path) -> None:
+    labels = torch.load(trained / "dataset/train_label_tensor.pt")
+    labels[0] = 5
+    torch.save(labels, trained / "dataset/train_label_tensor.pt")
+    write_params(trained, data__classes=6)
+    run_all(moco, "data", "request")
+    assert "expected" not in json.loads((trained / "reports/request/metrics.json").read_text())
+    assert_one_line_error(moco("request", "--strategy", "margin"), "models/classifier", "other classes", "moco train")
 
 
 def test_a_budget_of_nothing_asks_for_nothing(moco: Moco, trained: Path) -> None:
@@ -198,16 +223,19 @@ def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> N
             shutil.copy(flat / split / f"{i}.png", folder / f"{i:02}.png")
     (tree / "unlabeled/deep, down").mkdir(parents=True)
     for i in range(40):
-        shutil.copy(flat / f"unlabeled/{i}.png", tree / f"unlabeled/deep, down/image-{i:02}.png")
+        shutil.copy(flat / f"unlabeled/{i}.png", tree / f"unlabeled/deep, down/ image-{i:02}.png")
     write_params(project, data__source="classes", data__path="tree", train_extra__labels="reply.csv")
-    answer(project, [{"image": "deep, down/image-01.png", "label": "b"}])
+    answer(project, [{"image": "deep, down/ image-01.png", "label": "b"}])
     run_all(moco, "data", "pretrain", "request")
     rows = form(project)
-    assert all(row["image"].startswith("deep, down/image-") for row in rows)
+    assert all(row["image"].startswith("deep, down/ image-") for row in rows)
     answer(project, [{**row, "label": "abcde"[int(row["image"][-6:-4]) % 5]} for row in rows])
     assert "5 labels added" in moco("train_extra").stderr
     answer(project, [{"image": "../train/a/00.png", "label": "b"}])
     assert_one_line_error(moco("train_extra"), "reply.csv:2", "is not in the unlabelled pool")
-    (tree / "unlabeled/deep, down/image-00.png").rename(tree / "unlabeled/zero.png")
+    (tree / "unlabeled/deep, down/ image-00.png").rename(tree / "unlabeled/zero.png")
     write_params(project, data__source="classes", data__path="tree")
     assert_one_line_error(moco("request", "--budget", "20"), "files have changed", "moco data")
+    (tree / "unlabeled/zero.png").rename(tree / "unlabeled" / os.fsdecode(b"caf\xe9.png"))
+    run_all(moco, "data", "pretrain")
+    assert_one_line_error(moco("request", "--budget", "40"), "caf", "not a name in UTF-8")

@@ -174,7 +174,11 @@ def _graph(path: Path) -> _Graph:
     if not path.is_file():
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    makers = {out: name for name, stage in stages.items() for out in stage.get("outs", []) if isinstance(out, str)}
+    makers = {
+        out if isinstance(out, str) else next(iter(out)): name
+        for name, stage in stages.items()
+        for out in stage.get("outs", [])
+    }
     return {
         name: (tuple(stage.get("params", [])), frozenset(makers[dep] for dep in stage.get("deps", []) if dep in makers))
         for name, stage in stages.items()

@@ -98,7 +98,9 @@ def read_extra_labels(
             len(used), manifest.height, manifest.width, 3
         ),
         np.array([answer.label for answer in used], np.int64),
-        np.frombuffer(b"".join(answer.digest for answer in used), np.uint8).reshape(len(used), -1),
+        np.frombuffer(b"".join(answer.digest for answer in used), np.uint8).reshape(
+            len(used), splits["unlabeled"].digests.shape[1]
+        ),
         np.array([rank[id(answer)] for answer in used], np.int64),
         [answer.line.place for answer in used],
         answers,
@@ -172,8 +174,9 @@ class _Images:
             return self._of_file(line, line.file)
         if self.folder is None:
             return bytes(self.pool.digests[self._number(line)])
-        inside = not Path(line.name).is_absolute() and ".." not in Path(line.name).parts
-        digest = self._of_file(line, str(self.folder / line.name)) if inside else b""
+        name = line.name if (self.folder / line.name).is_file() else line.name.strip()
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        digest = self._of_file(line, str(self.folder / name)) if inside else b""
         if digest not in self.rows:
             raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool as `moco data` found it")
         return digest
@@ -187,7 +190,7 @@ class _Images:
         return self._read(line, str(line.file)) if row is None else gather(self.pool.images, np.array([row]))[0]
 
     def _number(self, line: Line) -> int:
-        number = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name)
+        number = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
         if number is None or int(number[1]) >= len(self.pool.images):
             last = len(self.pool.images) - 1
             raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")

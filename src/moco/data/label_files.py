@@ -51,10 +51,16 @@ def read_lines(path: Path) -> list[Line]:
         raise UserError(f"{path}: cannot be listed: {error.strerror}") from None
     if (path / "train_label_tensor.pt").exists():
         return list(_dataset(path))
-    if tables := [entry for entry in entries if entry.suffix.lower() in SUFFIXES]:
+    tables = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
+    folders = [entry for entry in entries if entry.is_dir()]
+    if tables and folders:
+        raise UserError(
+            f"{path}: both label files and folders in it ({tables[0].name}, {folders[0].name}); keep one kind"
+        )
+    if tables:
         return [line for table in tables for line in _file(table)]
-    if any(entry.is_dir() for entry in entries):
-        return [line for folder in entries if folder.is_dir() for line in _class(folder)]
+    if folders:
+        return [line for folder in folders for line in _class(folder)]
     raise UserError(f"{path}: no labels in it; train_extra.labels names {FORMS}")
 
 
@@ -82,8 +88,9 @@ def _csv(path: Path) -> Iterator[Line]:
             if len(row) != len(header):
                 wanted = ",".join(header)
                 raise UserError(f"{path}:{reader.line_num}: {len(row)} columns, {wanted} is expected")
-            cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
-            yield Line(f"{path}:{reader.line_num}", cells["image"], cells["label"], cells.get("content", ""))
+            cells = dict(zip(header, row, strict=True))
+            rest = (cells.get(name, "").strip() for name in ("label", "content"))
+            yield Line(f"{path}:{reader.line_num}", cells["image"], *rest)  # files' names may begin or end with a space
 
 
 def _json(path: Path) -> Iterator[Line]:
@@ -100,7 +107,8 @@ def _json(path: Path) -> Iterator[Line]:
                 raise UserError(
                     f'{place}: an object with image and label is expected, {{"image": "17.png", "label": 3}}'
                 )
-            yield Line(place, *(_text(place, row, key) for key in ("image", "label", "content")))
+            rest = (_text(place, row, key).strip() for key in ("label", "content"))
+            yield Line(place, _text(place, row, "image"), *rest)
 
 
 def _text(place: str, row: dict[str, Any], key: str) -> str:
@@ -109,7 +117,7 @@ def _text(place: str, row: dict[str, Any], key: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{place}: {key} is {json.dumps(value)}; text or a whole number is expected")
-    return str(value).strip()
+    return str(value)
 
 
 def _class(folder: Path) -> Iterator[Line]:

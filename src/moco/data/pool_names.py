@@ -35,12 +35,17 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
             pass
         if report.digests != bytes(pool.digests[row]):
             raise UserError(f"{folder}: its files have changed since `moco data` decoded them; run `moco data` again")
-        found.append(str(Path(paths[row]).relative_to(folder)))
+        found.append(name := str(Path(paths[row]).relative_to(folder)))
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{name.encode(errors='backslashreplace').decode()}: not a name in UTF-8; rename it"
+            ) from None
     return found
 
 
 def drawn_labels(rows: np.ndarray, config: DataConfig) -> np.ndarray:
-    """What the generator drew, for the given rows of the pool. Raises UserError where images are not its own."""
-    if config.source != "generated":
-        raise UserError("request.answers: the generator knows the labels of its own images alone; set it to people")
+    """What the generator drew, for the given rows of a pool of its own."""
+    assert config.source == "generated"
     return rows % len(CLASSES)

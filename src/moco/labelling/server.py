@@ -7,6 +7,7 @@ import hmac
 import io
 import json
 import secrets
+import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -105,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             given = json.loads(self.rfile.read(length or 0))
             place, label = given["place"], given["label"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._refuse(400, "an object with place and label is expected")
             return
         if type(place) is not int or not 0 <= place < len(self.server.reply.lines):
@@ -128,7 +129,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _allowed(self) -> bool:
         """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
-        wanted = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        port = self.server.server_port
+        wanted = {f"{name}:{port}" if port != 80 else name for name in (HOST, "localhost")}
         given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
         if self.headers.get("Host") not in wanted:
             self._refuse(403, "wrong host")
@@ -171,6 +173,11 @@ class Server(ThreadingHTTPServer):
             f"style-src 'nonce-{nonce}'; frame-ancestors 'none'; base-uri 'none'"
         )
         super().__init__((HOST, port), Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is nothing to tell; anything else is."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def make_server(reply: Reply, picture: Callable[[int], np.ndarray], port: int) -> Server:

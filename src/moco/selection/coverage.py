@@ -29,22 +29,22 @@ def herd(
 
     features: N x D of unit length; candidates: N booleans; labelled: L x D. weights (N): how much covering a row is
     worth, as in Uncertainty Herding (Bae et al. 2024, arXiv 2412.20644). The greedy choice is exact, by lazy
-    evaluation (Minoux 1978), up to 65,536 rows. More are split into parts by k-means, which share the budget by what
-    of them is not covered yet; where the budget is too small for that, a random 65,536 stand for all. There must be
-    as many candidates as the budget.
+    evaluation (Minoux 1978), for small budgets and up to 65,536 rows, a random choice of which stands for more. Larger
+    budgets are shared by parts that k-means makes, by what of them is not covered yet. There must be as many
+    candidates as the budget.
     """
     count = len(features)
     weights = torch.ones(count, device=features.device) if weights is None else weights
-    if count <= WHOLE or budget < PER_PART * (count // PART):
+    if budget < PER_PART * -(-count // PART) or count <= PART:
         rows = torch.arange(count) if count <= WHOLE else _some(candidates.cpu(), budget, generator)
         parts = [rows.to(features.device)]
     else:
         parts = _parts(features, torch.arange(count, device=features.device), generator)
-    covered = [_covered(features[rows], labelled, bandwidth) for rows in parts]
-    open_weight = torch.stack([(weights[rows] * (1 - done)).sum() for rows, done in zip(parts, covered, strict=True)])
+    before = [covered(features[rows], labelled, bandwidth) for rows in parts]
+    open_weight = torch.stack([(weights[rows] * (1 - done)).sum() for rows, done in zip(parts, before, strict=True)])
     room = torch.stack([candidates[rows].sum() for rows in parts])
     found, gains = [], []
-    for rows, done, share in zip(parts, covered, _shares(open_weight.cpu(), room.cpu(), budget), strict=True):
+    for rows, done, share in zip(parts, before, _shares(open_weight.cpu(), room.cpu(), budget), strict=True):
         picked, gain = _greedy(features[rows], candidates[rows], done, weights[rows], share, bandwidth)
         found.append(rows[picked])
         gains.append(gain / count)
@@ -52,12 +52,15 @@ def herd(
     return torch.cat(found)[order], torch.cat(gains)[order]
 
 
-def coverage(features: Tensor, chosen: Tensor, bandwidth: float) -> float:
-    """The mean over all rows of the kernel with the nearest chosen one, between 0 and 1."""
-    return float(_covered(features, chosen, bandwidth).mean()) if len(features) else 0.0
+def coverage(features: Tensor, labelled: Tensor, chosen: Tensor, bandwidth: float) -> tuple[float, float]:
+    """The mean over all rows of the kernel with the nearest labelled one, between 0 and 1, and the same with the chosen
+    ones among them."""
+    before = covered(features, labelled, bandwidth)
+    after = torch.maximum(before, covered(features, chosen, bandwidth))
+    return float(before.mean()), float(after.mean())
 
 
-def _covered(features: Tensor, chosen: Tensor, bandwidth: float) -> Tensor:
+def covered(features: Tensor, chosen: Tensor, bandwidth: float) -> Tensor:
     """Of each row the kernel with the nearest of the chosen ones; 0 where there is none."""
     if not len(chosen):
         return torch.zeros(len(features), device=features.device)
@@ -105,7 +108,7 @@ def _shares(open_weight: Tensor, room: Tensor, budget: int) -> list[int]:
 
 
 def _greedy(
-    features: Tensor, candidates: Tensor, covered: Tensor, weights: Tensor, budget: int, bandwidth: float
+    features: Tensor, candidates: Tensor, done: Tensor, weights: Tensor, budget: int, bandwidth: float
 ) -> tuple[Tensor, Tensor]:
     """Lazy greedy choice. A gain computed earlier is an upper bound of the gain now, as coverage only grows."""
     whole = kernel(features, features, bandwidth) if len(features) <= PART else None
@@ -114,7 +117,7 @@ def _greedy(
         return whole[chosen] if whole is not None else kernel(features[chosen], features, bandwidth)
 
     def gains_of(chosen: Tensor) -> Tensor:
-        return rows_of(chosen).sub_(covered).clamp_(min=0) @ weights
+        return rows_of(chosen).sub_(done).clamp_(min=0) @ weights
 
     open_rows = candidates.nonzero().flatten()
     bounds = torch.full((len(features),), -torch.inf, device=features.device)
@@ -135,7 +138,7 @@ def _greedy(
         picked.append(best)
         gains.append(float(bounds[best]))
         bounds[best] = -torch.inf
-        covered = torch.maximum(covered, rows_of(torch.tensor([best], device=features.device))[0])
+        done = torch.maximum(done, rows_of(torch.tensor([best], device=features.device))[0])
     device = features.device
     return torch.tensor(picked, dtype=torch.int64, device=device), torch.tensor(gains, device=device)
 
@@ -158,5 +161,5 @@ def k_centre(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int
         picked.append(best)
         scores.append(min(float(distance[best]), 4.0) ** 0.5)
         closed[best] = True
-        distance = torch.minimum(distance, (2 - 2 * features @ features[best]).clamp(min=0))
+        distance = torch.minimum(distance, (2 - 2 * (features @ features[best])).clamp(min=0))
     return torch.tensor(picked, dtype=torch.int64), torch.tensor(scores)

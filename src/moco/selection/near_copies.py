@@ -16,7 +16,7 @@ def small_pictures(images: np.ndarray) -> Tensor:
     """N x H x W x 3 uint8 -> N x 192: averages over the fields of an 8 x 8 grid, each channel."""
     found = []
     for first in range(0, len(images), PICTURES):
-        part = torch.from_numpy(np.ascontiguousarray(images[first : first + PICTURES])).permute(0, 3, 1, 2).float()
+        part = torch.from_numpy(np.array(images[first : first + PICTURES])).permute(0, 3, 1, 2).float()
         found.append(torch.nn.functional.adaptive_avg_pool2d(part, SIDE).flatten(1))
     return torch.cat(found) if found else torch.empty(0, 3 * SIDE * SIDE)
 

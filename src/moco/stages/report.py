@@ -52,10 +52,11 @@ def run(console: Console) -> None:
             style="bold",
         )  # fmt: skip
     if extra.get("extra_labels"):
-        gain = f" ({extra['val_accuracy'] - score['val_accuracy']:+.1%})" if score else ""
+        shown = score_extra or extra
+        gain = f" ({shown['val_accuracy'] - score['val_accuracy']:+.1%})" if score else ""
         table.add_row(
             f"the same with {extra['extra_labels']:,.0f} extra labels{gain}",
-            percent(score_extra or extra, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
+            percent(shown, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
         )  # fmt: skip
     if finetune:
         table.add_row(

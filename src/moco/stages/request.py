@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.config import Config, flatten
@@ -38,16 +39,18 @@ from moco.training import features
 from moco.training.numerics import choose_precision
 
 BLOCK = 16_384  # images whose features are there in full at a time
-SURPLUS = 64  # images chosen at least in the place of near copies, as each time costs the same
+SURPLUS = 64  # images chosen at least in the place of near copies, twice as many each time, as each costs the same
 Probabilities = Callable[[np.ndarray], Tensor]  # B x H x W x 3 uint8 -> B x C
 
 
 @dataclass(frozen=True)
 class Known:
-    """Images that need no label any more. images: M x H x W x 3 uint8; digests: of all of them and of val's."""
+    """Images that need no label any more. images: M x H x W x 3 uint8, of train and the extra labels; digests: of all
+    of them and of val's; pictures: small ones of all of these."""
 
     images: np.ndarray
     digests: set[bytes]
+    pictures: Tensor
 
 
 def run(config: Config) -> None:
@@ -67,8 +70,9 @@ def run(config: Config) -> None:
     if section.budget and not available:
         say("warning: every image of the pool has a label; none is asked for")
         config = replace(config, request=replace(section, budget=0))
-    if section.answers == "generator":
-        drawn_labels(np.arange(0), config.data)
+    if section.answers == "generator" and config.data.source != "generated":
+        say("warning: request.answers: these images are not drawn by the generator; the form is left to people")
+        config = replace(config, request=replace(config.request, answers="people"))
     chain = {**inputs.encoder.settings, **flatten(section, "request"), "request.known": len(known.digests)}
     keep_answers(config)
     with (
@@ -82,7 +86,7 @@ def run(config: Config) -> None:
         rows = choice.rows.numpy()
         names = pool_names(rows, config.data, manifest, pool, say)
         labels = None
-        if section.answers == "generator":
+        if config.request.answers == "generator":
             labels = [manifest.classes[label] for label in drawn_labels(rows, config.data)]
         asked = Asked(
             gather(pool.images, rows),
@@ -110,7 +114,8 @@ def _known(config: Config, inputs: Inputs) -> Known:
         found = read_extra_labels(Path(extra), config.data, inputs.manifest, inputs.splits, say)
         parts.append(found.images)
         digests |= set(map(bytes, found.digests))
-    return Known(np.concatenate([np.asarray(part) for part in parts]), digests)
+    pictures = torch.cat([small_pictures(part) for part in (*parts, val.images)])
+    return Known(np.concatenate([np.asarray(part) for part in parts]), digests, pictures)
 
 
 def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
@@ -128,7 +133,7 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     network = build_encoder(encoder.architecture, len(inputs.manifest.classes))
     load_body(network, encoder.weights)
     last = last_width(network)  # of the features that contrast shaped
-    layer = _layer(encoder, section.strategy)
+    layer = _layer(encoder, section.strategy, inputs.manifest.classes)
     body = strip_head(network).to(device).to(memory_format=torch.channels_last)
     views, images = linear_views(inputs.manifest, device), inputs.splits["unlabeled"].images
     precision = choose_precision(config.pretrain.precision, device)
@@ -148,7 +153,10 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     wide = torch.empty(len(images) + len(known.images), last, dtype=torch.float16, device=device)
     first = 0
     for block in itertools.chain(blocks(images), blocks(known.images)):
-        wide[first : first + len(block)] = block[:, -last:].to(device)
+        directions = F.normalize(block[:, -last:], dim=1)  # what half precision holds, whatever their lengths
+        if not directions.isfinite().all():
+            raise UserError("models/encoder.pth: features that are no numbers; run `moco pretrain` again")
+        wide[first : first + len(block)] = directions.to(device)
         first += len(block)
     small = reduced(wide, section.dimensions)
     del wide
@@ -161,12 +169,16 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     return pool, classified if layer is not None else None
 
 
-def _layer(encoder: EncoderFile, strategy: str) -> nn.Linear | None:
-    """The linear classifier on this encoder, where `train` has made one."""
+def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> nn.Linear | None:
+    """The linear classifier on this encoder for these classes, where `train` has made one."""
     needed = strategy in NEEDS_CLASSIFIER
     if not needed and not (CLASSIFIER / WEIGHTS).is_file():
         return None
     found = read_classifier(CLASSIFIER)
+    if found.classes != classes:
+        if needed:
+            raise UserError(f"{CLASSIFIER}: made for other classes than the data has; run `moco train` again")
+        return None
     if any(not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()):
         if needed:
             raise UserError(f"{CLASSIFIER}: made on another encoder; run `moco train` again")
@@ -182,7 +194,7 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
     labelled: more than are needed, since those may be near copies again."""
     section, budget = config.request, config.request.budget
     candidates = pool.candidates.clone()
-    before = small_pictures(known.images)
+    before, surplus = known.pictures, SURPLUS
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     copies, count = 0, 0
     labelled = pool.labelled
@@ -193,7 +205,9 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
                 f"label yet and are no near copies of others ({copies} are)"
             )
         now = Pool(pool.features, candidates, labelled, pool.probabilities, pool.losses)
-        wanted = budget - count if not parts else min(max(budget - count, SURPLUS), int(candidates.sum()))
+        wanted = budget - count
+        if parts:
+            wanted, surplus = min(max(wanted, surplus), int(candidates.sum())), 2 * surplus
         choice = choose(section.strategy, now, wanted, section.bandwidth, section.seed)
         pictures = small_pictures(gather(images.images, choice.rows.numpy()))
         unlike = first_of_each(pictures, before)
@@ -220,14 +234,13 @@ def _summary(
     pool's images with the nearest labelled one, before the request and once it is answered; expected: labels of each
     class that the classifier expects."""
     rows = choice.rows.to(pool.features.device)
-    bandwidth = config.request.bandwidth
-    after = torch.cat([pool.labelled, pool.features[rows]])
+    before, after = coverage(pool.features, pool.labelled, pool.features[rows], config.request.bandwidth)
     found: dict[str, Any] = {
         "images": len(rows),
         "candidates": int(pool.candidates.sum()),
         "near_copies_passed_over": copies,
-        "coverage_before": coverage(pool.features, pool.labelled, bandwidth),
-        "coverage_after": coverage(pool.features, after, bandwidth),
+        "coverage_before": before,
+        "coverage_after": after,
     }
     if probabilities is not None:
         expected = probabilities.sum(0).tolist()

@@ -171,6 +171,8 @@ class FinetuneConfig(SupervisedConfig):
     label_smoothing: Share
     mixup: NotNegative
     batch_norm: Literal["batch", "frozen"]
+    pool: CountOrZero
+    confidence: Share
     holdout: PositiveShare
     checkpoint_every: Count
 

@@ -15,9 +15,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ def form(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def served(reply: Reply) -> Iterator[Server]:
-    server = make_server(reply, lambda place: np.full((32, 32, 3), 40 * place, np.uint8), 0)
+def served(reply: Reply, picture: Callable[[int], np.ndarray] | None = None) -> Iterator[Server]:
+    server = make_server(reply, picture or (lambda place: np.full((32, 32, 3), 40 * place, np.uint8)), 0)
     thread = Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -260,7 +260,9 @@ def test_in_a_browser_a_key_answers(form: Path, tmp_path: Path, browser: Browser
         browser.press("2")
         browser.wait("document.getElementById('name').textContent === '2.png'")
         assert labels(path)["0.png"] == "dog"
-        browser.press(KEYS["right"], "7", "3")  # 7 is no class
+        browser.press(KEYS["right"])
+        browser.wait("document.getElementById('image').complete")
+        browser.press("7", "3")  # 7 is no class
         browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")
         assert labels(path)["4.png"] == "owl"
         browser.press(KEYS["left"])
@@ -268,6 +270,7 @@ def test_in_a_browser_a_key_answers(form: Path, tmp_path: Path, browser: Browser
         browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
         assert labels(path)["4.png"] == ""
         for number in range(5):
+            browser.wait("document.getElementById('image').complete")
             browser.press("1")
             browser.wait(f"document.getElementById('count').textContent === '{number + 2} of 6 answered'")
         browser.wait("document.getElementById('said').textContent.startsWith('all answered')")
@@ -277,18 +280,45 @@ def test_in_a_browser_a_key_answers(form: Path, tmp_path: Path, browser: Browser
 
 
 @pytest.mark.slow
+def test_in_a_browser_nobody_answers_for_a_picture_that_is_not_there(
+    form: Path, tmp_path: Path, browser: Browser
+) -> None:
+    path, there = tmp_path / "reply.csv", Event()
+
+    def picture(place: int) -> np.ndarray:
+        assert place == 0 or there.wait(60)
+        return np.zeros((32, 32, 3), np.uint8)
+
+    with served(Reply(form, path, CLASSES), picture) as server:
+        browser.open(address(server))
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        browser.press("2")
+        browser.wait("document.getElementById('name').textContent === '2.png'")
+        browser.press("3")
+        time.sleep(0.5)
+        assert labels(path)["2.png"] == ""
+        there.set()
+        browser.wait("document.getElementById('image').complete")
+        browser.press("3")
+        browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")
+        assert labels(path)["2.png"] == "owl"
+
+
+@pytest.mark.slow
 def test_in_a_browser_many_classes_are_typed(form: Path, tmp_path: Path, browser: Browser) -> None:
     path = tmp_path / "reply.csv"
     names = [f"bird {n}" for n in range(20)] + ["<b>snow & owl</b>", "fox"]
     with served(Reply(form, path, names)) as server:
         browser.open(address(server))
         browser.wait("document.querySelectorAll('#classes li').length === 22")
+        browser.wait("document.getElementById('image').complete")
         browser.press(*"OWL")
         browser.wait("document.querySelectorAll('#classes li').length === 1")
         browser.press(KEYS["enter"])
         browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
         assert labels(path)["0.png"] == "<b>snow & owl</b>"
         browser.wait("document.querySelectorAll('#classes li').length === 22")
+        browser.wait("document.getElementById('image').complete")
         server.shutdown()
         server.server_close()
         browser.press(*"fox", KEYS["enter"])

@@ -219,10 +219,11 @@ def test_the_best_epoch_survives_an_interruption(
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*buffers, strict=True))
 
 
+@pytest.mark.parametrize("pool", [0, 3])
 def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(
-    moco: Moco, project: Path, classifier: Path
+    moco: Moco, project: Path, classifier: Path, pool: int
 ) -> None:
-    write_params(project, finetune__epochs=40, finetune__checkpoint_every=100)
+    write_params(project, finetune__epochs=40, finetune__checkpoint_every=100, finetune__pool=pool)
     run_all(moco, "finetune")
     undisturbed = (project / "models/finetuned/model_sub.pth").read_bytes()
     with (project / "reports/finetune/epochs.csv").open() as file:
@@ -240,7 +241,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "the same command continues" in errors
-    write_params(project, finetune__epochs=40, finetune__checkpoint_every=7)  # housekeeping: still the same run
+    write_params(project, finetune__epochs=40, finetune__checkpoint_every=7, finetune__pool=pool)  # still the same run
     done = moco("finetune")
     assert done.returncode == 0 and "continuing from" in done.stderr, done.stderr
     assert (project / "models/finetuned/model_sub.pth").read_bytes() == undisturbed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import Moco, write_params
 from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
 from moco.params import load
+from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
 from moco.training.schedules import scaled_lr
 
@@ -94,6 +96,54 @@ def test_frozen_norms_keep_their_statistics_and_the_rest_trains(project: Path) -
     assert "conv1.weight" in moved and "fc.weight" in moved and step.network.training
     step, _ = stepped(project, Tuning())
     assert int(step.network.state_dict()["bn1.num_batches_tracked"]) == 1
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.292, 1.0])
+def test_the_pool_is_learned_with_the_labels_that_the_network_is_sure_of(project: Path, confidence: float) -> None:
+    """FixMatch's loss by its definition, on views that are the images themselves."""
+    torch.manual_seed(0)
+    network = SmallResNet(5, 4, 2)
+    section = load(project / "params.yaml").finetune
+    views = Views(recipe("crop", (1.0, 1.0), (0.1, 2.0)), 32, (0.0,) * 3, (1.0,) * 3, CPU)
+    views.recipe = replace(views.recipe, flip_probability=0.0)
+    rng = np.random.default_rng(0)
+    images, labelled = (rng.integers(0, 255, (count, 32, 32, 3)).astype(np.uint8) for count in (20, 4))
+    pool = PoolBatches(images, 8, 0, views, views, confidence)
+    before, labels = copy.deepcopy(network), torch.arange(4)
+    step = SupervisedStep(network, labels, views, section, 4, CPU, torch.float32, Tuning(), pool)
+    found = step(labels.numpy(), torch.from_numpy(labelled), 0.5, 1)
+    known, unknown = (views.to_unit(torch.from_numpy(part)) for part in (labelled, pool.read(1).numpy()))
+    chances = before.train()(unknown).softmax(1)
+    sure = chances.amax(1) >= confidence
+    outputs = before(torch.cat([known, unknown]))
+    terms = F.cross_entropy(outputs[4:], chances.argmax(1), reduction="none")[sure]
+    expected = F.cross_entropy(outputs[:4], labels) + terms.sum() / 8
+    assert float(found["loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert float(found["pool_share"]) == pytest.approx(float(sure.float().mean()))
+    assert {0.0: sure.all(), 0.292: sure.any() and not sure.all(), 1.0: not sure.any()}[confidence]
+    expected.backward()
+    ours, theirs = network.conv1.weight, before.conv1.weight
+    assert theirs.grad is not None
+    change = -step.optimizer.param_groups[0]["lr"] * 1.9 * (theirs.grad + section.weight_decay * theirs)
+    assert torch.allclose(ours - theirs, change, atol=1e-5), "no gradient flows through the labels"
+
+
+def test_batches_of_the_pool_are_a_function_of_the_step(project: Path) -> None:
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8)
+    views = Views(recipe("crop", (1.0, 1.0), (0.1, 2.0)), 2, (0.0,) * 3, (1.0,) * 3, CPU)
+
+    def batches() -> PoolBatches:
+        return PoolBatches(images, 5, 3, views, views, 0.5)
+
+    pool = batches()
+    found = [pool.read(number)[:, 0, 0, 0].tolist() for number in range(9)]
+    for epoch in (found[:4], found[4:8]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(20)), "each once"
+    assert found[:4] != found[4:8]
+    for number in (6, 0, 8, 3, 4):
+        assert batches().read(number)[:, 0, 0, 0].tolist() == found[number]
+        assert pool.read(number)[:, 0, 0, 0].tolist() == found[number], "after others, too"
+    assert PoolBatches(images, 99, 3, views, views, 0.5).read(2).shape[0] == 20
 
 
 def test_straight_from_the_encoder_no_classifier_is_needed(moco: Moco, project: Path) -> None:

@@ -27,6 +27,7 @@ from moco.model.encoder import build_encoder, feature_width
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
+from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import feature_sets, linear_views
 from moco.stages.workspace import (
@@ -52,6 +53,7 @@ from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
 
 KEEP = 2  # checkpoints
+STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
 
 
 class BestEpoch:
@@ -127,11 +129,16 @@ def _run(
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, train, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
-    views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
+    views = _views("crop", section.crop_scale, manifest, device)
+    pool = None
+    if section.pool:
+        strong = _views(STRONG, STRONG_CROPS, manifest, device)
+        count = section.pool * sampler.batch_size
+        pool = PoolBatches(splits["unlabeled"].images, count, section.seed, views, strong, section.confidence)
     precision = choose_precision(config.pretrain.precision, device)
     tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
     step = SupervisedStep(
-        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision, tuning
+        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision, tuning, pool
     )  # fmt: skip
     state = LoopState(**saved["loop"]) if saved else LoopState()
     choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
@@ -160,6 +167,10 @@ def _run(
         "images_seen": state.step * sampler.batch_size,
     }
     _write(config, Classifier(start.architecture, settings=chain, **choice.best), manifest, results, record, state)
+
+
+def _views(name: str, crop_scale: tuple[float, float], manifest: Manifest, device: torch.device) -> Views:
+    return Views(recipe(name, crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moco.config import SupervisedConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views
+from moco.stages.pool_batches import PoolBatches, pseudo_label_loss
 from moco.training import features
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, Log, LoopState, run_loop
@@ -54,13 +55,15 @@ class SupervisedStep:
 
     Every step puts the network into training mode, whatever an evaluation left behind: BatchNorm normalises with the
     statistics of the batch and moves its running ones, which evaluation then uses. labels: N int64, of all images
-    that the loop's indices can name.
+    that the loop's indices can name. pool: images without labels, which are trained on as well.
     """
 
     def __init__(
         self, network: nn.Module, labels: Tensor, views: Views, section: SupervisedConfig,
         batch_size: int, device: torch.device, precision: torch.dtype, tuning: Tuning = Tuning(),
+        pool: PoolBatches | None = None,
     ) -> None:  # fmt: skip
+        self.pool = pool
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.labels, self.views, self.section = labels, views, section
         self.device, self.precision, self.tuning = device, precision, tuning
@@ -88,13 +91,25 @@ class SupervisedStep:
             share = np.random.default_rng((section.seed, number)).beta(self.tuning.mixup, self.tuning.mixup)
             other = torch.randperm(len(batch), generator=generator).to(self.device)
             batch, targets = torch.lerp(batch[other], batch, share), torch.lerp(targets[other], targets, share)
-        with autocast(self.device, self.precision):
-            loss = F.cross_entropy(self.network(batch), targets)
+        loss, more = self._loss(batch, targets, number, generator)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "lr": self.peak_lr * factor}
+        return {"loss": loss.detach(), "lr": self.peak_lr * factor, **more}
+
+    def _loss(
+        self, batch: Tensor, targets: Tensor, number: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what else there is to log."""
+        with autocast(self.device, self.precision):
+            if self.pool is None:
+                return F.cross_entropy(self.network(batch), targets), {}
+            weak, strong = self.pool.views(number, generator)
+            labels, sure = self.pool.targets(self.network, weak)
+            known, unknown = self.network(torch.cat([batch, strong])).tensor_split([len(batch)])
+            loss = F.cross_entropy(known, targets) + pseudo_label_loss(unknown, labels, sure)
+        return loss, {"pool_share": sure.mean()}
 
     def _targets(self, indices: np.ndarray) -> Tensor:
         """Labels B, or, where they are smoothed or mixed, shares of the classes, B x C."""

@@ -1,58 +1,30 @@
-"""`moco label`: who may talk to it, what it writes, and a real browser with a keyboard."""
+"""`moco label`: who may talk to it, and what it writes."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
-import numpy as np
 import pytest
+from label_helpers import CLASSES, HEADER, labels, served, write_form
 
 from conftest import Moco, assert_one_line_error
 from moco.errors import UserError
 from moco.labelling.reply import Reply
-from moco.labelling.server import Server, address, make_server
-
-CLASSES = ["cat", "dog", "owl"]
-HEADER = "image,label,rank,score,cluster,content"
+from moco.labelling.server import Server
 
 
 @pytest.fixture
 def form(tmp_path: Path) -> Path:
-    """Six images in two clusters, which take turns."""
-    path = tmp_path / "request/request.csv"
-    path.parent.mkdir()
-    rows = [f"{i}.png,,{i + 1},0.5,{i % 2},{i:032x}" for i in range(6)]
-    path.write_text("\n".join([HEADER, *rows]) + "\n")
-    return path
-
-
-@contextlib.contextmanager
-def served(reply: Reply, picture: Callable[[int], np.ndarray] | None = None) -> Iterator[Server]:
-    server = make_server(reply, picture or (lambda place: np.full((32, 32, 3), 40 * place, np.uint8)), 0)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return write_form(tmp_path)
 
 
 def ask(server: Server, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
@@ -64,11 +36,6 @@ def ask(server: Server, path: str, body: Any = None, **headers: str) -> tuple[in
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read()
-
-
-def labels(path: Path) -> dict[str, str]:
-    with path.open() as file:
-        return {row["image"]: row["label"] for row in csv.DictReader(file)}
 
 
 def test_every_answer_is_in_the_file_at_once_and_the_next_start_goes_on(form: Path, tmp_path: Path) -> None:
@@ -181,146 +148,3 @@ def test_the_command_serves_what_was_asked_and_ends_with_a_count(moco: Moco, pro
         rest = running.stdout.read()
     assert running.returncode == 0 and "1 of 5 images answered in labels/reply.csv" in rest
     assert sorted(labels(project / "labels/reply.csv").values()) == ["", "", "", "", "3"]
-
-
-KEYS = {"right": "\ue014", "left": "\ue012", "delete": "\ue017", "enter": "\ue007"}
-
-
-class Browser:
-    """Chromium, by the WebDriver protocol (https://www.w3.org/TR/webdriver2/)."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.root = f"http://127.0.0.1:{free.getsockname()[1]}"
-        port = self.root.rpartition(":")[2]
-        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL)
-        arguments = [
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}",
-        ]  # fmt: skip
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": arguments}}}}
-        for attempt in range(50):
-            try:
-                self.session = self.call("POST", "/session", wanted)["sessionId"]
-                break
-            except urllib.error.URLError:
-                assert attempt < 49
-                time.sleep(0.2)
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as found:
-            return json.loads(found.read())["value"]
-
-    def open(self, url: str) -> None:
-        self.call("POST", f"/session/{self.session}/url", {"url": url})
-
-    def run(self, script: str) -> Any:
-        return self.call("POST", f"/session/{self.session}/execute/sync", {"script": script, "args": []})
-
-    def press(self, *keys: str) -> None:
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        device = {"type": "key", "id": "keyboard", "actions": actions}
-        self.call("POST", f"/session/{self.session}/actions", {"actions": [device]})
-
-    def wait(self, script: str) -> None:
-        for _ in range(100):
-            if self.run(f"return {script}"):
-                return
-            time.sleep(0.05)
-        raise AssertionError(script + "\n" + str(self.run("return document.body.innerText")))
-
-    def close(self) -> None:
-        with contextlib.suppress(urllib.error.URLError):
-            self.call("DELETE", f"/session/{self.session}")
-        self.driver.terminate()
-        self.driver.wait()
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    if not shutil.which("chromedriver"):
-        assert not os.environ.get("MOCO_NO_SKIP"), "no chromedriver"
-        pytest.skip("needs chromedriver and chromium")
-    found = Browser(tmp_path / "profile")
-    try:
-        yield found
-    finally:
-        found.close()
-
-
-@pytest.mark.slow
-def test_in_a_browser_a_key_answers(form: Path, tmp_path: Path, browser: Browser) -> None:
-    path = tmp_path / "reply.csv"
-    with served(Reply(form, path, CLASSES)) as server:
-        browser.open(address(server))
-        browser.wait("document.getElementById('count').textContent === '0 of 6 answered'")
-        browser.wait("document.getElementById('image').naturalWidth === 32")
-        browser.press("2")
-        browser.wait("document.getElementById('name').textContent === '2.png'")
-        assert labels(path)["0.png"] == "dog"
-        browser.press(KEYS["right"])
-        browser.wait("document.getElementById('image').complete")
-        browser.press("7", "3")  # 7 is no class
-        browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")
-        assert labels(path)["4.png"] == "owl"
-        browser.press(KEYS["left"])
-        browser.press(KEYS["delete"])
-        browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
-        assert labels(path)["4.png"] == ""
-        for number in range(5):
-            browser.wait("document.getElementById('image').complete")
-            browser.press("1")
-            browser.wait(f"document.getElementById('count').textContent === '{number + 2} of 6 answered'")
-        browser.wait("document.getElementById('said').textContent.startsWith('all answered')")
-        assert set(labels(path).values()) == {"dog", "cat"}
-        browser.open(f"http://127.0.0.1:{server.server_port}/?token=wrong")
-        browser.wait("document.body.innerText.includes('wrong token')")
-
-
-@pytest.mark.slow
-def test_in_a_browser_nobody_answers_for_a_picture_that_is_not_there(
-    form: Path, tmp_path: Path, browser: Browser
-) -> None:
-    path, there = tmp_path / "reply.csv", Event()
-
-    def picture(place: int) -> np.ndarray:
-        assert place == 0 or there.wait(60)
-        return np.zeros((32, 32, 3), np.uint8)
-
-    with served(Reply(form, path, CLASSES), picture) as server:
-        browser.open(address(server))
-        browser.wait("document.getElementById('image').naturalWidth === 32")
-        browser.press("2")
-        browser.wait("document.getElementById('name').textContent === '2.png'")
-        browser.press("3")
-        time.sleep(0.5)
-        assert labels(path)["2.png"] == ""
-        there.set()
-        browser.wait("document.getElementById('image').complete")
-        browser.press("3")
-        browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")
-        assert labels(path)["2.png"] == "owl"
-
-
-@pytest.mark.slow
-def test_in_a_browser_many_classes_are_typed(form: Path, tmp_path: Path, browser: Browser) -> None:
-    path = tmp_path / "reply.csv"
-    names = [f"bird {n}" for n in range(20)] + ["<b>snow & owl</b>", "fox"]
-    with served(Reply(form, path, names)) as server:
-        browser.open(address(server))
-        browser.wait("document.querySelectorAll('#classes li').length === 22")
-        browser.wait("document.getElementById('image').complete")
-        browser.press(*"OWL")
-        browser.wait("document.querySelectorAll('#classes li').length === 1")
-        browser.press(KEYS["enter"])
-        browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
-        assert labels(path)["0.png"] == "<b>snow & owl</b>"
-        browser.wait("document.querySelectorAll('#classes li').length === 22")
-        browser.wait("document.getElementById('image').complete")
-        server.shutdown()
-        server.server_close()
-        browser.press(*"fox", KEYS["enter"])
-        browser.wait("document.getElementById('problem').textContent.startsWith('not saved')")
-        assert labels(path)["2.png"] == ""

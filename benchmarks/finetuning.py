@@ -27,11 +27,11 @@ import yaml
 from moco.data.batches import gather
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder
 from moco.params import load
 from moco.presets import edit
 from moco.stages.classifier_files import read_classifier
+from moco.stages.train import linear_views
 from moco.stages.workspace import scratch_folder
 from moco.training.features import extract
 
@@ -57,7 +57,7 @@ def pool_accuracy(folder: Path, oracle: np.ndarray) -> float:
     found = read_classifier(folder)
     network = build_encoder(found.architecture, len(found.classes))
     network.load_state_dict(found.weights)
-    plain = Views(recipe("crop", (0.5, 1.0), (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, CPU).plain
+    plain = linear_views(manifest, CPU).plain
     outputs = extract(network, gather(pool.images, rows), plain, batch_size=256, device=CPU)
     return float((outputs.argmax(1).numpy() == oracle[rows]).mean())
 

@@ -66,12 +66,10 @@ def test_nothing_that_is_labelled_and_no_copy_is_asked_for(moco: Moco, project: 
     shutil.copy(dataset / "train/6.png", dataset / "unlabeled/8.png")
     shutil.copy(dataset / "val/4.png", dataset / "unlabeled/9.png")
     shutil.copy(dataset / "unlabeled/1.png", dataset / "unlabeled/2.png")
-    with Image.open(dataset / "unlabeled/1.png") as picture:
-        near = np.asarray(picture).astype(int)
-    Image.fromarray((near + np.eye(32, dtype=int)[..., None]).astype(np.uint8)).save(dataset / "unlabeled/3.png")
-    with Image.open(dataset / "val/5.png") as picture:
-        near = np.asarray(picture).astype(int)
-    Image.fromarray((near + np.eye(32, dtype=int)[..., None]).astype(np.uint8)).save(dataset / "unlabeled/10.png")
+    for original, near in (("unlabeled/1.png", "unlabeled/3.png"), ("val/5.png", "unlabeled/10.png")):
+        with Image.open(dataset / original) as picture:
+            pixels = np.asarray(picture).astype(int) + np.eye(32, dtype=int)[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(dataset / near)
     (project / "labels.csv").write_text("image,label\n17,2\n")
     write_params(project, train_extra__labels="labels.csv", request__strategy="coreset")
     run_all(moco, "data", "pretrain")

@@ -35,10 +35,10 @@ def run(config: Config, path: Path, port: int, say: Say) -> None:
     """Serves until it is stopped by a signal. Raises UserError where form, reply and pool do not fit each other, and
     where another process serves the same reply."""
     # Not beside the reply: DVC looks for changes there.
-    lock = FileLock(RUNS / "label" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    place = RUNS / "label" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(place).acquire(timeout=0):
             _run(config, path, port, say)
     except Timeout:
         raise UserError(f"{path}: another `moco label` is open on it; go on there, or stop it") from None

@@ -18,12 +18,12 @@ from moco.data.batches import EpochSampler
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
+from moco.data.views import Views
 from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head
 from moco.stages.architecture import chosen_architecture
 from moco.stages.supervised import SupervisedStep, train_supervised
-from moco.stages.train import classify
+from moco.stages.train import classifier_views, classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
     architecture = chosen_architecture(model, manifest)
     network_settings = {f"pretrain.{name}": getattr(model, name) for name in NETWORK}
     chain = {**manifest.settings, **network_settings, **flatten(config.train, "train"), **flatten(section, "baseline")}
-    views = Views(recipe("crop", section.crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
+    views = classifier_views(manifest, device, section.crop_scale)
     classes = len(manifest.classes)
     key = run_key(chain, manifest.digest)
     with open_run_folder("baseline", key) as folder, Run(folder.path, "baseline", config.tracking, say) as record:

@@ -20,7 +20,6 @@ from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import build_encoder, feature_width
@@ -29,7 +28,7 @@ from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
-from moco.stages.train import feature_sets, linear_views
+from moco.stages.train import classifier_views, feature_sets, linear_views
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
@@ -129,10 +128,10 @@ def _run(
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, train, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
-    views = _views("crop", section.crop_scale, manifest, device)
+    views = classifier_views(manifest, device, section.crop_scale)
     pool = None
     if section.pool:
-        strong = _views(STRONG, STRONG_CROPS, manifest, device)
+        strong = classifier_views(manifest, device, STRONG_CROPS, STRONG)
         count = section.pool * sampler.batch_size
         pool = PoolBatches(splits["unlabeled"].images, count, section.seed, views, strong, section.confidence)
     precision = choose_precision(config.pretrain.precision, device)
@@ -167,10 +166,6 @@ def _run(
         "images_seen": state.step * sampler.batch_size,
     }
     _write(config, Classifier(start.architecture, settings=chain, **choice.best), manifest, results, record, state)
-
-
-def _views(name: str, crop_scale: tuple[float, float], manifest: Manifest, device: torch.device) -> Views:
-    return Views(recipe(name, crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:

@@ -74,7 +74,6 @@ def run(config: Config) -> None:
         say("warning: request.answers: these images are not drawn by the generator; the form is left to people")
         config = replace(config, request=replace(config.request, answers="people"))
     chain = {**inputs.encoder.settings, **flatten(section, "request"), "request.known": len(known.digests)}
-    keep_answers(config)
     with (
         open_run_folder("request", run_key(chain, manifest.digest)) as folder,
         Run(folder.path, "request", config.tracking, say) as record,
@@ -98,6 +97,7 @@ def run(config: Config) -> None:
         )
         expected = classified(asked.images) if classified is not None and len(rows) else None
         summary = _summary(config, problem, expected, choice, copies, manifest)
+        keep_answers(config)
         write_request(asked, summary, record)
         folder.finish()
     say(f"request: {len(rows)} images by {section.strategy} -> {FORM}")
@@ -175,13 +175,12 @@ def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> nn.Linear
     if not needed and not (CLASSIFIER / WEIGHTS).is_file():
         return None
     found = read_classifier(CLASSIFIER)
-    if found.classes != classes:
-        if needed:
-            raise UserError(f"{CLASSIFIER}: made for other classes than the data has; run `moco train` again")
-        return None
+    other = "for other classes than the data has" if found.classes != classes else ""
     if any(not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()):
-        if needed:
-            raise UserError(f"{CLASSIFIER}: made on another encoder; run `moco train` again")
+        other = other or "on another encoder"
+    if other and needed:
+        raise UserError(f"{CLASSIFIER}: made {other}; run `moco train` again")
+    if other:
         return None
     weight, bias = found.weights["fc.weight"], found.weights["fc.bias"]
     layer = nn.Linear(weight.shape[1], weight.shape[0])

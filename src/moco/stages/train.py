@@ -138,8 +138,14 @@ def train_classifier(
 
 def linear_views(manifest: Manifest, device: torch.device) -> Views:
     """Of the images from which features are computed."""
-    chosen = recipe("crop", CROP_SCALE, (0.1, 2.0))
-    return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
+    return classifier_views(manifest, device, CROP_SCALE)
+
+
+def classifier_views(
+    manifest: Manifest, device: torch.device, crop_scale: tuple[float, float], name: str = "crop"
+) -> Views:
+    """Views of whole size, by a recipe that does not blur."""
+    return Views(recipe(name, crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
 
 
 def feature_sets(

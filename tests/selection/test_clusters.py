@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.selection import clusters, near_copies
 from moco.selection import kmeans as module
-from moco.selection import near_copies
 from moco.selection.clusters import cluster_margin, k_medoids, typical
 from moco.selection.kmeans import assign, kmeans
 from moco.selection.near_copies import first_of_each, small_pictures
@@ -58,9 +58,9 @@ def test_kmeans_with_more_centres_than_rows_and_from_random_rows(monkeypatch) ->
 
 def test_medoids_come_from_the_largest_clusters_without_labels() -> None:
     features, truth = blobs((40, 30, 20, 10))
-    rows, scores, clusters = k_medoids(features, torch.ones(100, dtype=torch.bool), features[:1], 3, seeded())
+    rows, scores, where = k_medoids(features, torch.ones(100, dtype=torch.bool), features[:1], 3, seeded())
     assert truth[rows].tolist() == [1, 2, 3], "class 0 has its label"
-    assert len(set(clusters.tolist())) == 3 and (scores <= 0).all()
+    assert len(set(where.tolist())) == 3 and (scores <= 0).all()
     centre = features[truth == 1].mean(0)
     assert rows[0] == 40 + int((features[40:70] - centre).square().sum(1).argmin())
 
@@ -81,6 +81,28 @@ def test_more_is_asked_for_than_there_are_clusters() -> None:
     known = features[torch.tensor([0, 40, 70, 90])]
     rows, _, _ = typical(features, torch.ones(100, dtype=torch.bool), known, 60, seeded())
     assert len(set(rows.tolist())) == 60
+
+
+def test_clusters_are_compared_once_and_large_ones_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, truth = blobs((40, 30, 20, 10))
+    monkeypatch.setattr(clusters, "TYPICAL_CLUSTERS", 4)
+    compared: list[int] = []
+    cdist = torch.cdist
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        compared.append(len(a))
+        return cdist(a, b)
+
+    monkeypatch.setattr(clusters.torch, "cdist", counted)
+    everything = torch.ones(100, dtype=torch.bool)
+    rows, scores, where = typical(features, everything, features[:0], 36, seeded())
+    assert compared == [40, 30, 20, 10], "once for each cluster, whatever the budget"
+    assert truth[rows[:4]].tolist() == [0, 1, 2, 3] and torch.bincount(where).tolist() == [9, 9, 9, 9]
+    of_first = scores[truth[rows] == 0]
+    assert torch.equal(of_first, of_first.sort(descending=True).values), "the most typical first"
+    monkeypatch.setattr(clusters, "PAIRS", 16)
+    rows, _, _ = typical(features, everything, features[:0], 100, seeded())
+    assert sorted(rows.tolist()) == list(range(100)), "a part of a cluster that is used up, then the next"
 
 
 def test_margins_are_small_and_from_all_clusters() -> None:

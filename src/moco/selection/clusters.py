@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 
 import torch
@@ -30,11 +31,11 @@ def k_medoids(
     cluster, known, centres = _clusters(features, labelled, wanted, generator)
     distance = (features - centres[cluster]).square().sum(1).sqrt()
 
-    def best(rows: Tensor) -> tuple[Tensor, Tensor]:
-        at = distance[rows].argmin()
-        return rows[at], -distance[rows[at]]
+    def rank(rows: Tensor) -> tuple[Tensor, Tensor]:
+        near = distance[rows].sort(stable=True)
+        return rows[near.indices], -near.values
 
-    return _in_turns(cluster, known, candidates, budget, best, 1)
+    return _in_turns(cluster, known, candidates, budget, rank, 1)
 
 
 def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int, generator: torch.Generator) -> Chosen:
@@ -44,18 +45,17 @@ def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int,
     wanted = min(budget + len(labelled), TYPICAL_CLUSTERS)
     cluster, known, _ = _clusters(features, labelled, wanted, generator)
 
-    def best(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def rank(rows: Tensor) -> tuple[Tensor, Tensor]:
         if len(rows) == 1:
-            return rows[0], torch.zeros((), device=rows.device)
+            return rows, torch.zeros(1, device=rows.device)
         if len(rows) > PAIRS:
             rows = rows[torch.randperm(len(rows), generator=generator)[:PAIRS].to(rows.device)]
         near = min(TYPICAL_NEIGHBOURS, len(rows) - 1)
         nearest = torch.cdist(features[rows], features[rows]).topk(near + 1, 1, largest=False).values[:, 1:]
-        typicality = 1 / nearest.mean(1).clamp(min=1e-6)
-        at = typicality.argmax()
-        return rows[at], typicality[at]
+        typicality = (1 / nearest.mean(1).clamp(min=1e-6)).sort(descending=True, stable=True)
+        return rows[typicality.indices], typicality.values
 
-    return _in_turns(cluster, known, candidates, budget, best, SMALLEST)
+    return _in_turns(cluster, known, candidates, budget, rank, SMALLEST)
 
 
 def cluster_margin(
@@ -94,32 +94,28 @@ def _clusters(
 
 def _in_turns(
     cluster: Tensor, known: Tensor, candidates: Tensor, budget: int,
-    best: Callable[[Tensor], tuple[Tensor, Tensor]], smallest: int,
+    rank: Callable[[Tensor], tuple[Tensor, Tensor]], smallest: int,
 ) -> Chosen:  # fmt: skip
     """One candidate at a time from the cluster with the fewest labels, given or chosen here, and of those from the
-    largest. Clusters of less than `smallest` rows come last."""
+    largest. Clusters of less than `smallest` rows come last. rank: sorts rows of a cluster, or some of them, the best
+    first, with their scores; it is asked once, and again only when those are used up."""
     device, sizes = cluster.device, torch.bincount(cluster, minlength=len(known)).cpu()
     order = cluster.cpu().argsort(stable=True)
     open_rows = candidates.cpu()
-    members = [rows[open_rows[rows]].to(device) for rows in order.split(sizes.tolist())]
-    labels = known.cpu().tolist()
-    picked: list[Tensor] = []
-    scores: list[Tensor] = []
-    where: list[int] = []
-    small = (sizes < smallest).tolist()
-    queue = sorted((labels[n], small[n], -int(sizes[n]), n) for n, rows in enumerate(members) if len(rows))
-    while len(picked) < budget:
-        again = []
-        for position, (count, late, size, number) in enumerate(queue):
-            if len(picked) == budget or count > queue[0][0]:
-                again += queue[position:]
-                break
-            row, score = best(members[number])
-            picked.append(row)
-            scores.append(score)
-            where.append(number)
-            members[number] = members[number][members[number] != row]
-            if len(members[number]):
-                again.append((count + 1, late, size, number))
-        queue = sorted(again)
-    return torch.stack(picked), torch.stack(scores), torch.tensor(where)
+    members = [rows[open_rows[rows]] for rows in order.split(sizes.tolist())]
+    labels, small = known.cpu().tolist(), (sizes < smallest).tolist()
+    queue = [(labels[n], small[n], -int(sizes[n]), n) for n, rows in enumerate(members) if len(rows)]
+    heapq.heapify(queue)
+    ranked: dict[int, list[tuple[int, float]]] = {}  # the best last
+    chosen: list[tuple[int, float, int]] = []
+    while len(chosen) < budget:
+        count, late, size, number = heapq.heappop(queue)
+        if not ranked.get(number):
+            rows, scores = (each.cpu() for each in rank(members[number].to(device)))
+            ranked[number] = list(zip(rows.tolist(), scores.tolist(), strict=True))[::-1]
+            members[number] = members[number][~torch.isin(members[number], rows)]
+        chosen.append((*ranked[number].pop(), number))
+        if ranked[number] or len(members[number]):
+            heapq.heappush(queue, (count + 1, late, size, number))
+    picked, values, where = zip(*chosen, strict=True)
+    return torch.tensor(picked), torch.tensor(values), torch.tensor(where)

@@ -47,7 +47,7 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
-from moco.training.linear import fit_linear
+from moco.training.linear import fit_linear, standard_error
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
 
@@ -59,23 +59,36 @@ class BestEpoch:
     """Callable for the loop, after every epoch: measures the held-out images and keeps the best weights so far.
 
     best: epoch (from 1; one that the clock cut short counts), accuracy, weights and optimizer, on the CPU; the earlier
-    epoch on a tie; None before the first. images: M x H x W x 3 uint8; labels: M int64.
+    epoch on a tie; None before the first. last: accuracy after the last epoch so far.
+    images: M x H x W x 3 uint8; labels: M int64.
     """
 
     def __init__(self, step: SupervisedStep, state: LoopState, images: np.ndarray, labels: np.ndarray) -> None:
         self.step, self.state, self.images, self.labels = step, state, images, labels
         self.best: dict[str, Any] | None = None
+        self.last = 0.0
 
     def __call__(self) -> dict[str, float]:
-        accuracy = self.step.accuracy(self.images, self.labels)
-        if self.best is None or accuracy > self.best["accuracy"]:
-            self.best = {
-                "epoch": self.state.epoch + (self.state.batch > 0),
-                "accuracy": accuracy,
-                "weights": _copied(self.step.network.state_dict()),
-                "optimizer": _copied(self.step.optimizer.state_dict()),
-            }
-        return {"held_out_accuracy": accuracy}
+        self.last = self.step.accuracy(self.images, self.labels)
+        if self.best is None or self.last > self.best["accuracy"]:
+            self.best = self._now()
+        return {"held_out_accuracy": self.last}
+
+    def choice(self) -> dict[str, Any]:
+        """The last epoch, unless an earlier one is better by more than a standard error, as for the linear classifier.
+        Raises ValueError before the first epoch."""
+        if self.best is None:
+            raise ValueError("no epoch has been measured")
+        close = self.best["accuracy"] - self.last <= standard_error(self.best["accuracy"], len(self.labels))
+        return self._now() if close else self.best
+
+    def _now(self) -> dict[str, Any]:
+        return {
+            "epoch": self.state.epoch + (self.state.batch > 0),
+            "accuracy": self.last,
+            "weights": _copied(self.step.network.state_dict()),
+            "optimizer": _copied(self.step.optimizer.state_dict()),
+        }
 
 
 def _copied(value: Any) -> Any:
@@ -143,29 +156,30 @@ def _run(
     choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
     if saved is not None:
         step.load_state(saved)
-        choice.best = saved["best"]
+        choice.best, choice.last = saved["best"], saved.get("last", 0.0)  # not in older states
     record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
     if saved is None:
         record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
 
     def save(state: LoopState) -> None:
-        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
+        measured = {"best": choice.best, "last": choice.last}
+        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), **measured, **step.state()})
         record.checkpoint(path, state.step)
 
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
     train_supervised(
         "finetune", step, train.images, sampler, state, record.log, choice, save, section.checkpoint_every
     )  # fmt: skip
-    assert choice.best is not None
-    network.load_state_dict(choice.best["weights"])
+    best = choice.choice()
+    network.load_state_dict(best["weights"])
     results = {
-        "held_out_accuracy": choice.best["accuracy"],
+        "held_out_accuracy": best["accuracy"],
         "val_accuracy": step.accuracy(val.images, val.labels),
-        "best_epoch": choice.best["epoch"],
+        "best_epoch": best["epoch"],
         "minutes": state.seconds / 60,
         "images_seen": state.step * sampler.batch_size,
     }
-    _write(config, Classifier(start.architecture, settings=chain, **choice.best), manifest, results, record, state)
+    _write(config, Classifier(start.architecture, settings=chain, **best), manifest, results, record, state)
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:

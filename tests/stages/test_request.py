@@ -8,6 +8,7 @@ import os
 import shutil
 import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from stage_helpers import run_all
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.config import RequestConfig
+from moco.data.manifest import load_manifest
+from moco.model.encoder import build_encoder
+from moco.stages.classifier_files import read_classifier
+from moco.stages.train import linear_views
+from moco.training import features
 
 STRATEGIES = typing.get_args(typing.get_type_hints(RequestConfig)["strategy"])
 
@@ -80,6 +86,32 @@ def test_nothing_that_is_labelled_and_no_copy_is_asked_for(moco: Moco, project: 
     assert len(asked) == 34
     assert_one_line_error(moco("request", "--budget", "35"), "request.budget: 35", "34", "near copies")
     assert_one_line_error(moco("request", "--budget", "37"), "request.budget: 37", "the pool has 36")
+
+
+def test_margins_are_those_of_the_classifier_and_the_pool_is_read_once(
+    moco: Moco, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    extract = features.extract
+
+    def counted(network: torch.nn.Module, images: np.ndarray, *arguments: Any, **more: Any) -> torch.Tensor:
+        read.append(len(images))
+        return extract(network, images, *arguments, **more)
+
+    monkeypatch.setattr(features, "extract", counted)
+    assert moco("request", "--strategy", "margin", "--budget", "3").returncode == 0
+    manifest = load_manifest(trained / "models/manifest.json")
+    pool, labelled = (manifest.splits[name].count for name in ("unlabeled", "train"))
+    assert read == [pool, labelled, 3], "the pool, what has labels, and what is asked for"
+    classifier = read_classifier(trained / "models/classifier")
+    network = build_encoder(classifier.architecture, len(classifier.classes))
+    network.load_state_dict(classifier.weights)
+    plain = linear_views(manifest, torch.device("cpu")).plain
+    for row in form(trained):
+        with Image.open(trained / "dataset/unlabeled" / row["image"]) as picture:
+            outputs = extract(network, np.asarray(picture)[None], plain, batch_size=1, device=torch.device("cpu"))
+        first, second = torch.softmax(outputs[0], 0).topk(2).values.tolist()
+        assert float(row["score"]) == pytest.approx(second - first, abs=2e-2), "features may be in half precision"
 
 
 def test_an_answered_form_trains_the_classifier(moco: Moco, trained: Path) -> None:

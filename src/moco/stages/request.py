@@ -145,27 +145,33 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
                 precision=precision,
             )  # fmt: skip
 
-    def classified(images: np.ndarray) -> Tensor:
+    def chances_of(block: Tensor) -> Tensor:
         assert layer is not None
-        return torch.cat([torch.softmax(block @ layer.weight.T + layer.bias, 1) for block in blocks(images)])
+        return torch.softmax(layer(block), 1)
+
+    def classified(images: np.ndarray) -> Tensor:
+        return torch.cat([chances_of(block) for block in blocks(images)])
 
     # In half precision, and only once: features of half a million images take gigabytes.
     wide = torch.empty(len(images) + len(known.images), last, dtype=torch.float16, device=device)
+    chances: list[Tensor] = []
     first = 0
     for block in itertools.chain(blocks(images), blocks(known.images)):
         directions = F.normalize(block[:, -last:], dim=1)  # what half precision holds, whatever their lengths
         if not directions.isfinite().all():
             raise UserError("models/encoder.pth: features that are no numbers; run `moco pretrain` again")
         wide[first : first + len(block)] = directions.to(device)
+        if section.strategy in NEEDS_CLASSIFIER:
+            chances.append(chances_of(block))
         first += len(block)
     small = reduced(wide, section.dimensions)
     del wide
-    chances = classified(images).to(device) if section.strategy in NEEDS_CLASSIFIER else None
     losses = None
     if section.strategy == "loss":
         losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
     usable = torch.from_numpy(candidates).to(device)
-    pool = Pool(small[: len(images)], usable, small[len(images) :], chances, losses)
+    probabilities = torch.cat(chances)[: len(images)].to(device) if chances else None
+    pool = Pool(small[: len(images)], usable, small[len(images) :], probabilities, losses)
     return pool, classified if layer is not None else None
 
 

@@ -15,7 +15,6 @@ import resource
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moco.selection.coverage import coverage
@@ -59,21 +58,22 @@ def main() -> None:
     print(f"reduced: {time.perf_counter() - began:.1f} s, peak {peak():.1f} GB", flush=True)
     pool = Pool(small, torch.ones(len(small), dtype=torch.bool), small[:0])
     random = choose("random", pool, args.budget, args.bandwidth, 0).rows
-    print(f"random: coverage {coverage(small, small[random], args.bandwidth):.3f}", flush=True)
+    print(f"random: coverage {coverage(small, small[:0], small[random], args.bandwidth)[1]:.3f}", flush=True)
     for name in args.strategies:
         began = time.perf_counter()
         rows = choose(name, pool, args.budget, args.bandwidth, 0).rows
         seconds = time.perf_counter() - began
-        covered = coverage(small, small[rows], args.bandwidth)
+        covered = coverage(small, small[:0], small[rows], args.bandwidth)[1]
         print(f"{name}: {seconds:.1f} s, coverage {covered:.3f}, peak {peak():.1f} GB", flush=True)
     if args.sklearn:
         from sklearn.cluster import MiniBatchKMeans
+        from sklearn.metrics import pairwise_distances_argmin
 
         began = time.perf_counter()
         model = MiniBatchKMeans(args.budget, batch_size=16_384, n_init=1, init="random", random_state=0)
-        centres = torch.from_numpy(model.fit(small.numpy()).cluster_centers_).float()
-        nearest = [int((small @ centre).argmax()) for centre in F.normalize(centres, dim=1)]
-        covered = coverage(small, small[torch.tensor(nearest)], args.bandwidth)
+        centres = model.fit(small.numpy()).cluster_centers_
+        nearest = torch.from_numpy(pairwise_distances_argmin(centres, small.numpy()))
+        covered = coverage(small, small[:0], small[nearest], args.bandwidth)[1]
         print(f"sklearn: {time.perf_counter() - began:.1f} s, coverage {covered:.3f}, peak {peak():.1f} GB", flush=True)
 
 

@@ -1,0 +1,70 @@
+"""The benchmarks about labels, on a project of seconds: a record is worth nothing if its command no longer runs."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, Moco
+
+pytestmark = pytest.mark.slow
+BUDGETS = ("4", "12")
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def pretrained(moco: Moco, project: Path) -> Path:
+    assert moco("data").returncode == 0 and moco("pretrain").returncode == 0 and moco("train").returncode == 0
+    labels = torch.arange(40) % 5
+    labels[7] = 4  # the oracle alone knows
+    torch.save(labels, project / "oracle.pt")
+    return project
+
+
+def test_label_requests(pretrained: Path) -> None:
+    more = ("--budgets", *BUDGETS, "--seeds", "2", "--rows", "rows.csv", "--plot", "plot.png")
+    table = run("label_requests.py", pretrained, "oracle.pt", *more).splitlines()
+    with (pretrained / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    strategies = {row["strategy"] for row in rows}
+    assert len(strategies) == 8 and len(rows) == 8 * 2 * len(BUDGETS)
+    assert all(0 <= float(row["accuracy"]) <= 1 and int(row["classes"]) <= 5 for row in rows)
+    assert table[-8 - 2] == "| strategy | 4 | 12 |" and len(table[-1].split("±")) == 3
+    assert (pretrained / "plot.png").stat().st_size > 10_000
+
+
+def test_extra_labels(pretrained: Path) -> None:
+    more = ("--labels", "0", "10", "--seeds", "2", "--plot", "plot.png")
+    lines = run("extra_labels.py", pretrained, "oracle.pt", *more).splitlines()
+    assert lines[-2].startswith("| 0 |") and lines[-1].startswith("| 10 |")
+    assert (pretrained / "plot.png").stat().st_size > 10_000
+
+
+def test_finetuning(pretrained: Path) -> None:
+    before = (pretrained / "params.yaml").read_bytes()
+    lines = run(
+        "finetuning.py", pretrained, "oracle.pt", "--settings", "finetune.lr=0.1", "finetune.pool=2"
+    ).splitlines()
+    assert len(lines) == 3 and lines[2].startswith("finetune.pool=2, seed 0: ") and lines[2].endswith("%")
+    lines = run("finetuning.py", pretrained, "--seeds", "2", "--supervised", "0.01").splitlines()
+    assert [line.split()[0] for line in lines] == ["linear", "as", "as", "baseline", "baseline"]
+    assert (pretrained / "params.yaml").read_bytes() == before
+
+
+def test_selection_scale() -> None:
+    lines = run("selection_scale.py", "--images", 3000, "--budget", 50, "--sklearn").splitlines()
+    coverage = {line.split(":")[0]: float(line.split("coverage ")[1].split(",")[0]) for line in lines if "cov" in line}
+    assert set(coverage) == {"random", "maxherding", "typiclust", "kmedoids", "coreset", "sklearn"}
+    assert max(coverage, key=lambda name: coverage[name]) == "maxherding", "it is its own measure"
+    assert min(coverage, key=lambda name: coverage[name]) == "random"

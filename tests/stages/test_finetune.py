@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -218,28 +217,6 @@ def test_the_best_epoch_survives_an_interruption(
     assert same(resumed["weights"], undisturbed["weights"])
     buffers = [[s["momentum_buffer"] for s in found["optimizer"]["state"].values()] for found in (resumed, undisturbed)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*buffers, strict=True))
-
-
-def test_the_last_epoch_is_kept_where_an_earlier_one_is_better_by_chance(
-    moco: Moco, project: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The border is a standard error of the best accuracy over the held-out images."""
-    labels = torch.load(project / "dataset/train_label_tensor.pt", weights_only=True).numpy()
-    held = len(stratified_holdout(labels, load(project / "params.yaml").finetune.holdout, 0)[1])
-    start = int(weights(classifier)["bn1.num_batches_tracked"])
-    error = (0.8 * 0.2 / held) ** 0.5
-    for last, epoch in ((0.8 - 0.9 * error, 3), (0.8 - 1.1 * error, 2)):
-
-        def scripted(self: SupervisedStep, images: Any, labels: Any, last: float = last) -> float:
-            steps = int(self.network.state_dict()["bn1.num_batches_tracked"]) - start
-            return {4: 0.8, 6: last}.get(steps, 0.1)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(SupervisedStep, "accuracy", scripted)
-            shutil.rmtree(project / "runs/finetune", ignore_errors=True)
-            run_all(moco, "finetune")
-        assert metrics(project)["best_epoch"] == epoch
-        assert weights(project / "models/finetuned")["bn1.num_batches_tracked"] == start + 2 * epoch
 
 
 @pytest.mark.parametrize("pool", [0, 3])

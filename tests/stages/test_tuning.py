@@ -18,8 +18,10 @@ from conftest import Moco, write_params
 from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
 from moco.params import load
+from moco.stages.finetune import BestEpoch
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
+from moco.training.loop import LoopState
 from moco.training.schedules import scaled_lr
 
 CPU = torch.device("cpu")
@@ -156,3 +158,23 @@ def test_straight_from_the_encoder_no_classifier_is_needed(moco: Moco, project: 
     assert found["fc.weight"].std() == pytest.approx(0.01, rel=0.3) and found["fc.bias"].abs().max() < 1e-6
     done = moco("eval", "--classifier", "models/finetuned")
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("below", "epoch"), [(0.9, 3), (1.1, 2)])
+def test_the_last_epoch_is_kept_where_an_earlier_one_is_better_by_chance(
+    project: Path, monkeypatch: pytest.MonkeyPatch, below: float, epoch: int
+) -> None:
+    """The border is a standard error of the best accuracy: 0.126 for 0.8 of ten images."""
+    step, _ = stepped(project, Tuning())
+    measured = iter([0.3, 0.8, 0.8 - below * (0.8 * 0.2 / 10) ** 0.5])
+    monkeypatch.setattr(SupervisedStep, "accuracy", lambda *_: next(measured))
+    choice = BestEpoch(step, LoopState(), np.zeros((10, 32, 32, 3), np.uint8), np.zeros(10, np.int64))
+    with pytest.raises(ValueError, match="measured"):
+        choice.choice()
+    for number in (1, 2, 3):
+        choice.state.epoch = number
+        with torch.no_grad():
+            step.network.fc.bias.fill_(float(number))  # type: ignore[union-attr, operator]
+        choice()
+    found = choice.choice()
+    assert found["epoch"] == epoch and (found["weights"]["fc.bias"] == epoch).all()

@@ -59,7 +59,7 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     params["train"].update(epochs=3, batch_size=8, views=1, holdout=0.4)
     params["eval"].update(batch_size=4)
     params["baseline"].update(epochs=2, minutes=None, batch_size=4)
-    params["finetune"].update(epochs=3, batch_size=4, holdout=0.4, warmup=0.0)
+    params["finetune"].update(epochs=3, batch_size=4, lr=0.01, weight_decay=0.0001, pool=0, holdout=0.4, warmup=0.0)
     params["request"].update(budget=5, answers="people")
     params["train_extra"].update(labels=None)
     params["runtime"].update(device="cpu", threads=1, scratch="scratch")

@@ -68,3 +68,9 @@ def test_selection_scale() -> None:
     assert set(coverage) == {"random", "maxherding", "typiclust", "kmedoids", "coreset", "sklearn"}
     assert max(coverage, key=lambda name: coverage[name]) == "maxherding", "it is its own measure"
     assert min(coverage, key=lambda name: coverage[name]) == "random"
+
+
+def test_request_scale(pretrained: Path) -> None:
+    lines = run("request_scale.py", pretrained, "--images", 300, "--budget", 20).splitlines()
+    assert lines[-1].startswith("300 images, budget 20, maxherding: ")
+    assert not (pretrained / "models/request").exists(), "it works in a copy"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import TrainConfig
-from moco.training.linear import LinearFit, fit_linear, make_scaling
+from moco.training.linear import LinearFit, clearly_better, fit_linear, make_scaling
 
 CONFIG = TrainConfig(
     epochs=12, batch_size=16, lr=1.0, sgd_momentum=0.9, weight_decay=0.0, schedule="cosine", warmup=0.0,
     milestones=(), feature_scaling="standardize", views=1, holdout=0.2, refit=False, seed=3,
 )  # fmt: skip
 CLASSES, WIDTH = 4, 6
+HELD = 400  # so many that a better epoch is no matter of chance
 Log = list[dict[str, float]]
 
 
@@ -39,7 +39,7 @@ def fit(
     config: TrainConfig = CONFIG, noise: float = 0.3, stop_after: int | None = None, views: int = 1
 ) -> tuple[LinearFit, Log]:
     x, labels = blobs(50, 0, noise, views)
-    held, held_labels = blobs(40, 1, noise)
+    held, held_labels = blobs(HELD, 1, noise)
     log: Log = []
     fitted = fit_linear(
         x, labels, held[0], held_labels, CLASSES, config, lambda m, epoch: log.append({**m, "epoch": epoch}), stop_after
@@ -65,7 +65,7 @@ def test_separable_classes_are_learnt(batch_size: int) -> None:
 def test_weights_apply_to_features_as_they_come(scaling: str) -> None:
     config = replace(CONFIG, feature_scaling=scaling, lr=1.0 if scaling == "standardize" else 1e-3)
     fitted, _ = fit(config, noise=2.0)
-    held, labels = blobs(40, 1, noise=2.0)
+    held, labels = blobs(HELD, 1, noise=2.0)
     assert accuracy(fitted, held[0], labels) == pytest.approx(fitted.accuracy)
 
 
@@ -116,11 +116,11 @@ def test_the_best_epoch_is_the_first_with_the_highest_held_out_accuracy() -> Non
     assert fitted.epoch == values.index(max(values)) + 1
     assert [line["epoch"] for line in log] == list(range(1, 41))
     assert 1 < fitted.epoch < 40 and min(values) < max(values), "a case in which the choice matters"
-    held, labels = blobs(40, 1, noise=3.0)
+    held, labels = blobs(HELD, 1, noise=3.0)
     assert accuracy(fitted, held[0], labels) == pytest.approx(fitted.accuracy), "the weights are of that epoch"
 
 
-@pytest.mark.parametrize("held_images", [6, 40])
+@pytest.mark.parametrize("held_images", [6, HELD])
 def test_an_earlier_epoch_must_be_better_by_more_than_chance(held_images: int) -> None:
     x, labels = blobs(50, 0, noise=3.0)
     held, held_labels = blobs(held_images, 1, noise=3.0)
@@ -130,11 +130,20 @@ def test_an_earlier_epoch_must_be_better_by_more_than_chance(held_images: int) -
     values = [line["held_out_accuracy"] for line in log]
     best, last = max(values), values[-1]
     assert best > last, "a case in which the choice matters"
-    error = math.sqrt(best * (1 - best) / len(held_labels))
     if held_images == 6:
-        assert best - last < error and (fitted.epoch, fitted.accuracy) == (40, last)
+        assert not clearly_better(best, last, 6) and (fitted.epoch, fitted.accuracy) == (40, last)
     else:
-        assert best - last > error and (fitted.epoch, fitted.accuracy) == (values.index(best) + 1, best)
+        assert clearly_better(best, last, HELD) and (fitted.epoch, fitted.accuracy) == (values.index(best) + 1, best)
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "count", "clearly"),
+    [(0.8, 0.75, 100, False), (0.8, 0.70, 100, True), (0.8, 0.75, 400, True), (1.0, 46 / 48, 48, False),
+     (1.0, 44 / 48, 48, True), (0.0, 0.0, 0, False), (1 / 6, 0.0, 6, False)],
+)  # fmt: skip
+def test_what_is_clearly_better(best: float, last: float, count: int, clearly: bool) -> None:
+    """Two standard errors of 0.8: 0.079 of a hundred images, 0.040 of four hundred."""
+    assert clearly_better(best, last, count) is clearly
 
 
 def test_the_optimizer_state_is_that_of_the_best_epoch() -> None:

@@ -47,7 +47,7 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
-from moco.training.linear import fit_linear, standard_error
+from moco.training.linear import clearly_better, fit_linear
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, set_up
 
@@ -75,12 +75,12 @@ class BestEpoch:
         return {"held_out_accuracy": self.last}
 
     def choice(self) -> dict[str, Any]:
-        """The last epoch, unless an earlier one is better by more than a standard error, as for the linear classifier.
-        Raises ValueError before the first epoch."""
+        """The last epoch, unless an earlier one is clearly better, as for the linear classifier.
+
+        Raises ValueError before the first."""
         if self.best is None:
             raise ValueError("no epoch has been measured")
-        close = self.best["accuracy"] - self.last <= standard_error(self.best["accuracy"], len(self.labels))
-        return self._now() if close else self.best
+        return self.best if clearly_better(self.best["accuracy"], self.last, len(self.labels)) else self._now()
 
     def _now(self) -> dict[str, Any]:
         return {
@@ -156,30 +156,29 @@ def _run(
     choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
     if saved is not None:
         step.load_state(saved)
-        choice.best, choice.last = saved["best"], saved.get("last", 0.0)  # not in older states
+        choice.best, choice.last = saved["best"], step.accuracy(choice.images, choice.labels)
     record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
     if saved is None:
         record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
 
     def save(state: LoopState) -> None:
-        measured = {"best": choice.best, "last": choice.last}
-        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), **measured, **step.state()})
+        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
         record.checkpoint(path, state.step)
 
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
     train_supervised(
         "finetune", step, train.images, sampler, state, record.log, choice, save, section.checkpoint_every
     )  # fmt: skip
-    best = choice.choice()
-    network.load_state_dict(best["weights"])
+    chosen = choice.choice()
+    network.load_state_dict(chosen["weights"])
     results = {
-        "held_out_accuracy": best["accuracy"],
+        "held_out_accuracy": chosen["accuracy"],
         "val_accuracy": step.accuracy(val.images, val.labels),
-        "best_epoch": best["epoch"],
+        "best_epoch": chosen["epoch"],
         "minutes": state.seconds / 60,
         "images_seen": state.step * sampler.batch_size,
     }
-    _write(config, Classifier(start.architecture, settings=chain, **best), manifest, results, record, state)
+    _write(config, Classifier(start.architecture, settings=chain, **chosen), manifest, results, record, state)
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:

@@ -62,9 +62,9 @@ def fit_linear(
     views: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor, classes: int, config: TrainConfig,
     log: Callable[[dict[str, float], int], None], stop_after: int | None = None,
 ) -> LinearFit:  # fmt: skip
-    """Trains by SGD and keeps the last epoch, unless an earlier one is better on the held-out images (the best, and of
-    equal ones the earliest) by more than a standard error of such an accuracy: weights from the middle of the schedule,
-    where rates are high, are the worse for it, and few held-out images prefer some by chance alone.
+    """Trains by SGD and keeps the last epoch, unless an earlier one (the best, and of equal ones the earliest) is
+    clearly better on the held-out images: weights from the middle of the schedule, where rates are high, are the worse
+    for it, and of a hundred epochs the best has mostly luck with few held-out images.
 
     views: V x N x D, the features of N images in V augmentations; every image of a batch takes one at random.
     held: M x D. stop_after: train so many epochs, and keep the last whatever its accuracy.
@@ -90,14 +90,19 @@ def fit_linear(
         if best is None or accuracy > best.accuracy or epoch == stop_after:
             best = LinearFit(*scaling.fold(layer), epoch, accuracy, copy.deepcopy(optimizer.state_dict()))
     assert best is not None
-    if stop_after is None and best.accuracy - accuracy <= standard_error(best.accuracy, len(held)):
+    if stop_after is None and not clearly_better(best.accuracy, accuracy, len(held)):
         return LinearFit(*scaling.fold(layer), config.epochs, accuracy, copy.deepcopy(optimizer.state_dict()))
     return best
 
 
-def standard_error(share: float, count: int) -> float:
-    """Of a share of `count` images."""
-    return math.sqrt(share * (1 - share) / max(count, 1))
+def clearly_better(best: float, last: float, count: int) -> bool:
+    """Whether the accuracy of the best epoch is ahead of the last one's by more than two standard errors of it.
+
+    count: images that both were measured on. The error is that of Agresti and Coull (1998, two right and two wrong ones
+    added), which is not 0 where all images were right.
+    """
+    share = (best * count + 2) / (count + 4)
+    return best - last > 2 * math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _one_epoch(

@@ -84,7 +84,7 @@ def main() -> None:
             )  # fmt: skip
             found[count].append(100 * results["val_accuracy"])
             print(f"seed {seed}, {count} extra labels: {found[count][-1]:.2f} %", flush=True)
-    print("| extra labels | mean | lowest to highest | more than with none, seed by seed |\n|---|---|---|---|")
+    print(f"| extra labels | mean | lowest to highest | more than with {args.labels[0]}, by seed |\n|---|---|---|---|")
     for count, values in found.items():
         gains = [value - before for value, before in zip(values, found[args.labels[0]], strict=True)]
         print(f"| {count} | {statistics.mean(values):.1f} ± {interval(values):.1f} % | {min(values):.1f} to "

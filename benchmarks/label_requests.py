@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import time
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
 from torch import Tensor
 
+from moco.selection.clusters import margins
 from moco.selection.strategies import NEEDS_CLASSIFIER, Pool, choose, reduced
 
 BUDGETS = (10, 20, 50, 100, 500)
@@ -58,11 +61,11 @@ def one_run(strategy: str, seed: int, data: dict[str, Any], args: argparse.Names
     losses = data["losses"][rows] if data["losses"] is not None else None
     candidates = torch.ones(len(rows), dtype=torch.bool)
     known = torch.empty(0, dtype=torch.int64)
-    found, probabilities = [], None
+    found, unsure = [], None
     for budget in args.budgets:
         began = time.perf_counter()
-        name = "maxherding" if probabilities is None and strategy in NEEDS_CLASSIFIER else strategy
-        pool = Pool(features, candidates, features[known], probabilities, losses)
+        name = "maxherding" if unsure is None and strategy in NEEDS_CLASSIFIER else strategy
+        pool = Pool(features, candidates, features[known], unsure, losses)
         chosen = choose(name, pool, budget - len(known), args.bandwidth, seed).rows
         seconds = time.perf_counter() - began
         known = torch.cat([known, chosen])
@@ -70,16 +73,16 @@ def one_run(strategy: str, seed: int, data: dict[str, Any], args: argparse.Names
         weight, bias = fit(whole[rows[known]], truth[known], classes)
         accuracy = float(((data["test"] @ weight.T + bias).argmax(1) == data["test_labels"]).float().mean())
         if strategy in NEEDS_CLASSIFIER:
-            probabilities = torch.softmax(whole[rows] @ weight.T + bias, 1)
+            unsure = margins(torch.softmax(whole[rows] @ weight.T + bias, 1))
         found.append({"strategy": strategy, "seed": seed, "labels": budget, "accuracy": accuracy,
                       "classes": len(set(truth[known].tolist())), "seconds": round(seconds, 2)})  # fmt: skip
     return found
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of the mean (Student's t; 10 seeds: 2.262)."""
-    student = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    return student.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """Half the width of the 95 % interval of the mean, by Student's t; not a number for a single value."""
+    count = len(values)
+    return float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / count**0.5 if count > 1 else math.nan
 
 
 def tell(rows: list[dict[str, Any]], budgets: tuple[int, ...]) -> None:

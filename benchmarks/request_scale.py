@@ -5,14 +5,13 @@
 PROJECT: a folder in which `moco data`, `pretrain` and `train` have run. Its pool is blown up by random crops, mirrored
 or not, of its own images; `moco request` runs on that in a copy of the project, as a user runs it: reading all images,
 their features, the choice, the near copies, form and gallery. Memory is the peak of that process, the memory map of the
-images, which the system may drop at any time, included.
+images, which the system may drop at any time, included. Not for a class tree, whose files the request names.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,12 @@ from moco.presets import edit
 from moco.stages.workspace import scratch_folder
 
 BLOCK = 4096
-CROPS = (0.3, 0.8)  # of the area: no near copies of the image, nor of each other
+CROPS = (0.3, 0.8)  # of the area: few near copies of the image, or of each other
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""  # in a process between: a child's peak begins with that of the process that starts it
 
 
 def blown_up(images: np.ndarray, count: int) -> np.ndarray:
@@ -76,17 +80,20 @@ def main() -> None:
         before = Path.cwd()
         os.chdir(args.project)
         config, manifest = load(Path("params.yaml")), load_manifest(Path("models/manifest.json"))
+        if config.data.source == "classes":
+            parser.error("PROJECT has a class tree")
         splits = prepare.open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), print)
         text = edit(Path("params.yaml").read_text(), {"runtime.scratch": folder, "request.answers": "people"}, "scale")
         os.chdir(before)
         (copy / "params.yaml").write_text(text)
         install(copy, splits, blown_up(splits["unlabeled"].images, args.images), Path(folder))
-        command = [Path(sys.executable).with_name("moco"), "request", "--strategy", args.strategy]
+        command = [sys.executable, "-c", PEAK, str(Path(sys.executable).with_name("moco")), "request"]
+        command += ["--strategy", args.strategy, "--budget", str(args.budget)]
         began = time.perf_counter()
-        subprocess.run([*command, "--budget", str(args.budget)], cwd=copy, check=True)
+        done = subprocess.run(command, cwd=copy, check=True, stdout=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - began
         print((copy / "reports/request/metrics.json").read_text())
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    memory = int(done.stdout.split()[-1]) / 1e6
     print(f"{args.images} images, budget {args.budget}, {args.strategy}: {seconds:.0f} s, peak {memory:.1f} GB")
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moco.selection import clusters, near_copies
 from moco.selection import kmeans as module
-from moco.selection.clusters import cluster_margin, k_medoids, typical
+from moco.selection.clusters import cluster_margin, k_medoids, margins, typical
 from moco.selection.kmeans import assign, kmeans
 from moco.selection.near_copies import first_of_each, small_pictures
-from moco.selection.strategies import reduced, uncertainty
+from moco.selection.strategies import reduced
 
 
 def seeded() -> torch.Generator:
@@ -108,12 +108,12 @@ def test_clusters_are_compared_once_and_large_ones_by_parts(monkeypatch: pytest.
 def test_margins_are_small_and_from_all_clusters() -> None:
     features, truth = blobs((60, 60, 60))
     sure = torch.linspace(0, 0.5, 180)[torch.randperm(180, generator=seeded())]
-    probabilities = torch.stack([0.5 + sure, 0.5 - sure], 1)
-    rows, scores, _ = cluster_margin(features, torch.ones(180, dtype=torch.bool), probabilities, 6, seeded())
+    margin = margins(torch.stack([0.5 - sure, 0.5 + sure], 1))
+    rows, scores, _ = cluster_margin(features, torch.ones(180, dtype=torch.bool), margin, 6, seeded())
     assert set(truth[rows].tolist()) == {0, 1, 2}
     assert (-scores <= (2 * sure).sort().values[59] + 1e-6).all(), "of the ten times as many least certain"
-    assert torch.allclose(uncertainty(probabilities), 1 - 2 * sure, atol=1e-6)
-    assert not uncertainty(torch.ones(5, 1)).any(), "of one class everything is certain"
+    assert torch.allclose(margin, 2 * sure, atol=1e-6)
+    assert (margins(torch.ones(5, 1)) == 1).all(), "of one class everything is certain"
 
 
 def test_reduced_features_keep_their_cosines() -> None:

@@ -16,8 +16,10 @@ from torchvision.models import resnet18
 
 from conftest import Moco, write_params
 from moco.data.views import Views, recipe
+from moco.errors import UserError
 from moco.model.small_resnet import SmallResNet
 from moco.params import load
+from moco.stages import finetune
 from moco.stages.finetune import BestEpoch
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
@@ -178,3 +180,20 @@ def test_the_last_epoch_is_kept_where_an_earlier_one_is_better_by_chance(
         choice()
     found = choice.choice()
     assert found["epoch"] == epoch and (found["weights"]["fc.bias"] == epoch).all()
+
+
+def test_a_run_that_was_lost_after_its_last_checkpoint_chooses_the_same_epoch(
+    moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise UserError("lost")
+
+    run_all(moco, "data", "pretrain", "train")
+    accuracies = iter([0.1, 0.3, 0.8, 0.7, 0.7, 0.7, 0.7])  # the start, three epochs, val; the last again, val
+    monkeypatch.setattr(SupervisedStep, "accuracy", lambda *_: next(accuracies))
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_write", lost)
+        assert moco("finetune").returncode == 1
+    done = moco("finetune")
+    assert done.returncode == 0 and "continuing from" in done.stderr, done.stderr
+    assert "finetune: epoch 3, held-out accuracy 70.00%" in done.stderr

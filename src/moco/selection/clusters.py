@@ -59,13 +59,13 @@ def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int,
 
 
 def cluster_margin(
-    features: Tensor, candidates: Tensor, probabilities: Tensor, budget: int, generator: torch.Generator
+    features: Tensor, candidates: Tensor, margin: Tensor, budget: int, generator: torch.Generator
 ) -> Chosen:
     """Cluster-Margin (Citovsky et al. 2021, arXiv 2107.14263, algorithm 2, with k-means for its clusters): of the ten
     times as many candidates whose classes are the least certain, one from each cluster in turn, the smallest cluster
-    first. score: minus the margin between the two likeliest classes. probabilities: N x C."""
-    margin = torch.where(candidates, margins(probabilities), torch.inf)
-    pool = margin.topk(min(MARGIN_FACTOR * budget, int(candidates.sum())), largest=False).indices
+    first. margin: N, between the chances of the two likeliest classes. score: minus the margin."""
+    least = margin.masked_fill(~candidates, torch.inf)
+    pool = least.topk(min(MARGIN_FACTOR * budget, int(candidates.sum())), largest=False).indices
     _, cluster = kmeans(features[pool], max(1, len(pool) // MARGIN_SIZE), generator, iterations=10)
     sizes = torch.bincount(cluster)
     order = sizes[sizes > 0].argsort(stable=True)

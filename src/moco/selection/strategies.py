@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.selection.clusters import cluster_margin, k_medoids, margins, typical
+from moco.selection.clusters import cluster_margin, k_medoids, typical
 from moco.selection.coverage import herd, k_centre
 from moco.selection.kmeans import kmeans
 
@@ -20,13 +20,13 @@ NEEDS_CLASSIFIER = ("uncertainty_herding", "margin")
 @dataclass(frozen=True)
 class Pool:
     """features: N x D of unit length; candidates: N booleans, those that may be chosen; labelled: L x D, features of
-    the images whose labels are known. For strategies that need them: probabilities (N x C) of a classifier, losses
-    (N) of the contrastive task."""
+    the images whose labels are known. For strategies that need them: margins (N) between the chances that a classifier
+    gives the two likeliest classes, losses (N) of the contrastive task."""
 
     features: Tensor
     candidates: Tensor
     labelled: Tensor
-    probabilities: Tensor | None = None
+    margins: Tensor | None = None
     losses: Tensor | None = None
 
 
@@ -61,23 +61,20 @@ def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) 
     elif strategy == "typiclust":
         rows, scores, clusters = typical(features, candidates, labelled, budget, generator)
     elif strategy == "margin":
-        assert pool.probabilities is not None
-        rows, scores, clusters = cluster_margin(features, candidates, pool.probabilities, budget, generator)
+        assert pool.margins is not None
+        rows, scores, clusters = cluster_margin(features, candidates, pool.margins, budget, generator)
     elif strategy == "coreset":
         rows, scores = k_centre(features, candidates, labelled, budget)
     else:
-        weights = None if strategy == "maxherding" else uncertainty(pool.probabilities)
+        weights = None
+        if strategy == "uncertainty_herding":
+            assert pool.margins is not None
+            weights = 1 - pool.margins  # (arXiv 2412.20644, section 3)
         rows, scores = herd(features, candidates, labelled, budget, bandwidth, generator, weights)
     rows, scores = rows.cpu(), scores.cpu()
     if clusters is None:
         _, clusters = kmeans(features[rows.to(features.device)], round(len(rows) ** 0.5), generator)
     return Choice(rows, scores, clusters.cpu())
-
-
-def uncertainty(probabilities: Tensor | None) -> Tensor:
-    """1 minus the margin between the two likeliest classes, N, for N x C (arXiv 2412.20644, section 3)."""
-    assert probabilities is not None
-    return 1 - margins(probabilities)
 
 
 def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:

@@ -24,6 +24,7 @@ from moco.data.manifest import Manifest
 from moco.data.pool_names import drawn_labels, pool_names
 from moco.errors import UserError
 from moco.model.encoder import build_encoder, last_width, load_body, strip_head
+from moco.selection.clusters import margins
 from moco.selection.coverage import coverage
 from moco.selection.near_copies import first_of_each, small_pictures
 from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
@@ -145,16 +146,16 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
                 precision=precision,
             )  # fmt: skip
 
-    def chances_of(block: Tensor) -> Tensor:
+    def chances(block: Tensor) -> Tensor:
         assert layer is not None
         return torch.softmax(layer(block), 1)
 
     def classified(images: np.ndarray) -> Tensor:
-        return torch.cat([chances_of(block) for block in blocks(images)])
+        return torch.cat([chances(block) for block in blocks(images)])
 
     # In half precision, and only once: features of half a million images take gigabytes.
     wide = torch.empty(len(images) + len(known.images), last, dtype=torch.float16, device=device)
-    chances: list[Tensor] = []
+    found: list[Tensor] = []
     first = 0
     for block in itertools.chain(blocks(images), blocks(known.images)):
         directions = F.normalize(block[:, -last:], dim=1)  # what half precision holds, whatever their lengths
@@ -162,7 +163,7 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
             raise UserError("models/encoder.pth: features that are no numbers; run `moco pretrain` again")
         wide[first : first + len(block)] = directions.to(device)
         if section.strategy in NEEDS_CLASSIFIER:
-            chances.append(chances_of(block))
+            found.append(margins(chances(block)))
         first += len(block)
     small = reduced(wide, section.dimensions)
     del wide
@@ -170,8 +171,8 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     if section.strategy == "loss":
         losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
     usable = torch.from_numpy(candidates).to(device)
-    probabilities = torch.cat(chances)[: len(images)].to(device) if chances else None
-    pool = Pool(small[: len(images)], usable, small[len(images) :], probabilities, losses)
+    unsure = torch.cat(found)[: len(images)].to(device) if found else None
+    pool = Pool(small[: len(images)], usable, small[len(images) :], unsure, losses)
     return pool, classified if layer is not None else None
 
 
@@ -209,7 +210,7 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
                 f"request.budget: {budget} images wanted, the pool has {count + int(candidates.sum())} that have no "
                 f"label yet and are no near copies of others ({copies} are)"
             )
-        now = Pool(pool.features, candidates, labelled, pool.probabilities, pool.losses)
+        now = Pool(pool.features, candidates, labelled, pool.margins, pool.losses)
         wanted = budget - count
         if parts:
             wanted, surplus = min(max(wanted, surplus), int(candidates.sum())), 2 * surplus

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from label_requests import interval
-from torch import Tensor
+from torch import Tensor, nn
 
+from moco.config import Config
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
-from moco.data.manifest import load_manifest
+from moco.data.manifest import Manifest, load_manifest
 from moco.data.pool_names import drawn_labels
 from moco.data.prepare import open_decoded
+from moco.data.views import Views
 from moco.model.encoder import build_encoder, load_body, strip_head
 from moco.params import load
 from moco.stages.encoder_file import load_encoder
@@ -37,6 +39,34 @@ from moco.training.label_check import check_labels
 CPU = torch.device("cpu")
 
 
+@dataclasses.dataclass
+class Opened:
+    """A pretrained project. truth: labels of the pool; usable: rows of it that are neither in train nor in val."""
+
+    config: Config
+    manifest: Manifest
+    splits: dict[str, DecodedSplit]
+    truth: np.ndarray
+    usable: np.ndarray
+    body: nn.Module
+    views: Views
+
+
+def open_project(project: Path, oracle: Path | None) -> Opened:
+    """Makes the project's folder the current one."""
+    labels = torch.load(oracle.resolve(), weights_only=True).numpy() if oracle else None
+    os.chdir(project)
+    config, manifest = load(Path("params.yaml")), load_manifest(Path("models/manifest.json"))
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), print)
+    pool, known = splits["unlabeled"], {bytes(d) for name in ("train", "val") for d in splits[name].digests}
+    truth = drawn_labels(np.arange(len(pool.images)), config.data) if labels is None else labels
+    usable = np.array([row for row, digest in enumerate(pool.digests) if bytes(digest) not in known])
+    encoder = load_encoder(Path("models/encoder.pth"))
+    network = build_encoder(encoder.architecture, len(manifest.classes))
+    load_body(network, encoder.weights)
+    return Opened(config, manifest, splits, truth, usable, strip_head(network), linear_views(manifest, CPU))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", type=Path)
@@ -45,22 +75,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    oracle = torch.load(args.oracle.resolve(), weights_only=True).numpy() if args.oracle else None
     picture = args.plot and args.plot.absolute()
-    os.chdir(args.project)
-    config, manifest = load(Path("params.yaml")), load_manifest(Path("models/manifest.json"))
-    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), print)
-    pool, known = splits["unlabeled"], {bytes(d) for name in ("train", "val") for d in splits[name].digests}
-    truth = drawn_labels(np.arange(len(pool.images)), config.data) if oracle is None else oracle
-    usable = np.array([row for row, digest in enumerate(pool.digests) if bytes(digest) not in known])
-    encoder = load_encoder(Path("models/encoder.pth"))
-    network = build_encoder(encoder.architecture, len(manifest.classes))
-    load_body(network, encoder.weights)
-    body, views = strip_head(network), linear_views(manifest, CPU)
+    opened = open_project(args.project, args.oracle)
+    splits, pool, truth, classes = opened.splits, opened.splits["unlabeled"], opened.truth, len(opened.manifest.classes)
     found: dict[int, list[float]] = {count: [] for count in args.labels}
     for seed in range(args.seeds):
-        order = np.random.default_rng(seed).permutation(usable)
-        section = dataclasses.replace(config.train, seed=seed)
+        order = np.random.default_rng(seed).permutation(opened.usable)
+        section = dataclasses.replace(opened.config.train, seed=seed)
         for count in args.labels:
             rows = order[:count]
             given = dict(splits)
@@ -72,15 +93,13 @@ def main() -> None:
                 assert labels is not None
                 first, right = len(labels), torch.from_numpy(truth[rows])
                 for name, new in (("right", right), ("slipped", right.roll(1))):
-                    check = check_labels(
-                        features[:first], torch.from_numpy(labels), features[first:], new, len(manifest.classes)
-                    )
+                    check = check_labels(features[:first], torch.from_numpy(labels), features[first:], new, classes)
                     parts = " ".join(f"{run.agreement:.2f}{' refused' * run.suspicious}" for run in check.runs)
                     print(f"  agreement of {name} labels, by part: {parts or 'too few to tell'}", flush=True)
 
             look = agreement if count and not seed else lambda _: None
             _, results = classify(
-                body, given, views, section, len(manifest.classes), CPU, lambda *_: None, None, look
+                opened.body, given, opened.views, section, classes, CPU, lambda *_: None, None, look
             )  # fmt: skip
             found[count].append(100 * results["val_accuracy"])
             print(f"seed {seed}, {count} extra labels: {found[count][-1]:.2f} %", flush=True)

@@ -49,6 +49,12 @@ def test_extra_labels(pretrained: Path) -> None:
     assert (pretrained / "plot.png").stat().st_size > 10_000
 
 
+def test_epoch_choice(pretrained: Path) -> None:
+    lines = run("epoch_choice.py", pretrained, "oracle.pt", "--labels", "0", "10", "--seeds", "2").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[-2:]] == ["0", "10"]
+    assert all(line.count("(") == 4 for line in lines[-2:])
+
+
 def test_finetuning(pretrained: Path) -> None:
     before = (pretrained / "params.yaml").read_bytes()
     lines = run(

@@ -18,26 +18,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from extra_labels import CPU, Opened, open_project
+from torch import Tensor
 
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.stages.train import feature_sets
 from moco.training.features import extract, stratified_holdout
-from moco.training.linear import fit_linear
+from moco.training.linear import clearly_better, fit_linear
 
 RULES = {"best": 0.0, "last, or ahead by 1 standard error": 1.0, "last, or ahead by 2": 2.0, "last": math.inf}
 TEST = 3000  # images of the pool
 
 
-def one_fit(opened: Opened, rows: np.ndarray, test: np.ndarray, seed: int) -> dict[str, float]:
-    """Accuracy on the test rows of the pool by rule, in per cent; rows: of the pool, whose labels are given."""
+def one_fit(opened: Opened, rows: np.ndarray, features: Tensor, right: Tensor, seed: int) -> dict[str, float]:
+    """Accuracy by rule, in per cent. rows: of the pool, whose labels are given; features, right: of the test images."""
     pool, train, classes = opened.splits["unlabeled"], opened.splits["train"], len(opened.manifest.classes)
     section = dataclasses.replace(opened.config.train, seed=seed)
     assert train.labels is not None
-    parts = [train, DecodedSplit(gather(pool.images, rows), opened.truth[rows], pool.digests[rows])][
-        : 1 + bool(len(rows))
-    ]
-    stack = feature_sets(opened.body, parts, opened.views, section, CPU)
+    extra = DecodedSplit(gather(pool.images, rows), opened.truth[rows], pool.digests[rows])
+    stack = feature_sets(opened.body, [train, extra] if len(rows) else [train], opened.views, section, CPU)
     labels = torch.from_numpy(np.concatenate([train.labels, opened.truth[rows]]))
     kept, held = stratified_holdout(train.labels, section.holdout, seed)
     kept = np.concatenate([kept, np.arange(len(train.labels), len(labels))])
@@ -46,14 +45,9 @@ def one_fit(opened: Opened, rows: np.ndarray, test: np.ndarray, seed: int) -> di
         stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section,
         lambda metrics, _: measured.append(metrics["held_out_accuracy"]),
     )  # fmt: skip
-    images = gather(pool.images, test)
-    features = extract(opened.body, images, opened.views.plain, batch_size=256, device=CPU)
-    right = torch.from_numpy(opened.truth[test])
     best, found, known = max(measured), {}, {}
-    share = (best * len(held) + 2) / (len(held) + 4)
-    error = math.sqrt(share * (1 - share) / (len(held) + 4))
     for rule, errors in RULES.items():
-        back = best - measured[-1] > errors * error
+        back = clearly_better(best, measured[-1], len(held), errors)
         epoch = measured.index(best) + 1 if back else section.epochs
         if epoch not in known:
             nothing = stack[0, :0], labels[:0]
@@ -73,10 +67,13 @@ def main() -> None:
     opened = open_project(args.project, args.oracle)
     order = np.random.default_rng(77).permutation(opened.usable)
     test, rest = np.split(order, [min(TEST, len(order) // 2)])
+    images = gather(opened.splits["unlabeled"].images, test)
+    features = extract(opened.body, images, opened.views.plain, batch_size=256, device=CPU)
+    right = torch.from_numpy(opened.truth[test])
     print("| extra labels |" + "".join(f" {rule} |" for rule in RULES) + "\n" + "|---" * (1 + len(RULES)) + "|")
     for count in args.labels:
         drawn = [np.random.default_rng(seed).permutation(rest)[:count] for seed in range(args.seeds)]
-        fits = [one_fit(opened, rows, test, seed) for seed, rows in enumerate(drawn)]
+        fits = [one_fit(opened, rows, features, right, seed) for seed, rows in enumerate(drawn)]
         cells = [[fit[rule] for fit in fits] for rule in RULES]
         row = "".join(f" {statistics.mean(values):.1f} ({min(values):.1f}) |" for values in cells)
         print(f"| {count} |{row}", flush=True)

@@ -5,8 +5,8 @@
 PROJECT: a folder in which `moco pretrain` has run. ORACLE: int64 labels of its pool; not needed where the
 project's images are drawn. Each seed draws an order of the pool, of which the first so many get their labels, and stage
 `train`'s classifier is fitted with the settings of the project, on the same held-out images. Means come with half their
-95 % interval, and so does what is gained over the first of --labels, seed by seed. A shifted file is tried as
-well: the agreement that `train_extra` checks before training is printed for right and for slipped labels.
+95 % interval, and so does what is gained over the first of --labels, seed by seed. A shifted file is tried as well: the
+agreement that `train_extra` checks before training is printed for right and for slipped labels.
 """
 
 from __future__ import annotations

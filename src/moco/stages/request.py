@@ -162,7 +162,7 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
         if not directions.isfinite().all():
             raise UserError("models/encoder.pth: features that are no numbers; run `moco pretrain` again")
         wide[first : first + len(block)] = directions.to(device)
-        if section.strategy in NEEDS_CLASSIFIER:
+        if section.strategy in NEEDS_CLASSIFIER and first < len(images):
             found.append(margins(chances(block)))
         first += len(block)
     small = reduced(wide, section.dimensions)
@@ -171,7 +171,7 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     if section.strategy == "loss":
         losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
     usable = torch.from_numpy(candidates).to(device)
-    unsure = torch.cat(found)[: len(images)].to(device) if found else None
+    unsure = torch.cat(found).to(device) if found else None
     pool = Pool(small[: len(images)], usable, small[len(images) :], unsure, losses)
     return pool, classified if layer is not None else None
 

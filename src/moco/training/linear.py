@@ -95,14 +95,14 @@ def fit_linear(
     return best
 
 
-def clearly_better(best: float, last: float, count: int) -> bool:
-    """Whether the accuracy of the best epoch is ahead of the last one's by more than two standard errors of it.
+def clearly_better(best: float, last: float, count: int, errors: float = 2.0) -> bool:
+    """Whether the accuracy of the best epoch is ahead of the last one's by more than so many standard errors of it.
 
     count: images that both were measured on. The error is that of Agresti and Coull (1998, two right and two wrong ones
     added), which is not 0 where all images were right.
     """
     share = (best * count + 2) / (count + 4)
-    return best - last > 2 * math.sqrt(share * (1 - share) / (count + 4))
+    return best - last > errors * math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _one_epoch(

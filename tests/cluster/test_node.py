@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -50,13 +50,17 @@ STEPS_PER_EPOCH, LOG_EVERY = 2000 // 64, 5
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The node with a SIF made from the site's own base image, a dataset, and a checkout of what is here."""
     needed()
     hpc("up")
     bring_project(tmp_path_factory.mktemp("node") / "project")
     bring_dataset(tmp_path_factory.mktemp("images"))
-    build_sif(SIF, "localimage", SITE)
+    try:
+        build_sif(SIF, "localimage", SITE)
+        yield
+    finally:
+        node(f"rm -f {SIF}")  # 6 GB, made anew by every run
 
 
 def settings(uri: str = "sqlite:///mlflow.db", **pretrain: object) -> None:

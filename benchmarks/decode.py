@@ -21,10 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco.data.prepare import prepare
-from moco.params import parse
-from moco.presets import edit, render
-
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 ROUNDS = 3
 
@@ -44,6 +40,11 @@ def bound(files: list[bytes], workers: int) -> float:
 
 
 def main() -> None:
+    # Not at the top: the cache's workers import this file as well, and torch in it would be counted as building.
+    from moco.data.prepare import prepare
+    from moco.params import parse
+    from moco.presets import edit, render
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--files", type=Path, help="folder with the images that were packed; else beside the .sqsh")

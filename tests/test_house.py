@@ -40,7 +40,17 @@ CARRIERS = {
 # What these find is in the manifest, by content; later stages refuse any other content.
 BEHIND_THE_MANIFEST = {
     f"moco.data.{name}"
-    for name in ("cache", "decode", "generated", "manifest", "prepare", "sources", "squashfs", "torchvision_sets")
+    for name in (
+        "cache",
+        "decode",
+        "generated",
+        "manifest",
+        "prepare",
+        "sources",
+        "squashfs",
+        "squashfs_reader",
+        "torchvision_sets",
+    )
 }
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 

@@ -42,8 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_squashed_photographs_become_a_classifier_that_any_scorer_confirms(moco: Moco, project: Path) -> None:
     done = moco("data")
     assert done.returncode == 0, done.stderr
-    assert "opened with squashfuse" in done.stderr or "opened with kernel mount" in done.stderr, done.stderr
-    assert str(project / "scratch") not in Path("/proc/mounts").read_text(), "nothing stays mounted"
+    assert "is read as it is, without mounting it" in done.stderr, done.stderr
     manifest = json.loads((project / "models/manifest.json").read_text())
     assert [manifest["splits"][s]["count"] for s in ("unlabeled", "train", "val")] == [4000, 1000, 10000]
     assert (manifest["width"], len(manifest["classes"])) == (32, 10)

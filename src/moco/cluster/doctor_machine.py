@@ -19,14 +19,13 @@ from moco.cluster.finding import (
     numbers,
     ok,
     reason,
-    refused,
     warn,
 )
 from moco.errors import UserError
 
 DRIVER_LIBRARIES = Path("/.singularity.d/libs")  # where Apptainer's --nv puts the host's
-UNPACKED = "squashfs images are unpacked to scratch, which takes time and room for all images"
-MOUNT_THEM = "install squashfuse and open up /dev/fuse, or let Apptainer mount: --bind X.sqsh:/dataset:image-src=/"
+READ = "gzip and xz images are read as they are, others"
+UNPACKED = f"{READ} unpacked to scratch, which takes room for all pictures (squashfuse and /dev/fuse would spare it)"
 
 
 def container_kind(root: Path = Path("/")) -> str | None:
@@ -74,21 +73,21 @@ def libc(libraries: Path = DRIVER_LIBRARIES) -> Finding:
 
 
 def squashfs(fuse: Path = Path("/dev/fuse")) -> Finding:
-    """Whether a squashfs image can be opened, and by what means: tried where one can be packed, else judged."""
+    """By what means a squashfs image can be opened: tried where one can be packed, else judged."""
     if shutil.which("mksquashfs"):
         return _open_tiny_image()
     untried = "(not tried, as there is no mksquashfs)"
     if shutil.which("squashfuse") and os.access(fuse, os.R_OK | os.W_OK):
-        return ok("squashfs", f"by squashfuse {untried}")
+        return ok("squashfs", f"{READ} by squashfuse {untried}")
     if shutil.which("mount") and os.geteuid() == 0:
-        return note("squashfs", f"by the kernel's mount, if this root may mount {untried}")
+        return note("squashfs", f"{READ} by the kernel's mount, if this root may mount {untried}")
     if shutil.which("unsquashfs"):
-        return warn("squashfs", f"{UNPACKED} {untried}", MOUNT_THEM)
-    return warn("squashfs", "nothing here opens a squashfs image", "install squashfuse or squashfs-tools")
+        return note("squashfs", f"{UNPACKED} {untried}")
+    return note("squashfs", f"{READ} cannot be opened without squashfuse or squashfs-tools")
 
 
 def _open_tiny_image() -> Finding:
-    from moco.data.squashfs import open_squashfs
+    from moco.data.squashfs import open_squashfs, opened
 
     with tempfile.TemporaryDirectory(prefix="moco-doctor-", ignore_cleanup_errors=True) as work:
         source, image, said = Path(work) / "source", Path(work) / "probe.sqsh", list[str]()
@@ -99,18 +98,20 @@ def _open_tiny_image() -> Finding:
             why = reason(packed.stderr) if packed else "not executable"
             return fail("squashfs", f"mksquashfs cannot pack a folder in {work}: {why}", "install squashfs-tools anew")
         try:
+            with opened(image, Path(work), lambda _: None) as found:
+                whole = (found / "probe.txt").read_text(encoding="utf-8") == "probe"
             with open_squashfs(image, Path(work), said.append) as root:
                 kind = file_system(root) if root.is_mount() else None
-                whole = (root / "probe.txt").read_text(encoding="utf-8") == "probe"
+                whole = whole and (root / "probe.txt").read_text(encoding="utf-8") == "probe"
         except UserError as error:
-            return refused("squashfs", error, "install squashfuse or squashfs-tools")
+            return note("squashfs", f"{READ} cannot be opened ({reason(str(error))})")
         if not whole:
             return fail("squashfs", f"an opened image ({kind}) shows other content", "install another squashfuse")
         if len(said) > 1:  # the first line tells the means, a second that undoing it failed
             return warn("squashfs", said[-1], "install fusermount, or unmount it by hand")
     if kind is None:
-        return warn("squashfs", UNPACKED, MOUNT_THEM)
-    return ok("squashfs", f"a tiny image was opened by {'the kernel' if kind == 'squashfs' else 'squashfuse'}")
+        return note("squashfs", UNPACKED)
+    return ok("squashfs", f"{READ} opened by {'the kernel' if kind == 'squashfs' else 'squashfuse'} (both tried)")
 
 
 def user_namespaces(root: Path = Path("/")) -> Finding:

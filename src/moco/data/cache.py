@@ -16,8 +16,9 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from moco.data.decode import (
 )
 from moco.data.manifest import SPLITS
 from moco.data.sources import Dataset, Split
+from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError
 
 CHUNK = 1024  # images
@@ -75,12 +77,13 @@ def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
     split = dataset.splits["unlabeled"]
     if split.array is not None:
         return split.array.shape[1], split.array.shape[2]
-    for path in (split.paths or [])[:100]:
-        try:
-            image = read_image(path, None, None)
-            return image.shape[0], image.shape[1]
-        except ValueError:
-            continue
+    with SquashfsImage(split.image) if split.image else contextlib.nullcontext() as packed:
+        for file in split.files[:100]:
+            try:
+                image = read_image(file, None, None, packed)
+                return image.shape[0], image.shape[1]
+            except ValueError:
+                continue
     raise UserError("unlabeled: none of the first 100 files is a readable image; check data.path")
 
 
@@ -105,9 +108,10 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
         raise UserError(f"{parent}: cannot be written: {error.strerror}; set runtime.scratch") from None
     try:
         built = Built(folder, lock, height, width, {})
-        for name, split in dataset.splits.items():
-            built.reports[name] = _decode_split(split, (height, width), resize, folder)
-            say(f"decoded {len(split)} images of {name}")
+        with _decoders(dataset) as decode:
+            for name, split in dataset.splits.items():
+                built.reports[name] = _decode_split(split, (height, width), resize, folder, decode)
+                say(f"decoded {len(split)} images of {name}")
         problems = [
             f"{dataset.splits[name].image_name(i)} ({why})"
             for name, reports in built.reports.items()
@@ -148,29 +152,41 @@ def _sweep(parent: Path) -> None:
                 _discard(folder, lock)
 
 
-def _decode_split(split: Split, size: tuple[int, int], resize: int | None, folder: Path) -> list[ChunkReport]:
+Decode = Callable[[list[Chunk]], Iterable[ChunkReport]]
+
+
+@contextmanager
+def _decoders(dataset: Dataset) -> Iterator[Decode]:
+    """What decodes chunks: as many processes as there are cores, for all splits the same; for a few images this one."""
+    chunks = [-(-len(split) // CHUNK) for split in dataset.splits.values() if split.array is None]
+    if max(chunks, default=0) <= 1:
+        yield lambda chunks: map(decode_chunk, chunks)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+    # Spawned, not forked: the parent has threads. The workers import numpy and PIL alone.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(cores, max(chunks)), mp_context=context)
+    try:
+        yield lambda chunks: pool.map(decode_chunk, chunks)
+    finally:  # after an error or a signal nobody waits for the chunks that have not begun
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode_split(
+    split: Split, size: tuple[int, int], resize: int | None, folder: Path, decode: Decode
+) -> list[ChunkReport]:
     output = folder / f"{split.name}.u8"
     with output.open("wb") as file:
         file.truncate(len(split) * size[0] * size[1] * 3)
     if split.array is not None:
         reports = list(_copy_array(split.array, resize, output))
     else:
-        paths = split.paths or []
+        files = split.files
         chunks = [
-            Chunk(n, first, tuple(paths[first : first + CHUNK]), size, resize, str(output))
-            for n, first in enumerate(range(0, len(paths), CHUNK))
+            Chunk(n, first, tuple(files[first : first + CHUNK]), size, resize, str(output), split.image)
+            for n, first in enumerate(range(0, len(files), CHUNK))
         ]
-        workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, len(chunks)))
-        if len(chunks) == 1:
-            reports = [decode_chunk(chunks[0])]
-        else:
-            # Spawned, not forked: the parent has threads. The workers import numpy and PIL alone.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, mp_context=context)
-            try:
-                reports = list(pool.map(decode_chunk, chunks))
-            finally:  # after an error or a signal nobody waits for the chunks that have not begun
-                pool.shutdown(cancel_futures=True)
+        reports = list(decode(chunks))
     (folder / f"{split.name}.digests").write_bytes(b"".join(report.digests for report in reports))
     if split.labels is not None:
         np.save(folder / f"{split.name}_label.npy", split.labels)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from moco.data.squashfs_reader import SquashfsImage
 
 DIGEST_BYTES = 16
 WRONG_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel
@@ -20,14 +25,16 @@ class Chunk:
     """Consecutive images of one split. `size`: (height, width) that every image must have in the end.
 
     resize: edge in pixels to which the shorter side is brought before a square is cut from the centre.
+    files: paths, or with a squashfs `image` the inode references of files in it.
     """
 
     index: int
     first: int
-    paths: tuple[str, ...]
+    files: tuple[str | int, ...]
     size: tuple[int, int]
     resize: int | None
     output: str
+    image: Path | None = None
 
 
 @dataclass
@@ -53,10 +60,14 @@ def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
     return image.crop((left, top, left + edge, top + edge))
 
 
-def read_image(path: str, size: tuple[int, int] | None, resize: int | None) -> np.ndarray:
-    """H x W x 3, uint8. Raises ValueError with the reason where the file is not such an image."""
+def read_image(
+    file: str | int, size: tuple[int, int] | None, resize: int | None, packed: SquashfsImage | None = None
+) -> np.ndarray:
+    """H x W x 3, uint8. `file`: a path, or an inode reference in `packed`. Raises ValueError with the reason where
+    the file is not such an image."""
     try:
-        with Image.open(path) as image:
+        source: str | BinaryIO = io.BytesIO(packed.read(int(file))) if packed else str(file)
+        with Image.open(source) as image:
             if image.mode in WRONG_MODES:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             found = (image.height, image.width)
@@ -91,12 +102,13 @@ def summarise(report: ChunkReport, images: np.ndarray) -> None:
 def decode_chunk(chunk: Chunk) -> ChunkReport:
     """Decodes a chunk and writes it at its place in the output file, which must exist."""
     report = ChunkReport(chunk.index, chunk.first)
-    images = np.zeros((len(chunk.paths), *chunk.size, 3), np.uint8)
-    for i, path in enumerate(chunk.paths):
-        try:
-            images[i] = read_image(path, chunk.size, chunk.resize)
-        except ValueError as error:
-            report.problems.append((chunk.first + i, str(error)))
+    images = np.zeros((len(chunk.files), *chunk.size, 3), np.uint8)
+    with SquashfsImage(chunk.image) if chunk.image else contextlib.nullcontext() as packed:
+        for i, file in enumerate(chunk.files):
+            try:
+                images[i] = read_image(file, chunk.size, chunk.resize, packed)
+            except ValueError as error:
+                report.problems.append((chunk.first + i, str(error)))
     summarise(report, images)
     write_at(chunk.output, chunk.first * images[0].nbytes, images)
     return report

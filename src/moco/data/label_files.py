@@ -126,6 +126,6 @@ def _class(folder: Path) -> Iterator[Line]:
 
 
 def _dataset(folder: Path) -> Iterator[Line]:
-    paths = numbered_images(folder / "train")
+    paths = [str(path) for path in numbered_images(folder / "train")]
     for path, label in zip(paths, read_labels(folder / "train_label_tensor.pt", len(paths), "train"), strict=True):
         yield Line(path, path, str(label), file=path)

@@ -99,6 +99,8 @@ def _limit_labels(dataset: Dataset, labelled: int | None) -> None:
     chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:labelled])
     if train.paths is not None:
         train.paths = [train.paths[i] for i in chosen]
+    if train.inodes is not None:
+        train.inodes = [train.inodes[i] for i in chosen]
     if train.array is not None:
         train.array = train.array[chosen]
     assert train.labels is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,31 @@ import torch
 from moco.config import DataConfig
 from moco.data import squashfs
 from moco.data.generated import generate
+from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError
 from moco.files import sha256
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+Folder = Path | SquashfsPath
 
 
 @dataclass
 class Split:
-    """Images of one split: files (`paths`) or an array (N x H x W x 3, uint8), and int64 labels or None."""
+    """Images of one split: files (`paths`) or an array (N x H x W x 3, uint8), and int64 labels or None.
+
+    image, inodes: with them the files lie in this squashfs image, at these inode references."""
 
     name: str
     paths: list[str] | None = None
     array: np.ndarray | None = None
     labels: np.ndarray | None = None
+    image: Path | None = None
+    inodes: list[int] | None = None
+
+    @property
+    def files(self) -> Sequence[str | int]:
+        """What `decode.read_image` takes."""
+        return self.inodes if self.inodes is not None else self.paths or []
 
     def __len__(self) -> int:
         items = self.paths if self.array is None else self.array
@@ -62,18 +73,19 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             if folder.suffix == ".sqsh":
                 yield _from_squashfs(stack, folder, config, scratch, say)
             else:
-                yield contract_folder(folder, {"kind": "generated"})
+                yield contract_folder(folder, {"kind": "generated"}, folder.parent)
         elif config.source == "squashfs":
             mounted = Path(config.mounted) if config.mounted else None
             if mounted and (mounted / "unlabeled").is_dir():
                 say(f"dataset: using the folder {mounted}, which is already visible")
-                dataset = contract_folder(mounted, {"kind": "squashfs", "name": mounted.name})
+                origin = {"kind": "squashfs", "name": mounted.name}
+                dataset = contract_folder(mounted, origin, mounted.parent)
             else:
                 dataset = _from_squashfs(stack, path, config, scratch, say)
             dataset.classes = dataset.classes or _class_names(path.parent)
             yield dataset
         elif config.source == "folder":
-            yield contract_folder(path, {"kind": "folder", "name": path.name})
+            yield contract_folder(path, {"kind": "folder", "name": path.name}, path.parent)
         elif config.source == "classes":
             yield class_tree(path, say)
         else:
@@ -87,32 +99,45 @@ def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: P
     origin = {"kind": "squashfs", "name": image.name, "sha256": sha256(image)}
     if config.copy_to_scratch:
         image = stack.enter_context(squashfs.local_copy(image, scratch, say))
-    root = stack.enter_context(squashfs.open_squashfs(image, scratch, say))
-    inner = root / "dataset"
-    return contract_folder(inner if inner.is_dir() else root, origin)
+    root = stack.enter_context(squashfs.opened(image, scratch, say))
+    try:
+        inner = root / "dataset"
+        return contract_folder(inner if inner.is_dir() else root, origin, root)
+    except DamagedImageError as error:
+        raise UserError(f"{image}: the dataset image is damaged: {error}") from None
 
 
-def contract_folder(root: Path, origin: dict[str, Any]) -> Dataset:
-    """The original's layout: unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors."""
+def contract_folder(root: Folder, origin: dict[str, Any], parent: Folder | None = None) -> Dataset:
+    """The original's layout: unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors.
+
+    parent: where classes.txt may lie as well."""
     if not root.is_dir():
         raise UserError(f"{root}: dataset folder not found; set data.path (and data.source) in params.yaml")
     splits = {}
     for name in ("unlabeled", "train", "val"):
-        split = Split(name, paths=numbered_images(root / name))
+        split = _of_files(name, numbered_images(root / name))
         if name != "unlabeled":
             split.labels = read_labels(root / f"{name}_label_tensor.pt", len(split), name)
         splits[name] = split
-    return Dataset(splits, _class_names(root, root.parent), origin)
+    return Dataset(splits, _class_names(root) or (_class_names(parent) if parent else None), origin)
 
 
-def numbered_images(folder: Path) -> list[str]:
-    """Paths of 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
+def _of_files(name: str, files: list[Folder]) -> Split:
+    split = Split(name, paths=[str(file) for file in files])
+    packed = [file for file in files if isinstance(file, SquashfsPath)]
+    if packed:
+        split.image, split.inodes = packed[0].image.path, [file.inode or 0 for file in packed]
+    return split
+
+
+def numbered_images(folder: Folder) -> list[Folder]:
+    """The files 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
     try:
         found = {entry.name for entry in folder.iterdir()}
     except OSError as error:  # a damaged image or a lost network share
-        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be listed: {error.strerror or error}") from None
     stray = sorted(name for name in found if not re.fullmatch(r"(0|[1-9][0-9]*)\.png", name))
     if stray:
         raise UserError(f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them")
@@ -125,13 +150,14 @@ def numbered_images(folder: Path) -> list[str]:
             f"{folder}: gap in the numbering: {missing[0]} is missing "
             f"({len(found)} images, so 0.png to {len(found) - 1}.png are expected)"
         )
-    return [str(folder / name) for name in names]
+    return [folder / name for name in names]
 
 
-def read_labels(path: Path, count: int, split: str) -> np.ndarray:
+def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     """int64 labels from a tensor file, loaded without unpickling anything but tensors."""
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            tensor = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it holds the labels of {split}/") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
@@ -145,16 +171,16 @@ def read_labels(path: Path, count: int, split: str) -> np.ndarray:
     return tensor.numpy()
 
 
-def _class_names(*folders: Path) -> list[str] | None:
-    """Names from the first classes.txt in these folders, one a line, in the order of the labels."""
-    for path in (folder / "classes.txt" for folder in folders):
-        if path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-            return [line.strip() for line in lines if line.strip()]
-    return None
+def _class_names(folder: Folder) -> list[str] | None:
+    """Names from the folder's classes.txt, one a line, in the order of the labels."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def class_tree(root: Path, say: Say) -> Dataset:

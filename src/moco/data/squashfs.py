@@ -1,4 +1,5 @@
-"""Opens a squashfs image without changing anything on the machine: mount it, or unpack it, and undo that."""
+"""Opens a squashfs image without changing anything on the machine: read it as it is, else mount or unpack it, and
+undo that."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moco.data.squashfs_reader import SquashfsImage, SquashfsPath, UnknownCompressionError
 from moco.errors import Say, UserError
 
 MAGIC = b"hsqs"
@@ -53,6 +55,26 @@ def _run(command: list[str]) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     output = [line for line in (done.stderr or done.stdout).strip().splitlines() if "dmesg" not in line]
     return None if done.returncode == 0 else (output[-1] if output else f"exit code {done.returncode}")
+
+
+@contextmanager
+def opened(image: Path, scratch: Path, say: Say) -> Iterator[Path | SquashfsPath]:
+    """The root of the image: read directly where its compression is known, else as a folder by `open_squashfs`.
+
+    Raises UserError where it cannot be opened by any means."""
+    check_image(image)
+    try:
+        packed = SquashfsImage(image)
+    except UnknownCompressionError as error:
+        say(f"dataset: {image} is {error}")
+        with open_squashfs(image, scratch, say) as folder:
+            yield folder
+        return
+    except OSError as error:
+        raise UserError(f"{image}: the dataset image cannot be read: {error.strerror or error}") from None
+    with packed:
+        say(f"dataset: {image} is read as it is, without mounting it")
+        yield SquashfsPath(packed)
 
 
 @contextmanager

@@ -14,6 +14,22 @@ import torch
 import yaml
 from PIL import Image
 
+# Hooks and a fixture of the table of faults, which pytest finds here.
+from fault_table import (
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+    tries,
+)
+
+__all__ = [
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_makereport",
+    "pytest_terminal_summary",
+    "tries",
+]
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -21,7 +21,7 @@ MODULES = {
 LEVELS = [
     {"moco", "moco.errors"},
     {"moco.files", "moco.config"},
-    {"moco.params"},
+    {"moco.params", "moco.holder"},
     {"moco.data", "moco.model", "moco.selection"},
     {"moco.training", "moco.submission", "moco.presets"},
     {"moco.tracking"},
@@ -35,7 +35,7 @@ LEVELS = [
 CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt",
+    "moco.training.interrupt", "moco.holder",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.
 BEHIND_THE_MANIFEST = {

@@ -13,7 +13,7 @@ import typer
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
-from moco.errors import Interrupted, ProcessLostError, UserError
+from moco.errors import Interrupted, ProcessLostError, UserError, one_line
 from moco.training.interrupt import raise_on_signals
 
 app = typer.Typer(
@@ -189,7 +189,7 @@ def main() -> None:
             app()
     except UserError as error:
         if tells or isinstance(error, ProcessLostError):
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {one_line(str(error))}", err=True)
         _end(1)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "torchvision"):

@@ -106,6 +106,7 @@ class PretrainConfig:
     knn_neighbours: Count
     checkpoint_every: Count
     keep_checkpoints: Count
+    steps_back: Annotated[int, Range(0)]
     log_every: Count
     seed: Seed
 

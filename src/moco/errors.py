@@ -8,8 +8,17 @@ from collections.abc import Callable
 Say = Callable[[str], None]
 
 
+def one_line(text: str) -> str:
+    """Without what would begin another line or steer a terminal: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do."""
+
+
+class DivergedError(UserError):
+    """Training has left the track: the loss or the weights are no numbers any more, or the features collapsed."""
 
 
 class ProcessLostError(UserError):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import shutil
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from moco.errors import UserError
@@ -22,6 +26,63 @@ def home() -> Path:
     return Path() if "DVC_EXP_NAME" not in os.environ or root.resolve() == Path().resolve() else root
 
 
+def machine() -> str:
+    """Names the machine as it runs now: all its containers have the same name, and after a reboot it has another."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def owner() -> str:
+    """Stands in the name of what is temporary, so that others can tell whether its process still lives."""
+    return f"{_tag()}-{os.getpid()}-"
+
+
+@cache
+def _tag() -> str:
+    """Of all processes that see each other's numbers: those of a machine, or of a container with numbers of its own."""
+    try:
+        numbers = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        numbers = ""
+    return hashlib.sha256((machine() + numbers).encode()).hexdigest()[:8]
+
+
+def sweep(folder: Path, prefix: str) -> None:
+    """Removes what processes that were killed left in a folder: files and folders named `prefix` and their owner."""
+    for path in folder.glob(f"{glob.escape(prefix)}{_tag()}-*"):
+        if lives(path, prefix):
+            continue
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def working_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder in `parent` for as long as the context lasts; those of processes that were killed go first."""
+    sweep(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{owner()}", dir=parent) as folder:
+        yield Path(folder)
+
+
+def lives(path: Path, prefix: str) -> bool:
+    """Whether the process that a temporary name tells of is still there, as far as can be known from here."""
+    number = path.name.removeprefix(f"{prefix}{_tag()}-").partition("-")[0]
+    if not number.isdecimal():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
     """Calls `write` with a temporary path beside `path` and renames the result over it. Without `replace`, a file that
     another process put there meanwhile stays.
@@ -30,7 +91,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        sweep(path.parent, f".{path.name}.")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{owner()}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -43,10 +105,21 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
             else:
                 with contextlib.suppress(FileExistsError):
                     os.link(temporary, path)
+            _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the new name onto the disk: else a machine that loses power may come up with the old one."""
+    with contextlib.suppress(OSError):  # file systems that cannot sync folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +41,8 @@ from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError
 
 CHUNK = 1024  # images
+SWEEPING = ".sweep.lock"
 BUILDING = ".building-"  # begins the name of a folder that is not complete
-JUST_MADE = 60  # seconds in which a process has surely taken the lock that it has made
 PROBLEMS_NAMED = 10
 CHECK_ALL_BELOW = 1 << 29  # bytes; larger files are checked by samples, so that a start stays under 2 s
 SAMPLED_CHUNKS = 8
@@ -97,12 +96,14 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
     folder = parent / f"{BUILDING}{uuid.uuid4().hex}"
     lock = FileLock(f"{folder}.lock")
     try:
-        _sweep(parent)
+        parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(parent).free) < total:
             raise UserError(
                 f"{parent}: the decoded cache needs {total >> 20} MiB, {free >> 20} MiB are free; set runtime.scratch"
             )
-        lock.acquire()
+        with FileLock(parent / SWEEPING):  # without it a lock file that is just made looks like an abandoned one
+            _sweep(parent)
+            lock.acquire()
         folder.mkdir()
     except OSError as error:
         raise UserError(f"{parent}: cannot be written: {error.strerror}; set runtime.scratch") from None
@@ -142,14 +143,12 @@ def _discard(folder: Path, lock: FileLock) -> None:
 
 def _sweep(parent: Path) -> None:
     """Removes what processes left that were killed while building: folders whose lock nobody holds."""
-    parent.mkdir(parents=True, exist_ok=True)
     for path in parent.glob(f"{BUILDING}*"):
         folder = path.with_suffix("")
         lock = FileLock(f"{folder}.lock")
-        with contextlib.suppress(Timeout, FileNotFoundError):  # in use, or swept by another process meanwhile
-            if time.time() - path.stat().st_mtime > JUST_MADE:
-                lock.acquire(timeout=0)
-                _discard(folder, lock)
+        with contextlib.suppress(Timeout):  # in use
+            lock.acquire(timeout=0)
+            _discard(folder, lock)
 
 
 Decode = Callable[[list[Chunk]], Iterable[ChunkReport]]
@@ -244,6 +243,8 @@ def damage(place: Path) -> str | None:
         for file_name, crc in index["files"].items():
             if zlib.crc32((place / file_name).read_bytes()) != crc:
                 return f"{file_name} has a wrong checksum"
+            if file_name.endswith(".npy"):
+                np.load(place / file_name, allow_pickle=False)  # raises for what is not plain numbers
         for name in SPLITS:
             entry = index["splits"][name]
             count, *shape = entry["shape"]

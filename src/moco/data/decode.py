@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ def read_image(
     the file is not such an image."""
     try:
         source: str | BinaryIO = io.BytesIO(packed.read(int(file))) if packed else str(file)
+        if not packed and not stat.S_ISREG(Path(str(file)).stat().st_mode):  # a pipe would be waited for, for ever
+            raise ValueError("not a regular file")
         with Image.open(source) as image:
             if image.mode in WRONG_MODES:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")

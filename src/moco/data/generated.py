@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 
 from moco.config import GeneratedConfig
 from moco.errors import Say, UserError
+from moco.files import working_folder
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots")
@@ -138,15 +138,15 @@ def generate(config: GeneratedConfig, parent: Path, say: Say) -> Path:
     say(f"drawing {config.unlabeled} images of {config.size} pixels, {len(CLASSES)} classes, into {place}")
     parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".generating-", dir=parent) as work:
-            _write_dataset(Path(work) / "dataset", config)
+        with working_folder(parent, ".generating-") as work:
+            _write_dataset(work / "dataset", config)
             if config.pack:
-                image = Path(work) / "student_dataset.sqsh"
-                pack(Path(work) / "dataset", image)
-                shutil.rmtree(Path(work) / "dataset")
-            Path(work).chmod(0o755)
-            Path(work).rename(place)
-            Path(work).mkdir()  # the context manager removes it
+                image = work / "student_dataset.sqsh"
+                pack(work / "dataset", image)
+                shutil.rmtree(work / "dataset")
+            work.chmod(0o755)
+            work.rename(place)
+            work.mkdir()  # the context manager removes it
     except OSError as error:
         if not result.exists():  # else another process was faster
             raise UserError(f"{place}: images cannot be written: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -85,9 +86,13 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             dataset.classes = dataset.classes or _class_names(path.parent)
             yield dataset
         elif config.source == "folder":
-            yield contract_folder(path, {"kind": "folder", "name": path.name}, path.parent)
+            dataset = contract_folder(path, {"kind": "folder", "name": path.name}, path.parent)
+            _tell_links(dataset, path, say)
+            yield dataset
         elif config.source == "classes":
-            yield class_tree(path, say)
+            dataset = class_tree(path, say)
+            _tell_links(dataset, path, say)
+            yield dataset
         else:
             from moco.data.torchvision_sets import load_torchvision_set
 
@@ -128,6 +133,17 @@ def _of_files(name: str, files: list[Folder]) -> Split:
     if packed:
         split.image, split.inodes = packed[0].image.path, [file.inode or 0 for file in packed]
     return split
+
+
+def _tell_links(dataset: Dataset, root: Path, say: Say) -> None:
+    """A dataset of links is as good as any, but nobody should train on what he does not know to be there."""
+    inside = root.resolve()
+    for split in dataset.splits.values():
+        links = [path for path in map(Path, split.paths or []) if path.is_symlink()]
+        out = [path for path in links if not Path(os.path.realpath(path)).is_relative_to(inside)]
+        if out:
+            told = f"{len(out)} image(s) of {split.name} are links that lead out of the dataset"
+            say(f"warning: {told}, first {out[0].name}")
 
 
 def numbered_images(folder: Folder) -> list[Folder]:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from moco.data.squashfs_reader import SquashfsImage, SquashfsPath, UnknownCompressionError
 from moco.errors import Say, UserError
+from moco.files import lives, owner, sweep, working_folder
 
 MAGIC = b"hsqs"
+COPY, MOUNT = "moco-copy-", "moco-squashfs-"  # begin the names of copies and of folders to mount in
 
 
 def check_image(path: Path) -> None:
@@ -43,9 +45,9 @@ def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
             f"{scratch}: {free >> 20} MiB free, {path.name} needs {needed >> 20} MiB; "
             "set runtime.scratch, or data.copy_to_scratch to false"
         )
-    with tempfile.TemporaryDirectory(prefix="moco-copy-", dir=scratch) as folder:
+    with working_folder(scratch, COPY) as folder:
         say(f"copying {path} to {folder}")
-        yield Path(shutil.copyfile(path, Path(folder) / path.name))
+        yield Path(shutil.copyfile(path, folder / path.name))
 
 
 def _run(command: list[str]) -> str | None:
@@ -82,7 +84,11 @@ def open_squashfs(image: Path, scratch: Path, say: Say) -> Iterator[Path]:
     """The root of the image as a folder: squashfuse, else the kernel's mount, else unpacked to `scratch`."""
     check_image(image)
     scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="moco-squashfs-", dir=scratch))
+    for remains in scratch.glob(f"{MOUNT}*"):  # of a process that was killed; one that is in use refuses
+        if os.path.ismount(remains) and not lives(remains, MOUNT):
+            _run(_fuse_unmount(remains))
+    sweep(scratch, MOUNT)
+    folder = Path(tempfile.mkdtemp(prefix=f"{MOUNT}{owner()}", dir=scratch))
     undo: list[str] | None = None
     reasons = []
     try:

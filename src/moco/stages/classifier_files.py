@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from moco.config import EvalConfig
 from moco.data.manifest import Manifest
 from moco.errors import UserError
-from moco.files import sha256, write_text
+from moco.files import sha256, working_folder, write_text
 from moco.model.encoder import Architecture
 from moco.submission import render
 from moco.training.checkpoints import load_weights, save_weights
@@ -62,13 +61,13 @@ def write_classifier(folder: Path, found: Classifier, manifest: Manifest, config
         "optimizer": found.optimizer,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-        save_weights(Path(work) / f"model_best_{found.epoch}_{100 * found.accuracy:.2f}.pth", best)
-        save_weights(Path(work) / WEIGHTS, state)
-        write_text(Path(work) / SUBMISSION, render(found.architecture, manifest, config))
+    with working_folder(folder.parent, f".{folder.name}-") as work:
+        save_weights(work / f"model_best_{found.epoch}_{100 * found.accuracy:.2f}.pth", best)
+        save_weights(work / WEIGHTS, state)
+        write_text(work / SUBMISSION, render(found.architecture, manifest, config))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for path in Path(work).iterdir():
+        for path in work.iterdir():
             path.replace(folder / path.name)
     return [folder / WEIGHTS, folder / SUBMISSION]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
-from moco.errors import Say, UserError
+from moco.errors import DivergedError, Say, UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import last_width
+from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
@@ -34,7 +35,6 @@ from moco.stages.workspace import (
     HOUSEKEEPING,
     MANIFEST,
     REPORTS,
-    RunFolder,
     differences,
     open_run_folder,
     run_key,
@@ -93,7 +93,7 @@ class Monitor:
         shaped = found[:, -last_width(self.network) :]  # by contrast
         spread = features.feature_std(shaped)
         if not spread > COLLAPSED_STD:
-            raise UserError(
+            raise DivergedError(
                 f"the features collapsed (standard deviation {spread:.4f}, healthy is near 1): lower pretrain.lr, "
                 "raise pretrain.queue or pretrain.momentum"
             )
@@ -110,8 +110,8 @@ class Monitor:
 def run(config: Config, resume: Path | None = None) -> None:
     """Trains, or continues the run of the same settings and data where one was interrupted.
 
-    resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input,
-    divergence and collapse; Interrupted after a signal, with the state saved.
+    resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input, DivergedError
+    where pretrain.steps_back are used up; Interrupted after a signal, with the state saved.
     """
     section, processes = config.pretrain, from_environment()
     check(section, processes)
@@ -127,25 +127,32 @@ def run(config: Config, resume: Path | None = None) -> None:
         processes.require_equal({"settings or data": key, "precision": str(precision)})
         folder = processes.told(processes.alone(lambda: stack.enter_context(open_run_folder("pretrain", key))))
         assert folder is not None
-        _run(config, folder, manifest, splits, device, precision, resume, processes)
+        checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
+        while True:
+            try:
+                _run(config, checkpoints, manifest, splits, device, precision, resume, processes)
+                break
+            except DivergedError as error:
+                processes.alone(step_back.step_back, checkpoints, section.steps_back, error, say)
         processes.alone(folder.finish)
     _speaker(processes)(f"pretrain: encoder -> {ENCODER}")
 
 
 def _run(
-    config: Config, folder: RunFolder, manifest: Manifest, splits: dict[str, DecodedSplit], device: torch.device,
-    precision: torch.dtype, resume: Path | None, processes: Processes,
+    config: Config, checkpoints: CheckpointFolder, manifest: Manifest, splits: dict[str, DecodedSplit],
+    device: torch.device, precision: torch.dtype, resume: Path | None, processes: Processes,
 ) -> None:  # fmt: skip
     section = config.pretrain
     params = flatten(section, "pretrain")
     architecture = chosen_architecture(section, manifest)
-    checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
+    folder = checkpoints.folder
     chosen = pool(len(splits["unlabeled"].images), section)
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     check_shares(section, sampler.batch_size, processes.size)
-    step = ContrastStep(
-        section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size, processes
-    )
+    steps_back = processes.told(processes.alone(step_back.taken, folder)) or 0
+    slower = replace(section, lr=step_back.rate(section.lr, steps_back))
+    views = pretraining_views(section, manifest, device)
+    step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes)
     state = LoopState()
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
     saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
@@ -154,6 +161,9 @@ def _run(
         state = LoopState(**saved["loop"])
 
     def save(state: LoopState) -> None:
+        step_back.refuse_broken(step.model, state.step)
+        if record is not None:
+            record.sync()  # a state never stands on the disk without the lines that led to it
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
         several = {"processes": processes.size} if processes.size > 1 else {}
         path = checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
@@ -164,7 +174,7 @@ def _run(
     with contextlib.ExitStack() as stack:
 
         def begin() -> Run:
-            record = stack.enter_context(Run(folder.path, "pretrain", config.tracking, say))
+            record = stack.enter_context(Run(folder, "pretrain", config.tracking, say))
             record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
             return record
 
@@ -179,6 +189,7 @@ def _run(
             assert record is not None
             report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
             summary = {"images_seen": seen, "minutes": state.seconds / 60}
+            summary |= {"steps_back": steps_back} if steps_back else {}
             record.artifact(write_metrics(record.path, report / "metrics.json", summary))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))

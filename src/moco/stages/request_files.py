@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from moco.config import Config
 from moco.data.label_files import read_lines
 from moco.errors import UserError
-from moco.files import write_text
+from moco.files import working_folder, write_text
 from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, say
 from moco.tracking import pictures
 from moco.tracking.run import Run
@@ -49,8 +48,8 @@ def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
         content = bytes(asked.digests[rank]).hex()
         table.writerow([name, label, rank + 1, f"{asked.scores[rank]:.6g}", asked.clusters[rank], content])
     REQUEST.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{REQUEST.name}-", dir=REQUEST.parent) as work:
-        new = Path(work) / REQUEST.name
+    with working_folder(REQUEST.parent, f".{REQUEST.name}-") as work:
+        new = work / REQUEST.name
         write_text(new / FORM.name, text.getvalue())
         (new / "gallery").mkdir()
         for number, first in enumerate(range(0, len(asked.names), PAGE), 1):

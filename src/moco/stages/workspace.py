@@ -16,8 +16,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moco.errors import UserError
+from moco.errors import UserError, one_line
 from moco.files import home, scratch_place, write_text
+from moco.holder import held
 
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
@@ -35,8 +36,8 @@ MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "fine
 # Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
 HOUSEKEEPING = {
     "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
-    "pretrain.keep_checkpoints", "pretrain.log_every", "pretrain.holdout", "finetune.checkpoint_every",
-    "train_extra.suspicious",
+    "pretrain.keep_checkpoints", "pretrain.steps_back", "pretrain.log_every", "pretrain.holdout",
+    "finetune.checkpoint_every", "train_extra.suspicious",
 }  # fmt: skip
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {
@@ -49,7 +50,7 @@ ADDED: dict[str, Any] = {
 
 def say(message: str) -> None:
     """A line for the user."""
-    print(message, file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
 
 
 def scratch_folder(setting: str) -> Path:
@@ -122,6 +123,7 @@ def open_run_folder(stage: str, key: str) -> Iterator[RunFolder]:
             break
         lock.release()  # it was finished while this process waited
     try:
-        yield folder
+        with held(folder.path, f"moco {stage}", say):
+            yield folder
     finally:
         lock.release()

@@ -62,8 +62,10 @@ class MetricLog:
                 raise UserError(f"{self.path}: cannot be written: the disk is full")
 
     def sync(self) -> None:
-        """Forces what was written onto the disk. Raises UserError where that fails."""
+        """Forces what was written onto the disk. Raises UserError where that fails, or the file was removed."""
         try:
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                raise UserError(f"{self.path}: was removed while the run was at work; what it logged is lost")
             os.fsync(self.file.fileno())
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without fsync

@@ -92,6 +92,10 @@ class Run:
         self.last.update(known)
         self.metric_log.write("metrics", step=step, metrics=known)
 
+    def sync(self) -> None:
+        """Forces what was logged onto the disk. Raises UserError where that fails."""
+        self.metric_log.sync()
+
     def checkpoint(self, path: Path, step: int) -> None:
         """A state was saved: what was measured up to it is on the disk as well."""
         self.metric_log.write("checkpoint", step=step, path=str(path), metrics=self.last)

@@ -64,8 +64,7 @@ class CheckpointFolder:
         write_atomically(path, write)
         write_text(record, line)
         for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".pth.sha256").unlink(missing_ok=True)
+            self._drop(old)
         return path
 
     def paths(self) -> list[Path]:
@@ -93,5 +92,13 @@ class CheckpointFolder:
         """Removes checkpoints of later epochs: those of a branch that is given up."""
         for path in self.paths():
             if int(NAME.fullmatch(path.name)[1]) > epoch:  # type: ignore[index]
-                path.unlink()
-                path.with_suffix(".pth.sha256").unlink(missing_ok=True)
+                self._drop(path)
+
+    def drop_newest(self) -> None:
+        """Removes the newest, where there is one."""
+        for path in self.paths()[-1:]:
+            self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".pth.sha256").unlink(missing_ok=True)

@@ -87,10 +87,10 @@ class Processes:
             try:
                 result = action(*arguments)
             except UserError as error:
-                problem = str(error)
+                problem = error
         problem = self.told(problem)
         if problem is not None:
-            raise UserError(problem)
+            raise problem
         return result
 
     def told(self, value: T) -> T:

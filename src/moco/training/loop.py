@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.errors import Interrupted, UserError
+from moco.errors import DivergedError, Interrupted
 from moco.training.distributed import SOLO, Processes
 from moco.training.interrupt import StopFlag
 from moco.training.progress import Display
@@ -25,14 +25,16 @@ Log = Callable[[dict[str, float], int], None]
 @dataclass
 class LoopState:
     """Where a run is. step: optimizer steps done. epoch: epochs finished. batch: batches done in the epoch
-    that is under way. seconds: wall-clock of the run so far, monitoring and saving included."""
+    that is under way. seconds: wall-clock of the run so far, monitoring and saving included. unlogged: metrics by
+    name of the steps since the last line of the log, so that the next line is the same after an interruption."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
+    unlogged: dict[str, list[Any]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -79,11 +81,11 @@ def run_loop(
     step(indices, images, fraction, number) takes one optimizer step and returns metrics as tensors or
     numbers; they are averaged, over processes too, and read from the device only when they are logged.
     Several processes stop at the same step, whichever received the signal, and follow the clock of rank 0.
-    Raises Interrupted after a signal (the state is saved where it can be), UserError where the loss is not finite.
+    Raises Interrupted after a signal (the state is saved where it can be), DivergedError where the loss is not finite.
     """
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state, hooks)
-    window = _Window(fetcher, hooks.processes)
+    window = _Window(fetcher, hooks.processes, state.unlogged)
     # An interruption after a run's or an epoch's last batch leaves monitoring and saving to the resumed run.
     last = length.fraction(state, per_epoch) >= 1 and state.batch < per_epoch
     while not last:
@@ -101,7 +103,7 @@ def run_loop(
                 if done >= 1:
                     state.batch = per_epoch  # time was up in the middle of an epoch: the rest of it is not trained
                 if hooks.save is not None:
-                    hooks.processes.alone(hooks.save, state)
+                    _save(hooks.save, state, window)
                 raise Interrupted(clock.signal, saved=hooks.save is not None)
             if done >= 1:
                 break
@@ -115,7 +117,7 @@ def run_loop(
             last = length.fraction(state, per_epoch) >= 1
         if hooks.save is not None and (last or (state.batch == 0 and state.epoch % hooks.save_every == 0)):
             _refuse_divergence(window.loss(), state.step)
-            hooks.processes.alone(hooks.save, state)
+            _save(hooks.save, state, window)
             window.began += clock.read()  # time may run out here: then one more step ends the run properly
 
 
@@ -138,9 +140,10 @@ class _Clock:
 class _Window:
     """Metrics between two log lines."""
 
-    def __init__(self, fetcher: Fetcher, processes: Processes) -> None:
+    def __init__(self, fetcher: Fetcher, processes: Processes, values: dict[str, list[Any]]) -> None:
         self.fetcher, self.processes = fetcher, processes
         self.clear()
+        self.values.update({name: list(steps) for name, steps in values.items()})
 
     def clear(self) -> None:
         self.values: dict[str, list[Any]] = {}
@@ -150,6 +153,19 @@ class _Window:
         self.images += images
         for name, value in metrics.items():
             self.values.setdefault(name, []).append(value)
+
+    def unlogged(self) -> dict[str, list[Any]]:
+        """What is not in the log yet, on the CPU; of several processes the mean of each step."""
+        values = {
+            name: [v.detach().cpu() if isinstance(v, Tensor) else v for v in steps]
+            for name, steps in self.values.items()
+        }
+        if self.processes.size > 1:
+            flat = {f"{name} {n}": float(v) for name, steps in values.items() for n, v in enumerate(steps)}
+            mean = self.processes.mean(flat)
+            values = {name: [torch.tensor(mean[f"{name} {n}"]) if isinstance(v, Tensor) else mean[f"{name} {n}"]
+                             for n, v in enumerate(steps)] for name, steps in values.items()}  # fmt: skip
+        return values
 
     def loss(self) -> float:
         """Its mean since the last log line; 0 where there is none."""
@@ -166,12 +182,22 @@ class _Window:
 
 def _mean(values: list[Any]) -> float:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return torch.stack(tensors).mean().item() if tensors else sum(values) / len(values)
+    # Those of before an interruption are on the CPU.
+    return (
+        torch.stack([value.to(tensors[-1].device) for value in tensors]).mean().item()
+        if tensors
+        else sum(values) / len(values)
+    )
+
+
+def _save(save: Callable[[LoopState], None], state: LoopState, window: _Window) -> None:
+    state.unlogged = window.unlogged()
+    window.processes.alone(save, state)
 
 
 def _refuse_divergence(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise UserError(
+        raise DivergedError(
             f"the loss became {loss} near step {step}: training has diverged; lower the "
             "learning rate or use precision fp32 (saved checkpoints are from before)"
         )

@@ -1,0 +1,50 @@
+"""When training has diverged: stop, or go back to the last checkpoint with a smaller learning rate, as configured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moco.errors import DivergedError, Say
+from moco.files import write_text
+from moco.training.checkpoints import CheckpointFolder
+
+NAME = "steps_back"  # in the run's folder: how many times it has gone back
+FACTOR = 0.5  # of the learning rate, each time
+
+
+def taken(folder: Path) -> int:
+    """How many times the run has gone back so far; a resumed process goes on with the rate of the one before."""
+    path = folder / NAME
+    return int(path.read_text(encoding="ascii")) if path.exists() else 0
+
+
+def rate(lr: float, steps: int) -> float:
+    """The learning rate after so many steps back."""
+    return lr * FACTOR**steps
+
+
+def refuse_broken(model: nn.Module, step: int) -> None:
+    """Raises DivergedError where a weight is no number any more: gradients can break in a step whose loss does not."""
+    found = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.stack(found).all():
+        raise DivergedError(
+            f"weights are no numbers any more after step {step}: training has diverged; lower pretrain.lr or use "
+            "precision fp32 (saved checkpoints are from before)"
+        )
+
+
+def step_back(checkpoints: CheckpointFolder, allowed: int, error: DivergedError, say: Say) -> None:
+    """Notes one more step, or raises the error where no more are allowed. From the second on the newest checkpoint is
+    given up, which may be from a time when the trouble had begun already."""
+    steps, paths = taken(checkpoints.folder), checkpoints.paths()
+    if steps >= allowed:
+        raise error
+    if steps and len(paths) > 1:
+        checkpoints.drop_newest()
+    write_text(checkpoints.folder / NAME, str(steps + 1))
+    say(f"warning: {error}")
+    place = "the last checkpoint" if paths else "the beginning"
+    say(f"warning: back to {place} with {FACTOR ** (steps + 1):g} of pretrain.lr (step back {steps + 1} of {allowed})")

@@ -1,0 +1,110 @@
+"""Which faults are tried, and the table of it in the README: `make faults` runs every test that carries the mark
+`fault` and writes what it saw. A test that tries a fault more than once says so by its fixture `tries`."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Mark: (fault, what is promised).
+ROWS = {
+    "kill": ("SIGKILL at any moment of data, pretrain, train, finetune, request",
+             "the same command ends in the same bits; every logged step stands once; nothing is left over"),
+    "kill-log": ("SIGKILL while MLflow is fed", "after `moco sync` MLflow has every step once"),
+    "kill-process": ("SIGKILL of one process of several",
+                     "the others end with one line; the run continues to the same bits"),
+    "signal": ("SIGTERM, SIGINT, SIGUSR2, to one process or to all of several",
+               "state saved at a step boundary, exit code 128 + signal, continues to the same bits"),
+    "second-sigint": ("a second Ctrl-C", "stops at once; the run continues from its last checkpoint"),
+    "full-disk": ("the disk is full at any byte of a checkpoint, log, cache or copy",
+                  "one line; checkpoints of before stay sound; with room again the run continues to the same bits"),
+    "read-only": ("a folder that cannot be written", "one line, exit code 1, nothing lost"),
+    "file-size": ("a limit on the size of files, as a quota gives", "one line; the checkpoint before stays sound"),
+    "vanished": ("the run's folder, or the dataset, is removed while the run works", "one line, exit code 1"),
+    "slow-rename": ("renames take long, as on a busy network share", "the same bits"),
+    "clock": ("the clock jumps, back and ahead", "the same bits; time is measured by a clock that does not jump"),
+    "two-jobs": ("a second job of the same run",
+                 "refused while the first lives, on this machine or another; goes on where it died"),
+    "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),
+    "damaged-cache": ("a decoded cache is truncated or changed", "built anew"),
+    "bad-images": ("files that are no images, bombs, wrong sizes, odd modes", "named in one line with the reason"),
+    "damaged-squashfs": ("bytes of a squashfs image flipped, images cut off", "one line, or the same dataset; no hang"),
+    "bad-labels": ("label tensors of wrong types, shapes, lengths and values", "one line that names the file"),
+    "bad-params": ("parameter files of any content", "one line with the place; the nearest name for a typo"),
+    "divergence": ("loss or weights are no numbers, features collapse",
+                   "stops before anything is saved, or steps back as often as configured; always told"),
+    "code-in-weights": ("files of weights, labels and states that would run code",
+                        "refused in one line; the code does not run"),
+    "escape": ("names and links that lead out of their folder", "not followed, or refused"),
+    "store": ("MLflow's server dead, late, failing or of another version; its disk full",
+              "training goes on; `moco sync` brings it"),
+    "strangers": ("requests to the label page without token, or by another host's name", "refused"),
+    "determinism": ("another folder, another clone", "the same bits of `model_sub.pth`"),
+    "long-run": ("20,000 steps", "memory, file handles and the log's growth stay flat"),
+    "crowd": ("ten pipelines at once on one store, one DVC cache and one decoded cache",
+              "all finish; nothing is mixed up"),
+}  # fmt: skip
+BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-faults", metavar="FILE", help="put the table of faults into this Markdown file")
+
+
+@pytest.fixture
+def tries(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """Says how many times a test has tried its fault; once otherwise."""
+    return lambda count: record_property("tries", count)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> object:
+    outcome = yield
+    for mark in item.iter_markers("fault"):
+        outcome.get_result().user_properties.append(("fault", mark.args[0]))  # type: ignore[attr-defined]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            assert mark.args[0] in ROWS, f"{item.nodeid}: no fault is called {mark.args[0]}"
+
+
+def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
+    place = config.getoption("--write-faults")
+    if not place:
+        return
+    tried: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for status, reports in terminalreporter.stats.items():  # type: ignore[attr-defined]
+        for report in reports:
+            found = dict(getattr(report, "user_properties", []))
+            if "fault" not in found or status not in ("passed", "failed", "error") or report.when == "teardown":
+                continue
+            if status != "passed" or report.when == "call":
+                tried[found["fault"]] += int(found.get("tries", 1))
+                failed[found["fault"]] += status != "passed"
+    path = Path(place)
+    text = path.read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN), text.index(END)
+    path.write_text(f"{text[:begin]}{BEGIN}\n{render(tried, failed)}{text[end:]}", encoding="utf-8")
+
+
+def render(tried: Counter[str], failed: Counter[str]) -> str:
+    """The table in Markdown; rows that were not tried say so."""
+    lines = ["| fault | what is promised | tried | result |", "|---|---|---|---|"]
+    for name, (fault, promise) in ROWS.items():
+        result = "not tried" if not tried[name] else f"{failed[name]} test(s) failed" if failed[name] else "as promised"
+        lines.append(f"| {fault} | {promise} | {tried[name]} | {result} |")
+    return "\n".join([*lines, "", f"Tried on {datetime.date.today()}.", ""])
+
+
+def rows_of(text: str) -> list[tuple[str, str, str]]:
+    """(fault, promise, result) of the table in a text."""
+    part = text[text.index(BEGIN) : text.index(END)]
+    return [(m[1], m[2], m[4]) for m in re.finditer(r"^\| (.+?) \| (.+?) \| (\d+) \| (.+?) \|$", part, re.MULTILINE)]

@@ -1,0 +1,87 @@
+"""The real program in processes of its own, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from moco.tracking.metric_log import metric_history
+
+WORLD = Path(__file__).parent / "world"
+RESULTS = {
+    "data": ("models/manifest.json",),
+    "pretrain": ("models/encoder.pth",),
+    "train": ("models/classifier/model_sub.pth", "models/classifier/submission.py"),
+    "finetune": ("models/finetuned/model_sub.pth", "models/finetuned/submission.py"),
+    "request": ("models/request/request.csv",),
+}
+
+
+def start(project: Path, stage: str, *arguments: str, world: str = "", group: bool = False) -> subprocess.Popen[str]:
+    """A stage's command; `world`: what is broken for it (world/sitecustomize.py); `group`: as a group of its own."""
+    environment = {**os.environ, "MOCO_WORLD": world, "PYTHONPATH": str(WORLD)} if world else None
+    return subprocess.Popen(
+        [sys.executable, "-m", "moco.cli", stage, *arguments], cwd=project, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, env=environment, start_new_session=group,
+    )  # fmt: skip
+
+
+def run(project: Path, stage: str, *arguments: str, world: str = "", timeout: float = 120) -> tuple[int, str]:
+    """Exit code and what was said."""
+    process = start(project, stage, *arguments, world=world)
+    _, said = process.communicate(timeout=timeout)
+    return process.returncode, said
+
+
+def must(project: Path, stage: str, *arguments: str, world: str = "") -> str:
+    """What a stage said that has to end well."""
+    code, said = run(project, stage, *arguments, world=world)
+    assert code == 0, f"{stage}: {said}"
+    return said
+
+
+def kill_after(project: Path, stage: str, seconds: float) -> bool:
+    """Whether the stage was still at work after so many seconds, when SIGKILL ended it with all that it started."""
+    process = start(project, stage, group=True)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    return alive
+
+
+def results(project: Path, stage: str) -> dict[str, bytes]:
+    """What has to be equal to the bit: the stage's files, and for `data` the decoded cache."""
+    found = {name: (project / name).read_bytes() for name in RESULTS[stage]}
+    if stage == "data":
+        for path in sorted((project / "scratch").glob("moco-cache-*/*/*")):
+            found[str(path.relative_to(project))] = path.read_bytes()
+    return found
+
+
+def history(project: Path, stage: str) -> list[tuple[int, float | None]]:
+    """(step, loss) of every valid line of metrics of the stage's only run."""
+    (log,) = (project / "runs" / stage).glob("*/metrics.jsonl")
+    return [(line["step"], line["metrics"].get("loss")) for line in metric_history(log)]
+
+
+def left_over(project: Path) -> list[str]:
+    """Temporary files and folders, signs of life, and unfinished caches."""
+    hidden = [path for path in project.rglob(".*") if path.name not in (".sweep.lock", ".dvc", ".git", ".gitignore")]
+    named = [*project.rglob("moco-copy-*"), *project.rglob("moco-squashfs-*"), *project.rglob("holder")]
+    return sorted(str(path.relative_to(project)) for path in (*hidden, *named))
+
+
+def assert_one_line(said: str, *words: str) -> None:
+    """One error, of one line, with these words; no traceback."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    for word in words:
+        assert word in errors[0], errors[0]

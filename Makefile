@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow test-long test-container test-cluster lint types lock lock-image install clean
+.PHONY: demo test test-slow test-long test-container test-cluster faults audit lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -49,6 +49,14 @@ test-container: install
 test-cluster: install
 	python -m pytest -m cluster --durations=8
 
+# Every test that tries a fault, some thousand tries, in half an hour or more; writes the README's table.
+faults: install
+	python -m pytest -m "fault and not container and not cluster" --durations=10 --write-faults README.md
+
+# Known vulnerabilities of what is installed; needs the index's own database, so that a mirror may not do.
+audit: install
+	for lock in workstation image; do uv tool run pip-audit --strict --no-deps --disable-pip -r requirements/$$lock.txt || exit 1; done
+
 lint: install
 	ruff check .
 	ruff format --check .
@@ -74,7 +82,7 @@ lock-image: install
 	rm build-constraints.txt
 	awk '/^[a-z]/ {keep = $$0 !~ /^(torch|torchvision|triton|nvidia-)/} keep' requirements/image.txt > requirements/.image
 	mv requirements/.image requirements/image.txt
-	printf 'pytest>=8\npytest-timeout>=2.3\n' | uv pip compile --quiet --python-version 3.11 --generate-hashes \
+	printf 'hypothesis>=6.100\npytest>=8\npytest-timeout>=2.3\n' | uv pip compile --quiet --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --no-header - -o requirements/image-test.txt
 
 clean:

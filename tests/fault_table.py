@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Mark: (fault, what is promised).
+# Name of the mark: (fault, what is promised).
 ROWS = {
     "kill": ("SIGKILL at any moment of data, pretrain, train, finetune, request",
              "the same command ends in the same bits; every logged step stands once; nothing is left over"),
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def tries(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
-    """Says how many times a test has tried its fault; once otherwise."""
+    """Says how many times a test has tried its fault, where the mark does not; once otherwise."""
     return lambda count: record_property("tries", count)
 
 
@@ -66,7 +66,8 @@ def tries(record_property: Callable[[str, object], None]) -> Callable[[int], Non
 def pytest_runtest_makereport(item: pytest.Item) -> object:
     outcome = yield
     for mark in item.iter_markers("fault"):
-        outcome.get_result().user_properties.append(("fault", mark.args[0]))  # type: ignore[attr-defined]
+        told = outcome.get_result().user_properties  # type: ignore[attr-defined]
+        told += [("fault", mark.args[0]), *(("tries", count) for count in mark.args[1:])]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,6 +61,7 @@ class DataConfig:
     classes: Annotated[int, Range(2)] | None
     resize: Annotated[int, Range(8, 1024)] | None
     labelled: Count | None
+    unreadable: CountOrZero
     generated: GeneratedConfig
 
 

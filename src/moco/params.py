@@ -129,6 +129,8 @@ def parse(text: str, path: Path) -> Config:
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
-        raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"{where}: not readable as YAML: {getattr(error, 'problem', str(error).splitlines()[0])}"
+        ) from None
     config: Config = _Reader(path, _lines(node, path) if node else {}).section(Config, tree, "")
     return config

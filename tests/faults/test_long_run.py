@@ -49,6 +49,6 @@ def test_memory_handles_and_files_stay_flat(tmp_path: Path) -> None:
     (log,) = tmp_path.glob("runs/pretrain/*/metrics.jsonl")
     lines = log.read_text().splitlines()
     assert sum('"loss"' in line and '"event": "metrics"' in line for line in lines) == STEPS // 100
-    assert max(map(len, lines)) < 2000, "no line grows with the run"
+    assert len(lines[-5]) < len(lines[5]) + 200, "no line grows with the run"
     assert all(character.isprintable() or character == "\n" for character in said), "nothing for a terminal in a file"
     assert len(said) < 20_000

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +60,15 @@ class DecodedSplit:
 @dataclass
 class Built:
     """A complete cache in a folder that is not yet at its place, and what was learned while decoding. lock: held
-    as long as the folder is in use, so that others can tell it from the remains of a process that was killed."""
+    as long as the folder is in use, so that others can tell it from the remains of a process that was killed.
+    left_out: numbers of the unlabeled images that could not be used."""
 
     folder: Path
     lock: FileLock
     height: int
     width: int
     reports: dict[str, list[ChunkReport]]
+    left_out: list[int] = field(default_factory=list)
 
 
 def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
@@ -86,10 +88,11 @@ def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
     raise UserError("unlabeled: none of the first 100 files is a readable image; check data.path")
 
 
-def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built:
+def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadable: int = 0) -> Built:
     """Decodes all images on all cores into a new folder below `parent`.
 
-    Raises UserError, naming the first images concerned, where any cannot be used; nothing is left behind.
+    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. Raises UserError, naming the
+    first images concerned, where others cannot; nothing is left behind.
     """
     height, width = image_size(dataset, resize)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
@@ -111,20 +114,16 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
         built = Built(folder, lock, height, width, {})
         with _decoders(dataset) as decode:
             for name, split in dataset.splits.items():
-                built.reports[name] = _decode_split(split, (height, width), resize, folder, decode)
+                reports = _decode_split(split, (height, width), resize, folder, decode)
+                if name == "unlabeled" and (bad := _to_leave_out(split, reports, unreadable, say)):
+                    built.left_out = bad
+                    split.leave_out(bad)
+                    reports = _decode_split(split, (height, width), resize, folder, decode)
+                built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
-        problems = [
-            f"{dataset.splits[name].image_name(i)} ({why})"
-            for name, reports in built.reports.items()
-            for report in reports
-            for i, why in report.problems
-        ]
+        problems = [named for name, split in dataset.splits.items() for named in _problems(split, built.reports[name])]
         if problems:
-            more = len(problems) - PROBLEMS_NAMED
-            raise UserError(
-                f"{len(problems)} image(s) cannot be used: {', '.join(problems[:PROBLEMS_NAMED])}"
-                + (f", and {more} more" if more > 0 else "")
-            )
+            raise UserError(f"{len(problems)} image(s) cannot be used: {_shown(problems)}")
         _write_index(built, dataset)
         return built
     except OSError as error:
@@ -133,6 +132,24 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say) -> Built
     except BaseException:
         _discard(folder, lock)
         raise
+
+
+def _problems(split: Split, reports: list[ChunkReport]) -> list[str]:
+    return [f"{split.image_name(i)} ({why})" for report in reports for i, why in report.problems]
+
+
+def _shown(problems: list[str]) -> str:
+    more = len(problems) - PROBLEMS_NAMED
+    return ", ".join(problems[:PROBLEMS_NAMED]) + (f", and {more} more" if more > 0 else "")
+
+
+def _to_leave_out(split: Split, reports: list[ChunkReport], allowed: int, say: Say) -> list[int]:
+    """Numbers of the images that cannot be used; none where they are more than allowed."""
+    bad = [number for report in reports for number, _ in report.problems]
+    if not 0 < len(bad) <= allowed or len(bad) == len(split):
+        return []
+    say(f"warning: {len(bad)} image(s) cannot be used and are left out: {_shown(_problems(split, reports))}")
+    return bad
 
 
 def _discard(folder: Path, lock: FileLock) -> None:

@@ -165,6 +165,7 @@ class _Images:
     def __init__(self, config: DataConfig, manifest: Manifest, pool: DecodedSplit) -> None:
         self.manifest, self.pool = manifest, pool
         self.rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
+        self.numbers = manifest.pool_numbers()
         self.contents = {digest.hex() for digest in self.rows}
         self.folder = pool_folder(Path(config.path)) if config.source == "classes" else None
 
@@ -190,11 +191,14 @@ class _Images:
         return self._read(line, str(line.file)) if row is None else gather(self.pool.images, np.array([row]))[0]
 
     def _number(self, line: Line) -> int:
-        number = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
-        if number is None or int(number[1]) >= len(self.pool.images):
-            last = len(self.pool.images) - 1
+        found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
+        if found is None or int(found[1]) > self.numbers[-1]:
+            last = self.numbers[-1]
             raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")
-        return int(number[1])
+        row = int(np.searchsorted(self.numbers, int(found[1])))
+        if self.numbers[row] != int(found[1]):
+            raise UserError(f"{line.place}: '{line.name}' could not be read and was left out (data.unreadable)")
+        return row
 
     def _of_file(self, line: Line, path: str) -> bytes:
         report = ChunkReport(0, 0)

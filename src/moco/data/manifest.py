@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moco.errors import UserError
 
@@ -27,7 +29,8 @@ class SplitSummary:
 @dataclass(frozen=True)
 class Manifest:
     """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1].
-    settings: those of section `data` that decide the content, by dotted name."""
+    settings: those of section `data` that decide the content, by dotted name. left_out: numbers of the unlabeled
+    images that could not be used, counted in the source."""
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -39,6 +42,7 @@ class Manifest:
     std: tuple[float, float, float]
     splits: dict[str, SplitSummary]
     duplicates_train_val: int
+    left_out: list[int] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -48,6 +52,11 @@ class Manifest:
             name: [split.count, split.pixels, split.labels] for name, split in self.splits.items()
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def pool_numbers(self) -> np.ndarray:
+        """Number in the source of each row of the decoded unlabeled images, rising."""
+        whole = self.splits["unlabeled"].count + len(self.left_out)
+        return np.setdiff1d(np.arange(whole), np.array(self.left_out, np.int64), assume_unique=True)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"

@@ -21,21 +21,22 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
 
     Raises UserError where the files of a class tree are no longer those that were decoded.
     """
+    numbers = manifest.pool_numbers()
     if config.source != "classes":
-        return [f"{row}.png" for row in rows.tolist()]
+        return [f"{number}.png" for number in numbers[rows].tolist()]
     root = Path(config.path)
     paths = class_tree(root, say).splits["unlabeled"].paths or []
     folder, found = pool_folder(root), []
     for row in rows.tolist():
         report = ChunkReport(0, 0)
         try:
-            image = read_image(paths[row], (manifest.height, manifest.width), manifest.resize)
+            image = read_image(paths[numbers[row]], (manifest.height, manifest.width), manifest.resize)
             summarise(report, np.ascontiguousarray(image)[None])
         except (IndexError, ValueError):
             pass
         if report.digests != bytes(pool.digests[row]):
             raise UserError(f"{folder}: its files have changed since `moco data` decoded them; run `moco data` again")
-        found.append(name := str(Path(paths[row]).relative_to(folder)))
+        found.append(name := str(Path(paths[numbers[row]]).relative_to(folder)))
         try:
             name.encode()
         except UnicodeEncodeError:

@@ -21,7 +21,14 @@ from moco.errors import Say, UserError
 
 CLASSES_SHOWN = 5
 # Where the images lie and how they are reached: may differ between nodes, and decides nothing.
-LOCATION = {"data.path", "data.mounted", "data.copy_to_scratch", "data.download", "data.generated.pack"}
+LOCATION = {
+    "data.unreadable",
+    "data.path",
+    "data.mounted",
+    "data.copy_to_scratch",
+    "data.download",
+    "data.generated.pack",
+}
 
 
 def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
@@ -32,7 +39,7 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
     with open_dataset(config, scratch, say) as dataset:
         _limit_labels(dataset, config.labelled)
         classes = _check_labels(dataset, config.classes)
-        built = cache.build(dataset, config.resize, cache.caches(scratch), say)
+        built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable)
         manifest = _describe(dataset, classes, config, built)
         place = cache.install(built, manifest.digest, scratch)
     say(f"decoded cache: {place}")
@@ -165,4 +172,5 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         std=(std[0] / 255, std[1] / 255, std[2] / 255),
         splits=splits,
         duplicates_train_val=len(seen["train"] & seen["val"]),
+        left_out=built.left_out,
     )

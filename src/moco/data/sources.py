@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,12 @@ class Split:
     labels: np.ndarray | None = None
     image: Path | None = None
     inodes: list[int] | None = None
+
+    def leave_out(self, numbers: Collection[int]) -> None:
+        """Of files: they are not images of this split any more."""
+        kept = [number for number in range(len(self)) if number not in set(numbers)]
+        self.paths = [self.paths[number] for number in kept] if self.paths is not None else None
+        self.inodes = [self.inodes[number] for number in kept] if self.inodes is not None else None
 
     @property
     def files(self) -> Sequence[str | int]:

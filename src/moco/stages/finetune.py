@@ -49,7 +49,7 @@ from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
 from moco.training.linear import clearly_better, fit_linear
 from moco.training.loop import LoopState
-from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
 KEEP = 2  # checkpoints
 STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
@@ -162,6 +162,8 @@ def _run(
         record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
 
     def save(state: LoopState) -> None:
+        refuse_broken(network, state.step)
+        record.sync()
         path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
         record.checkpoint(path, state.step)
 

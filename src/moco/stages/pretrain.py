@@ -50,7 +50,7 @@ from moco.training.checkpoints import CheckpointFolder, load_weights
 from moco.training.distributed import Processes, from_environment
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_loop
-from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 from moco.training.progress import ProgressDisplay
 
 COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
@@ -161,7 +161,7 @@ def _run(
         state = LoopState(**saved["loop"])
 
     def save(state: LoopState) -> None:
-        step_back.refuse_broken(step.model, state.step)
+        refuse_broken(step.model, state.step)
         if record is not None:
             record.sync()  # a state never stands on the disk without the lines that led to it
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}

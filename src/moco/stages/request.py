@@ -87,7 +87,7 @@ def run(config: Config) -> None:
         names = pool_names(rows, config.data, manifest, pool, say)
         labels = None
         if config.request.answers == "generator":
-            labels = [manifest.classes[label] for label in drawn_labels(rows, config.data)]
+            labels = [manifest.classes[label] for label in drawn_labels(manifest.pool_numbers()[rows], config.data)]
         asked = Asked(
             gather(pool.images, rows),
             pool.digests[rows],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from moco.errors import DivergedError, Say
 from moco.files import write_text
 from moco.training.checkpoints import CheckpointFolder
@@ -24,16 +21,6 @@ def taken(folder: Path) -> int:
 def rate(lr: float, steps: int) -> float:
     """The learning rate after so many steps back."""
     return lr * FACTOR**steps
-
-
-def refuse_broken(model: nn.Module, step: int) -> None:
-    """Raises DivergedError where a weight is no number any more: gradients can break in a step whose loss does not."""
-    found = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    if not torch.stack(found).all():
-        raise DivergedError(
-            f"weights are no numbers any more after step {step}: training has diverged; lower pretrain.lr or use "
-            "precision fp32 (saved checkpoints are from before)"
-        )
 
 
 def step_back(checkpoints: CheckpointFolder, allowed: int, error: DivergedError, say: Say) -> None:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from moco.errors import UserError
+from moco.errors import DivergedError, UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
@@ -104,3 +105,13 @@ def clock(device: torch.device) -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def refuse_broken(model: nn.Module, step: int) -> None:
+    """Raises DivergedError where a weight is no number any more: gradients can break in a step whose loss does not."""
+    found = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    if not torch.stack(found).all():
+        raise DivergedError(
+            f"weights are no numbers any more after step {step}: training has diverged; lower the learning rate or "
+            "use precision fp32 (saved checkpoints are from before)"
+        )

@@ -1,0 +1,68 @@
+"""Images that cannot be read: refused, or so many of the pool left out as the user allows, and always told."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import Moco, assert_one_line_error, write_params
+from moco.data.manifest import load_manifest
+
+pytestmark = pytest.mark.fault("bad-images")
+BAD = (7, 20)
+
+
+@pytest.fixture
+def damaged(project: Path) -> Path:
+    for number in BAD:
+        path = project / f"dataset/unlabeled/{number}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return project
+
+
+def test_by_default_they_are_refused_by_name(moco: Moco, damaged: Path) -> None:
+    assert_one_line_error(moco("data"), "2 image(s) cannot be used: unlabeled/7.png (", "unlabeled/20.png (")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_those_with_labels_are_refused_whatever_is_allowed(moco: Moco, damaged: Path, split: str) -> None:
+    write_params(damaged, data__unreadable=9)
+    (damaged / f"dataset/{split}/3.png").write_bytes(b"")
+    assert_one_line_error(moco("data"), f"1 image(s) cannot be used: {split}/3.png (not an image)")
+
+
+def test_more_than_allowed_are_refused(moco: Moco, damaged: Path) -> None:
+    write_params(damaged, data__unreadable=1)
+    assert_one_line_error(moco("data"), "2 image(s) cannot be used")
+
+
+def test_those_allowed_are_told_and_all_others_keep_their_names(moco: Moco, damaged: Path) -> None:
+    write_params(
+        damaged, data__unreadable=2, request__budget=38, request__strategy="random", train_extra__labels="a.csv"
+    )
+    done = moco("data")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 2 image(s) cannot be used and are left out: unlabeled/7.png (" in done.stderr
+    manifest = load_manifest(Path("models/manifest.json"))
+    assert manifest.left_out == list(BAD) and manifest.splits["unlabeled"].count == 38
+    for stage in ("pretrain", "train", "request"):
+        done = moco(stage)
+        assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((damaged / "models/request/request.csv").read_text().splitlines()))
+    assert {row["image"] for row in rows} == {f"{number}.png" for number in range(40) if number not in BAD}
+    by_name = {row["image"]: row["content"] for row in rows}
+    (damaged / "a.csv").write_text("image,label\n7.png,1\n")
+    assert_one_line_error(moco("train_extra"), "'7.png' could not be read and was left out (data.unreadable)")
+    lines = "".join(f"{name},{int(name[:-4]) % 5},{content}\n" for name, content in by_name.items())
+    (damaged / "a.csv").write_text(f"image,label,content\n{lines}")
+    done = moco("train_extra")
+    assert done.returncode == 0 and "38 labels added" in done.stderr, done.stderr
+    shutil.rmtree(damaged / "scratch")
+    before = json.loads((damaged / "models/manifest.json").read_text())["digest"]
+    done = moco("eval")
+    assert done.returncode == 0 and "left out" in done.stderr, "another node builds the same cache"
+    assert load_manifest(Path("models/manifest.json")).digest == before

@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow test-long test-container test-cluster faults audit lint types lock lock-image install clean
+.PHONY: demo test test-slow test-long test-container test-cluster faults mutations audit lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -52,6 +52,10 @@ test-cluster: install
 # Every test that tries a fault, some thousand tries, in half an hour or more; writes the README's table.
 faults: install
 	python -m pytest -m "fault and not container and not cluster" --durations=10 --write-faults README.md
+
+# Takes safety lines out one at a time; each must make a test fail.
+mutations: install
+	python tests/faults/mutations.py
 
 # Known vulnerabilities of what is installed; needs the index's own database, so that a mirror may not do.
 audit: install

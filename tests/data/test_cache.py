@@ -148,6 +148,7 @@ def damaged_png(kind: str) -> bytes:
     return {"truncated": bytes(content[: len(content) // 2]), "text": b"hello", "empty": b""}.get(kind, bytes(content))
 
 
+@pytest.mark.fault("bad-images")
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -178,6 +179,7 @@ def test_a_pool_without_any_image_is_refused(dataset: Path, scratch: Path) -> No
     assert_refused(dataset, scratch, "unlabeled: none of the first 100 files is a readable image")
 
 
+@pytest.mark.fault("vanished")
 def test_a_dataset_that_goes_away_while_it_is_decoded_is_one_error(dataset: Path, scratch: Path) -> None:
     """As when a network share is lost: the folder disappears after the first split was decoded."""
 
@@ -190,6 +192,7 @@ def test_a_dataset_that_goes_away_while_it_is_decoded_is_one_error(dataset: Path
     assert left_behind(scratch) == []
 
 
+@pytest.mark.fault("full-disk")
 def test_too_small_a_disk_is_noticed_before_anything_is_written(dataset: Path, scratch: Path) -> None:
     scratch.mkdir()
     try_mount(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(scratch)])
@@ -200,6 +203,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(dataset: Path, s
         try_mount(["umount", str(scratch)])
 
 
+@pytest.mark.fault("full-disk")
 def test_a_disk_that_fills_up_meanwhile_is_one_error(dataset: Path, scratch: Path) -> None:
     """240 KiB of pixels fit when building begins; another file then takes the room."""
     scratch.mkdir()

@@ -92,6 +92,7 @@ def as_nobody(dataset: Path, shared: Path) -> None:
     prepare(data_config(dataset), shared, silent)
 
 
+@pytest.mark.fault("read-only")
 def test_a_place_that_cannot_be_written_is_one_error(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be written: .*; set runtime\.scratch"):
@@ -156,6 +157,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault("damaged-cache")
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_cache_is_built_anew(
     dataset: Path, scratch: Path, manifest: Manifest, place: Path, kind: str

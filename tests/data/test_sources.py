@@ -90,6 +90,7 @@ LABELS: dict[str, tuple[object, str]] = {
 }
 
 
+@pytest.mark.fault("bad-labels")
 @pytest.mark.parametrize("kind", LABELS)
 def test_wrong_label_tensor_is_refused(dataset: Path, kind: str) -> None:
     value, words = LABELS[kind]
@@ -111,6 +112,7 @@ class Payload:
         return os.mkdir, (str(self.proof),)
 
 
+@pytest.mark.fault("code-in-weights")
 def test_code_in_a_label_file_does_not_run(dataset: Path, tmp_path: Path) -> None:
     """Fault 13. The second half shows that the payload does work where unpickling is unrestricted."""
     path, proof = dataset / "val_label_tensor.pt", tmp_path / "proof"
@@ -122,6 +124,7 @@ def test_code_in_a_label_file_does_not_run(dataset: Path, tmp_path: Path) -> Non
     assert proof.exists()
 
 
+@pytest.mark.fault("bad-labels")
 @pytest.mark.parametrize("keep", [0, 40, 0.5, 0.9])
 def test_truncated_label_file_is_refused(dataset: Path, keep: float) -> None:
     path = dataset / "train_label_tensor.pt"

@@ -146,6 +146,7 @@ def test_other_files_are_refused_before_anything_is_tried(tmp_path: Path, scratc
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.fault("damaged-squashfs")
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.9])
 def test_truncated_image_is_refused(packed: Path, scratch: Path, tmp_path: Path, keep: float) -> None:
     content = packed.read_bytes()
@@ -158,6 +159,7 @@ def test_truncated_image_is_refused(packed: Path, scratch: Path, tmp_path: Path,
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.fault("damaged-squashfs")
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 0.97, 0.98, 0.99])
 def test_damage_within_an_image_is_one_error_or_harmless(
     packed: Path, scratch: Path, tmp_path: Path, place: float
@@ -188,6 +190,7 @@ def test_a_copy_lives_as_long_as_it_is_needed(packed: Path, scratch: Path) -> No
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.fault("full-disk")
 def test_copying_needs_room(packed: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()

@@ -115,6 +115,26 @@ def test_what_only_looks_like_an_image_neither_hangs_nor_passes(moco: Moco, proj
 
 
 @pytest.mark.fault("escape")
+def test_names_in_label_files_do_not_lead_out_of_the_pool(moco: Moco, project: Path) -> None:
+    """Though the image there is one of the pool's, to the bit."""
+    tree = project / "tree"
+    for split, label, value in (("train", "a", 1), ("train", "b", 2), ("val", "a", 3), ("val", "b", 4),
+                                ("unlabeled", "", 5), ("elsewhere", "", 5)):  # fmt: skip
+        for number in range(4):
+            (tree / split / label).mkdir(parents=True, exist_ok=True)
+            image = np.full((32, 32, 3), 40 * value + number, np.uint8)
+            Image.fromarray(image).save(tree / split / label / f"{number}.png")
+    write_params(project, data__source="classes", data__path="tree", data__classes=None, train_extra__labels="a.csv",
+                 pretrain__batch_size=2)  # fmt: skip
+    for stage in ("data", "pretrain", "train"):
+        done = moco(stage)
+        assert done.returncode == 0, done.stderr
+    for name in ("../elsewhere/0.png", str(tree / "unlabeled/0.png")):
+        (project / "a.csv").write_text(f"image,label\n{name},a\n")
+        assert_one_line_error(moco("train_extra"), "is not in the unlabelled pool")
+
+
+@pytest.mark.fault("escape")
 def test_links_that_lead_out_of_the_dataset_are_told(moco: Moco, project: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
     shutil.move(project / "dataset/unlabeled/7.png", outside)

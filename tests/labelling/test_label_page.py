@@ -55,6 +55,7 @@ def test_every_answer_is_in_the_file_at_once_and_the_next_start_goes_on(form: Pa
     assert Reply(form, path, CLASSES).labels[0] == "dog", "a number is as good as a name"
 
 
+@pytest.mark.fault("strangers")
 def test_only_who_has_the_token_and_the_right_host_is_served(form: Path, tmp_path: Path) -> None:
     reply = Reply(form, tmp_path / "reply.csv", CLASSES)
     with served(reply) as server:
@@ -81,6 +82,7 @@ def test_only_who_has_the_token_and_the_right_host_is_served(form: Path, tmp_pat
         assert ask(server, f"/?token={server.token}")[0] == 200
 
 
+@pytest.mark.fault("read-only")
 def test_an_answer_that_cannot_be_written_is_told(form: Path, read_only: Path) -> None:
     with served(Reply(form, read_only / "reply.csv", CLASSES)) as server:
         code, said = ask(server, "/answer", {"place": 0, "label": "dog"}, **{"X-Token": server.token})

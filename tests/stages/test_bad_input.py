@@ -24,6 +24,7 @@ def edit_params(project: Path, edit: Callable[[dict[str, dict[str, object]]], No
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
+@pytest.mark.fault("bad-params")
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
@@ -76,6 +77,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project:
     assert_one_line_error(moco("data"), "train.epochs", "second time")
 
 
+@pytest.mark.fault("bad-params")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -187,28 +189,6 @@ def test_encoder_of_another_architecture_is_refused(moco: Moco, project: Path) -
     assert_one_line_error(moco("train"), "not an encoder file")
 
 
-class Payload:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch payload-ran",)
-
-
-@pytest.mark.parametrize(
-    ("stage", "file"),
-    [
-        ("data", "dataset/train_label_tensor.pt"),
-        ("train", "models/encoder.pth"),
-        ("eval", "models/classifier/model_sub.pth"),
-    ],
-)
-def test_weights_that_would_run_code_are_refused(moco: Moco, project: Path, stage: str, file: str) -> None:
-    """Fault 13."""
-    for earlier in ("data", "pretrain", "train"):
-        assert moco(earlier).returncode == 0
-    torch.save(Payload(), project / file)
-    assert_one_line_error(moco(stage), Path(file).name)
-    assert not (project / "payload-ran").exists()
-
-
 def test_classifier_that_does_not_fit_its_submission_is_refused(moco: Moco, project: Path) -> None:
     for stage in ("data", "pretrain", "train"):
         assert moco(stage).returncode == 0
@@ -243,6 +223,7 @@ def test_settings_that_do_not_belong_to_the_files_are_told_and_not_recorded(moco
         assert next(read_events(log))["params"]["pretrain.lr"] == "0.12"
 
 
+@pytest.mark.fault("vanished")
 def test_dataset_that_vanishes_after_decoding_does_not_matter(moco: Moco, project: Path) -> None:
     """Unmounted during a run: the decoded cache is complete by then. Fault 11: training decodes nothing."""
     assert moco("data").returncode == 0
@@ -260,6 +241,7 @@ def test_dataset_that_changed_since_the_manifest_is_refused(moco: Moco, project:
     assert_one_line_error(moco("pretrain"), "unlabeled", "run `moco data` again")
 
 
+@pytest.mark.fault("full-disk")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk_while_saving_keeps_the_last_checkpoint(moco: Moco, project: Path) -> None:
     assert moco("data").returncode == 0

@@ -129,6 +129,7 @@ def test_another_number_of_processes_is_told(moco: Moco, project: Path) -> None:
     assert done.returncode == 0 and "begun in 4 process(es), going on in 1" in done.stderr
 
 
+@pytest.mark.fault("signal")
 def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undisturbed: Path) -> None:
     process = subprocess.Popen([*TORCHRUN, "pretrain"], cwd=again, stderr=subprocess.PIPE, text=True)
     wait_for_steps(again, 17)
@@ -142,6 +143,7 @@ def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undis
     assert_whole(again, undisturbed)
 
 
+@pytest.mark.fault("signal")
 def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbed: Path) -> None:
     processes = start(again)
     wait_for_steps(again, 7)
@@ -154,6 +156,7 @@ def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbe
     assert_whole(again, undisturbed)
 
 
+@pytest.mark.fault("kill-process")
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_continues(again: Path, undisturbed: Path, killed: int) -> None:
     processes = start(again)
@@ -168,6 +171,7 @@ def test_a_killed_process_ends_the_other_and_the_run_continues(again: Path, undi
     assert_whole(again, undisturbed)
 
 
+@pytest.mark.fault("divergence")
 def test_a_collapse_ends_both_with_one_line(again: Path) -> None:
     write_params(again, **SETTINGS, pretrain__lr=3000.0)
     codes, errors = finish(start(again))

@@ -38,6 +38,7 @@ def losses(log: Path) -> list[float]:
     return [line["metrics"]["loss"] for line in metric_history(log) if "loss" in line["metrics"]]
 
 
+@pytest.mark.fault("signal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
 def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Moco, project: Path, name: str) -> None:
     write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=100)
@@ -70,6 +71,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Mo
     assert losses[0] == losses[1]
 
 
+@pytest.mark.fault("kill")
 def test_a_killed_run_continues_from_its_last_checkpoint(moco: Moco, project: Path) -> None:
     write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=1)
     assert moco("data").returncode == 0
@@ -158,6 +160,7 @@ def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, p
     assert (folder / "checkpoint_040.pth").exists()
 
 
+@pytest.mark.fault("two-jobs")
 def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) -> None:
     write_params(project, pretrain__epochs=2000)
     assert moco("data").returncode == 0
@@ -169,6 +172,7 @@ def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) 
     process.communicate()
 
 
+@pytest.mark.fault("signal")
 @pytest.mark.slow
 def test_decoding_that_is_stopped_leaves_neither_files_nor_processes(moco: Moco, project: Path) -> None:
     write_dataset(project / "large", unlabeled=5000, size=64)

@@ -59,6 +59,7 @@ while True:
 """
 
 
+@pytest.mark.fault("kill-log", 20)
 @pytest.mark.long
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_run_that_is_killed_twenty_times_has_every_step_once(
@@ -169,6 +170,7 @@ def test_ten_runs_that_begin_at_once_share_a_new_store(
     assert len(runs(client(project), "pipeline")) == 1
 
 
+@pytest.mark.fault("full-disk")
 def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on_afterwards(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +210,7 @@ def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on_afterwards(
         subprocess.run(["umount", str(project / "runs")], check=True)
 
 
+@pytest.mark.fault("store")
 @pytest.mark.parametrize(
     ("version", "words"), [("451aebb31d03", "mlflow db upgrade"), ("ffffffffffff", "install --upgrade mlflow")]
 )

@@ -37,6 +37,7 @@ def logged(project: Path, stage: str) -> list[dict[str, dict[str, float]]]:
     return metric_history(log)
 
 
+@pytest.mark.fault("store")
 def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     moco: Moco, project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     assert len(client.search_model_versions("name = 'moco-classifier'")) == versions
 
 
+@pytest.mark.fault("store")
 @pytest.mark.parametrize(("status", "delay"), [(500, 0.0), pytest.param(200, 30.0, marks=pytest.mark.long)])
 def test_a_server_that_fails_or_is_late_delays_nothing(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch, status: int, delay: float

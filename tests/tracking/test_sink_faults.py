@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.fault("store")
 @pytest.mark.parametrize("failing", [1, 2])
 def test_what_a_server_did_not_take_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
@@ -87,6 +88,7 @@ def test_a_run_that_was_stopped_before_it_began_goes_on(tmp_path: Path) -> None:
     assert history(connect(), only_run().info.run_id, "loss") == [(1, 0.5)]
 
 
+@pytest.mark.fault("store")
 def test_another_store_at_the_same_address_gets_everything(tmp_path: Path) -> None:
     log = begin(tmp_path / "run")
     log.write("metrics", step=1, metrics={"loss": 0.5})
@@ -166,6 +168,7 @@ def test_a_log_that_became_shorter_and_grew_again_is_brought_there_whole(tmp_pat
     assert history(connect(), run.info.run_id, "knn_accuracy") == [(step, step / 100) for step in range(2, 60)]
 
 
+@pytest.mark.fault("store")
 def test_a_file_that_the_store_refuses_delays_nothing_else_and_comes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +215,7 @@ def test_a_pipeline_that_somebody_deleted_is_not_waited_for(tmp_path: Path) -> N
     assert only_run().info.status == "FINISHED"
 
 
+@pytest.mark.fault("store")
 def test_an_upload_that_was_cut_off_leaves_no_second_model(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

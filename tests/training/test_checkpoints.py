@@ -64,6 +64,7 @@ class Payload:
         return os.system, (f"touch '{self.mark}'",)
 
 
+@pytest.mark.fault("code-in-weights")
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 def test_code_in_a_file_of_weights_is_refused_and_does_not_run(kind: str, tmp_path: Path) -> None:
     path, mark = tmp_path / "evil.pth", tmp_path / "ran"
@@ -111,6 +112,7 @@ def test_an_empty_or_absent_folder_has_no_newest(tmp_path: Path) -> None:
     assert newest(CheckpointFolder(tmp_path / "absent", 2)) == (None, [])
 
 
+@pytest.mark.fault("damaged-checkpoint")
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no digest", "empty digest", "other digest"])
 def test_a_damaged_newest_is_named_and_the_one_before_is_used(damage: str, tmp_path: Path) -> None:
     checkpoints = filled(tmp_path, [1, 2, 3])
@@ -130,6 +132,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(damage: str, tmp_p
     assert len(said) == 2 and "checkpoint_003.pth is damaged" in said[0] and "checkpoint_002.pth" in said[1]
 
 
+@pytest.mark.fault("damaged-checkpoint")
 def test_when_all_are_damaged_nothing_is_loaded_and_all_are_named(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path, [1, 2])
     for path in checkpoints.paths():
@@ -184,6 +187,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.fault("full-disk")
 @pytest.mark.parametrize("size", [80_000, 1_000_000])
 @pytest.mark.parametrize("epoch", [1, 2], ids=["same-name", "next-name"])
 def test_a_full_disk_leaves_what_was_there(epoch: int, size: int, small_disk: Path) -> None:
@@ -196,6 +200,7 @@ def test_a_full_disk_leaves_what_was_there(epoch: int, size: int, small_disk: Pa
     assert newest(checkpoints)[0] == 1
 
 
+@pytest.mark.fault("read-only")
 def test_a_folder_that_cannot_be_written_is_a_user_error(small_disk: Path) -> None:
     checkpoints = filled(small_disk, [1])
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -213,7 +213,7 @@ def test_the_clock_of_one_decides_for_all(found: list[dict[str, Any]]) -> None:
 
 def test_what_goes_wrong_in_one_ends_all(found: list[dict[str, Any]]) -> None:
     for by_rank in found:
-        assert by_rank["nan"]["outcome"].startswith("UserError: the loss became nan near step 4")
+        assert by_rank["nan"]["outcome"].startswith("DivergedError: the loss became nan near step 4")
         assert by_rank["collapse"]["outcome"] == "UserError: the features collapsed"
         assert by_rank["collapse"]["step"] == 4
         assert by_rank["refusal"] == "the processes do not have the same precision; they must, on every node"

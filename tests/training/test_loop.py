@@ -125,6 +125,22 @@ def test_interrupted_at_any_step_and_resumed_it_sees_the_same_batches(stop_at: i
     assert second.events[-1] == ("save", STEPS)
 
 
+@pytest.mark.parametrize("stop_at", range(STEPS))
+def test_lines_of_the_log_are_the_same_after_an_interruption_in_their_midst(stop_at: int) -> None:
+    def metrics(number: int) -> dict[str, Any]:
+        return {"loss": torch.tensor(0.1 * number**2), "lr": 0.3 * number}
+
+    whole = Recorder(metrics=metrics)
+    whole.run(EPOCHS, every=(3, 99, 99))
+    first = Recorder(stop_at=stop_at, metrics=metrics)
+    with pytest.raises(Interrupted):
+        first.run(EPOCHS, every=(3, 99, 99))
+    second = Recorder(metrics=metrics)
+    second.run(EPOCHS, LoopState(**first.saved), every=(3, 99, 99))
+    for name in ("loss", "lr"):
+        assert first.metric(name) + second.metric(name) == whole.metric(name)
+
+
 def test_interrupted_after_every_step_it_still_ends() -> None:
     whole, seen, state = undisturbed(), [], LoopState()
     for number in range(STEPS):

@@ -71,6 +71,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--encoder", default="resnet50")
     parser.add_argument("--stem", default="imagenet")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="as runtime.deterministic; compare with a run without"
+    )
     for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 30)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
@@ -90,7 +93,7 @@ def theirs(args: argparse.Namespace, device: torch.device, folder: Path, count: 
 def main() -> None:
     args = options()
     device = choose_device(args.device)
-    set_up(device, 0)
+    set_up(device, 0, args.deterministic)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = choose_precision(args.precision, device)
     print(f"torch {torch.__version__}, {name}; {args.encoder}, {args.size} px, batch {args.batch}, {precision}")

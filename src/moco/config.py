@@ -208,6 +208,7 @@ class RuntimeConfig:
 
     device: str
     threads: CountOrZero
+    deterministic: bool
     scratch: str
 
 

@@ -121,6 +121,13 @@ def test_the_pipeline_runs_inside_and_its_files_belong_to_the_owner(image: str, 
     assert "up to date" in inside(image, checkout, "dvc", "repro")
 
 
+def test_it_works_with_a_root_that_nobody_can_write_and_no_capabilities(image: str, checkout: Path) -> None:
+    locked = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:exec")
+    assert "FAIL" not in inside(image, checkout, "moco", "doctor", "--step", "--params", "none", options=locked)
+    said = inside(image, checkout, "dvc", "repro", "--force", "data", "pretrain", options=locked)
+    assert "Running stage 'pretrain'" in said
+
+
 @pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
 def test_what_ran_without_a_network_is_synced_from_outside(image: str, checkout: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient

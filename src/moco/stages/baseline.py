@@ -38,7 +38,7 @@ def run(config: Config) -> None:
     section, model = config.baseline, config.pretrain
     device = choose_device(config.runtime.device)
     precision = choose_precision(model.precision, device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     architecture = chosen_architecture(model, manifest)

@@ -67,7 +67,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{name}")
     hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
     device = choose_device(config.runtime.device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     submission = load_submission(classifier / "submission.py", hint)
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)

@@ -107,7 +107,7 @@ def run(config: Config) -> None:
     a signal, with the state saved once training is under way.
     """
     device = choose_device(config.runtime.device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     start = read_classifier(CLASSIFIER) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
     if start.classes != manifest.classes:

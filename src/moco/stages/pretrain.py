@@ -119,7 +119,7 @@ def run(config: Config, resume: Path | None = None) -> None:
     if section.batch_norm == "sync" and device.type != "cuda":
         raise UserError(f"pretrain.batch_norm: sync needs CUDA GPUs, not {device.type}; use plain or split")
     precision = choose_precision(section.precision, device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
     key = run_key(flatten(section, "pretrain"), manifest.digest)

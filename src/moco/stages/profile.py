@@ -73,7 +73,7 @@ def run(config: Config, steps: int, tell: Say) -> None:
     section, device = config.pretrain, choose_device(config.runtime.device)
     check_alone(section)
     precision = choose_precision(section.precision, device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     chosen_architecture(section, manifest)
     images = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"].images

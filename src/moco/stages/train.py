@@ -69,7 +69,7 @@ def run(config: Config) -> None:
 def open_inputs(config: Config) -> Inputs:
     """Raises UserError where encoder, data and settings do not fit each other."""
     device = choose_device(config.runtime.device)
-    set_up(device, config.runtime.threads)
+    set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     encoder = load_encoder(ENCODER)
     if encoder.digest != manifest.digest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import time
 from pathlib import Path
@@ -74,8 +75,11 @@ def _keep_freed_memory() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def set_up(device: torch.device, threads: int) -> None:
-    """Threads (0: as torch chooses) and memory on the CPU; TensorFloat-32 and cuDNN's choice of kernels on CUDA."""
+def set_up(device: torch.device, threads: int, deterministic: bool = False) -> None:
+    """Threads (0: as torch chooses) and memory on the CPU; TensorFloat-32 and cuDNN's choice of kernels on CUDA.
+
+    deterministic: the same bits on the same GPU, at some cost; operations that have no such form are warned of. On the
+    CPU it is always so."""
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cpu":
@@ -83,7 +87,10 @@ def set_up(device: torch.device, threads: int) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic  # which kernel is fastest differs from run to run
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it with its first product
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def matmul_rate(device: torch.device, precision: torch.dtype, seconds: float = 0.5) -> float:

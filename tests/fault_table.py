@@ -43,10 +43,11 @@ ROWS = {
     "escape": ("names and links that lead out of their folder", "not followed, or refused"),
     "store": ("MLflow's server dead, late, failing or of another version; its disk full",
               "training goes on; `moco sync` brings it"),
-    "strangers": ("requests to the label page without token, or by another host's name", "refused"),
+    "strangers": ("requests to the label page without token or by another host's name; another user's cache",
+                  "refused"),
     "determinism": ("another folder, another clone", "the same bits of `model_sub.pth`"),
     "long-run": ("20,000 steps", "memory, file handles and the log's growth stay flat"),
-    "crowd": ("ten pipelines at once on one store, one DVC cache and one decoded cache",
+    "crowd": ("ten pipelines at once on one MLflow server, one DVC cache and one decoded cache",
               "all finish; nothing is mixed up"),
 }  # fmt: skip
 BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"

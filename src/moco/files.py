@@ -122,6 +122,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def own_folder(path: Path) -> None:
+    """Made where it is missing. Raises UserError where it is another user's, who could put anything into it."""
+    path.mkdir(parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+        raise UserError(f"{path}: belongs to another user; remove it, or set runtime.scratch")
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically."""
 

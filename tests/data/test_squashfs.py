@@ -191,6 +191,22 @@ def test_a_copy_lives_as_long_as_it_is_needed(packed: Path, scratch: Path) -> No
 
 
 @pytest.mark.fault("full-disk")
+def test_unpacking_onto_a_full_disk_is_one_line(packed: Path, tmp_path: Path, only: Only) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    try_mount(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(small)])
+    umount = shutil.which("umount") or "umount"
+    try:
+        only("unsquashfs")
+        with pytest.raises(UserError, match="unsquashfs: ") as caught, open_squashfs(packed, small, silent):
+            pass
+        assert "\n" not in str(caught.value)
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run([umount, str(small)], check=True)
+
+
+@pytest.mark.fault("full-disk")
 def test_copying_needs_room(packed: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()

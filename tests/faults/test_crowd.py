@@ -1,4 +1,4 @@
-"""Ten pipelines at once in ten workspaces that share an MLflow store, a DVC cache and the decoded images."""
+"""Ten pipelines at once in ten workspaces that share an MLflow server, a DVC cache and the decoded images."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import ROOT, tiny_params, write_dataset
+from server_helpers import MlflowServer, postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 COUNT = 10
 
 
-def workspace(folder: Path, shared: Path, seed: int) -> Path:
+def workspace(folder: Path, shared: Path, uri: str, seed: int) -> Path:
     """A git checkout with DVC, whose pipeline ends after `eval`."""
     folder.mkdir()
     for name in ("src", "dvc.yaml", ".gitignore"):
@@ -28,7 +30,7 @@ def workspace(folder: Path, shared: Path, seed: int) -> Path:
         ) else shutil.copy(source, target)
     params = tiny_params(
         data__path=str(shared / "dataset"), runtime__scratch=str(shared / "scratch"), pretrain__seed=seed,
-        tracking__uri=f"sqlite:///{shared}/mlflow.db", pretrain__epochs=2 + seed % 3,
+        tracking__uri=uri, pretrain__epochs=2 + seed % 3,
     )  # fmt: skip
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     for words in (
@@ -41,16 +43,26 @@ def workspace(folder: Path, shared: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.fault("crowd", COUNT)
-def test_ten_pipelines_at_once_end_as_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """MLflow on PostgreSQL."""
+    with postgres(tmp_path / "postgres") as store:
+        found = MlflowServer(store, tmp_path / "artifacts")
+        found.start()
+        yield found
+        found.kill()
 
+
+@pytest.mark.fault("crowd", COUNT)
+def test_ten_pipelines_at_once_end_as_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: MlflowServer
+) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shared = tmp_path / "shared"
     write_dataset(shared / "dataset")
     (shared / "scratch").mkdir()
-    places = [workspace(tmp_path / f"workspace {seed}", shared, seed) for seed in range(COUNT)]
+    places = [workspace(tmp_path / f"workspace {seed}", shared, server.uri, seed) for seed in range(COUNT)]
     running = [
         subprocess.Popen(["dvc", "repro", "--quiet", "eval"], cwd=place, stderr=subprocess.PIPE, text=True,
                          env={**os.environ, "PYTHONPATH": str(place / "src")})
@@ -62,7 +74,7 @@ def test_ten_pipelines_at_once_end_as_one_by_one(tmp_path: Path, monkeypatch: py
     assert len([path for path in (shared / "scratch").glob("moco-cache-*/*") if path.is_dir()]) == 1
     for place in places:
         subprocess.run(["moco", "sync"], cwd=place, check=True, capture_output=True)
-    client = mlflow.MlflowClient(f"sqlite:///{shared}/mlflow.db")
+    client = server.client()
     (experiment,) = client.search_experiments(filter_string="name = 'moco-pipeline'")
     runs = [run for run in client.search_runs([experiment.experiment_id], max_results=1000)
             if run.info.run_name.startswith("pretrain-")]  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from moco.params import parse
 from moco.tracking.metric_log import metric_history, read_events
 from moco.training.checkpoints import load_weights
 
-TRIES = 300
+TRIES = int(os.environ.get("MOCO_TRIES", "100"))  # of each kind of input; more in `make faults`
 often = settings(max_examples=TRIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DEFAULT = yaml.safe_load((ROOT / "presets/default.yaml").read_text())
 SCALARS = (

@@ -97,6 +97,16 @@ def test_code_in_the_decoded_cache_does_not_run(moco: Moco, project: Path) -> No
     assert not mark.exists()
 
 
+@pytest.mark.fault("strangers")
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving files away needs root")
+def test_a_cache_folder_that_somebody_else_has_made_is_not_used(moco: Moco, project: Path) -> None:
+    assert moco("data").returncode == 0
+    (folder,) = (project / "scratch").glob("moco-cache-*")
+    os.chown(folder, 65534, 65534)
+    for stage in ("pretrain", "data"):
+        assert_one_line_error(moco(stage), folder.name, "belongs to another user")
+
+
 @pytest.mark.fault("escape")
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "loop"])

@@ -39,6 +39,7 @@ from moco.data.manifest import SPLITS
 from moco.data.sources import Dataset, Split
 from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError
+from moco.files import own_folder
 
 CHUNK = 1024  # images
 SWEEPING = ".sweep.lock"
@@ -99,7 +100,7 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadab
     folder = parent / f"{BUILDING}{uuid.uuid4().hex}"
     lock = FileLock(f"{folder}.lock")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        own_folder(parent)
         if (free := shutil.disk_usage(parent).free) < total:
             raise UserError(
                 f"{parent}: the decoded cache needs {total >> 20} MiB, {free >> 20} MiB are free; set runtime.scratch"

@@ -18,6 +18,7 @@ from moco.data.decode import DIGEST_BYTES
 from moco.data.manifest import Manifest, SplitSummary
 from moco.data.sources import Dataset, open_dataset
 from moco.errors import Say, UserError
+from moco.files import own_folder
 
 CLASSES_SHOWN = 5
 # Where the images lie and how they are reached: may differ between nodes, and decides nothing.
@@ -77,7 +78,7 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
 def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(path.parent)
         lock.acquire()
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written: {error.strerror}; set runtime.scratch") from None

@@ -18,6 +18,7 @@ from PIL import Image
 from fault_table import (
     pytest_addoption,
     pytest_collection_modifyitems,
+    pytest_configure,
     pytest_runtest_makereport,
     pytest_terminal_summary,
     tries,
@@ -26,6 +27,7 @@ from fault_table import (
 __all__ = [
     "pytest_addoption",
     "pytest_collection_modifyitems",
+    "pytest_configure",
     "pytest_runtest_makereport",
     "pytest_terminal_summary",
     "tries",

@@ -33,7 +33,8 @@ ROWS = {
     "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),
     "damaged-cache": ("a decoded cache is truncated or changed", "built anew"),
     "bad-images": ("files that are no images, bombs, wrong sizes, odd modes", "named in one line with the reason"),
-    "damaged-squashfs": ("bytes of a squashfs image flipped, images cut off", "one line, or the same dataset; no hang"),
+    "damaged-squashfs": ("bytes of a squashfs image of PNG files flipped, images cut off",
+                         "one line, or the same dataset; no hang"),
     "bad-labels": ("label tensors of wrong types, shapes, lengths and values", "one line that names the file"),
     "bad-params": ("parameter files of any content", "one line with the place; the nearest name for a typo"),
     "divergence": ("loss or weights are no numbers, features collapse",
@@ -71,6 +72,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
         told += [("fault", mark.args[0]), *(("tries", count) for count in mark.args[1:])]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-faults") and (
+        config.getoption("keyword") or config.args != config.getini("testpaths")
+    ):
+        raise pytest.UsageError("--write-faults is for all of them, not for some")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("fault"):
@@ -83,9 +91,12 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
         return
     tried: Counter[str] = Counter()
     failed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for status, reports in terminalreporter.stats.items():  # type: ignore[attr-defined]
         for report in reports:
             found = dict(getattr(report, "user_properties", []))
+            if "fault" in found and status == "skipped":
+                skipped[found["fault"]] += 1
             if "fault" not in found or status not in ("passed", "failed", "error") or report.when == "teardown":
                 continue
             if status != "passed" or report.when == "call":
@@ -94,14 +105,15 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
     path = Path(place)
     text = path.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN), text.index(END)
-    path.write_text(f"{text[:begin]}{BEGIN}\n{render(tried, failed)}{text[end:]}", encoding="utf-8")
+    path.write_text(f"{text[:begin]}{BEGIN}\n{render(tried, failed, skipped)}{text[end:]}", encoding="utf-8")
 
 
-def render(tried: Counter[str], failed: Counter[str]) -> str:
+def render(tried: Counter[str], failed: Counter[str], skipped: Counter[str]) -> str:
     """The table in Markdown; rows that were not tried say so."""
     lines = ["| fault | what is promised | tried | result |", "|---|---|---|---|"]
     for name, (fault, promise) in ROWS.items():
         result = "not tried" if not tried[name] else f"{failed[name]} test(s) failed" if failed[name] else "as promised"
+        result += f"; {skipped[name]} skipped" if skipped[name] else ""
         lines.append(f"| {fault} | {promise} | {tried[name]} | {result} |")
     return "\n".join([*lines, "", f"Tried on {datetime.date.today()}.", ""])
 

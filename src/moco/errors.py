@@ -18,7 +18,10 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """Training has left the track: the loss or the weights are no numbers any more, or the features collapsed."""
+    """Training has left the track: the loss or the weights are no numbers any more, or the features collapsed.
+    signal: one that had arrived by then."""
+
+    signal: int | None = None
 
 
 class ProcessLostError(UserError):

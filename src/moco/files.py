@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -122,11 +123,23 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def refuse_irregular(path: object) -> None:
+    """Raises UserError for a pipe, a device or a folder where a file should be: some would be waited for, for ever."""
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
+
+
 def own_folder(path: Path) -> None:
     """Made where it is missing. Raises UserError where it is another user's, who could put anything into it."""
-    path.mkdir(parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
-        raise UserError(f"{path}: belongs to another user; remove it, or set runtime.scratch")
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        found = path.lstat()
+        with tempfile.TemporaryFile(dir=path.parent) as ours:  # file systems may map users to others
+            owner = os.fstat(ours.fileno()).st_uid
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner:
+            kind = "belongs to another user" if stat.S_ISDIR(found.st_mode) else "is no folder"
+            raise UserError(f"{path}: {kind}; remove it, or set runtime.scratch") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,6 +22,8 @@ from moco.files import machine
 
 NAME = "holder"
 BEAT = 10.0  # seconds between two signs of life
+FIRST_BEAT = 1.0  # so soon the second is given: of two that begin at once, one then sees the other
+LENGTH = 256  # bytes of a sign
 PATIENCE = 3 * BEAT  # without one for so long, the holder counts as dead
 
 
@@ -50,17 +52,20 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     stop = threading.Event()
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
 
-    def sign(beat: int) -> None:
-        with contextlib.suppress(OSError):  # a full disk is told by those who write something that matters
-            path.write_text(json.dumps({**mine, "beat": beat}), encoding="utf-8")
+    def is_ours() -> bool:
+        _, found = _read(path)
+        return not found or all(found.get(name) == value for name, value in mine.items())
 
     def live() -> None:
-        beat = 1
-        while not stop.wait(BEAT):
-            sign(beat)
-            beat += 1
+        beat, pause = 1, FIRST_BEAT
+        while not stop.wait(pause):
+            if not is_ours():  # this process stood still, or both began at once: the other one has the folder
+                say(f"error: {folder}: taken over by {_read(path)[1].get('host')} while this process stood still")
+                os._exit(1)  # at once: whatever it wrote now would be written between the other's files
+            _sign(path, {**mine, "beat": beat})
+            beat, pause = beat + 1, BEAT
 
-    sign(0)
+    _sign(path, {**mine, "beat": 0})
     thread = threading.Thread(target=live, name="sign of life", daemon=True)
     thread.start()
     try:
@@ -68,8 +73,20 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        if is_ours():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _sign(path: Path, sign: dict[str, object]) -> None:
+    """In place and always of one length: a disk that has become full takes it as well."""
+    line = json.dumps(sign).ljust(LENGTH).encode()
+    with contextlib.suppress(OSError):  # a full disk is told by those who write something that matters
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(handle, line, 0)
+        finally:
+            os.close(handle)
 
 
 def _watch(path: Path, text: str, other: dict[str, object], what: str, say: Say) -> None:

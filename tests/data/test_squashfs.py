@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from data_helpers import data_config, hide_all_but, left_behind, mounts_below, need, silent, try_mount
@@ -188,6 +190,41 @@ def test_a_copy_lives_as_long_as_it_is_needed(packed: Path, scratch: Path) -> No
     with pytest.raises(ZeroDivisionError), local_copy(packed, scratch, silent):
         raise ZeroDivisionError
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.fault("damaged-squashfs", 100)
+def test_a_flipped_byte_anywhere_never_makes_another_dataset(packed: Path, scratch: Path, tmp_path: Path) -> None:
+    whole, chance, refused = packed.read_bytes(), random.Random(3), 0
+    digest = prepare(data_config(packed, "squashfs"), scratch, silent).digest
+    for _ in range(100):
+        content = bytearray(whole)
+        content[chance.randrange(len(content))] ^= chance.randrange(1, 256)
+        (tmp_path / "damaged.sqsh").write_bytes(content)
+        try:
+            assert prepare(data_config(tmp_path / "damaged.sqsh", "squashfs"), scratch, silent).digest == digest
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+    assert left_behind(scratch) == []
+
+
+@pytest.mark.fault("full-disk")
+def test_a_disk_that_fills_up_while_copying_is_one_line(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a quota, which nobody sees before."""
+    small = tmp_path / "small"
+    small.mkdir()
+    try_mount(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    try:
+        refusal = pytest.raises(UserError, match=r"cannot be copied: No space left on device; set runtime\.scratch")
+        with refusal, local_copy(packed, small, silent):
+            pass
+        assert list(small.iterdir()) == []
+    finally:
+        try_mount(["umount", str(small)])
 
 
 @pytest.mark.fault("full-disk")

@@ -23,7 +23,11 @@ RESULTS = {
 
 def start(project: Path, stage: str, *arguments: str, world: str = "", group: bool = False) -> subprocess.Popen[str]:
     """A stage's command; `world`: what is broken for it (world/sitecustomize.py); `group`: as a group of its own."""
-    environment = {**os.environ, "MOCO_WORLD": world, "PYTHONPATH": str(WORLD)} if world else None
+    environment = dict(os.environ)
+    if world:
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{WORLD}{os.pathsep}{before}" if before else str(WORLD)
+        environment |= {"MOCO_WORLD": world, "MOCO_WORLD_SEEN": str(project / "world-seen")}
     return subprocess.Popen(
         [sys.executable, "-m", "moco.cli", stage, *arguments], cwd=project, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True, env=environment, start_new_session=group,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,4 +131,42 @@ def test_a_collapse_is_a_divergence(moco: Moco, project: Path, monkeypatch: pyte
     monkeypatch.setattr(features, "feature_std", collapsed)
     done = moco("pretrain")
     assert done.returncode == 0, done.stderr
-    assert "warning: the features collapsed" in done.stderr and "step back 1 of 1" in done.stderr and lr > 0
+    assert "warning: the features collapsed" in done.stderr and "step back 1 of 1" in done.stderr
+    (log,) = (project / "runs/pretrain").glob("*/metrics.jsonl")
+    rates = [line["metrics"]["lr"] for line in metric_history(log) if "lr" in line["metrics"]]
+    assert rates[-1] == pytest.approx(rates[0] / 2) == pytest.approx(lr * 8 / 256 / 2)
+
+
+def test_a_branch_goes_on_with_the_rate_of_the_run_that_stepped_back(
+    moco: Moco, project: Path, break_when: Callable[[Breaks], None]
+) -> None:
+    lr = prepared(moco, project, pretrain__steps_back=1)
+    break_when(lambda step, number: number >= 12 and step.config.lr > 0.6 * lr)
+    assert moco("pretrain").returncode == 0
+    (named,) = (project / "runs/pretrain").glob(f"*/checkpoint_{EPOCHS:03}.pth")
+    write_params(project, pretrain__epochs=EPOCHS + 2, pretrain__schedule="constant")
+    done = moco("pretrain", "--resume", str(named))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((project / "reports/pretrain/metrics.json").read_text())["steps_back"] == 1
+
+
+def test_a_signal_that_comes_with_a_divergence_is_not_forgotten(
+    moco: Moco, project: Path, break_when: Callable[[Breaks], None]
+) -> None:
+    """Slurm's warning comes once."""
+    prepared(moco, project, pretrain__steps_back=2, pretrain__log_every=4)
+    sent: list[int] = []
+
+    def breaks(step: ContrastStep, number: int) -> bool:
+        if number == 12 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return True
+        return False
+
+    break_when(breaks)
+    done = moco("pretrain")
+    assert done.returncode == 128 + signal.SIGUSR2, done.stderr
+    assert "(step back 1 of 2)" in done.stderr and "the same command continues" in done.stderr
+    assert moco("pretrain").returncode == 0
+    assert json.loads((project / "reports/pretrain/metrics.json").read_text())["steps_back"] == 1

@@ -125,6 +125,32 @@ def test_what_only_looks_like_an_image_neither_hangs_nor_passes(moco: Moco, proj
 
 
 @pytest.mark.fault("escape")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stage", ["data", "train_extra"])
+def test_labels_from_a_pipe_are_not_waited_for(moco: Moco, project: Path, stage: str) -> None:
+    for earlier in ("data", "pretrain", "train"):
+        assert moco(earlier).returncode == 0
+    path = project / ("dataset/train_label_tensor.pt" if stage == "data" else "a.csv")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    write_params(project, train_extra__labels="a.csv")
+    assert_one_line_error(moco(stage), path.name, "not a regular file")
+
+
+@pytest.mark.fault("code-in-weights")
+def test_a_picture_starts_no_interpreter(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    (project / "bin").mkdir()
+    (project / "bin/gs").write_text(f"#!/bin/sh\ntouch '{project}/payload-ran'\necho 10\n")
+    (project / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project}/bin{os.pathsep}{os.environ['PATH']}")
+    picture = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    (project / "dataset/unlabeled/0.png").write_bytes(picture)
+    assert_one_line_error(moco("data"), "unlabeled/0.png (not an image)")
+    assert not (project / "payload-ran").exists()
+
+
+@pytest.mark.fault("escape")
 def test_names_in_label_files_do_not_lead_out_of_the_pool(moco: Moco, project: Path) -> None:
     """Though the image there is one of the pool's, to the bit."""
     tree = project / "tree"
@@ -151,10 +177,13 @@ def test_links_that_lead_out_of_the_dataset_are_told(moco: Moco, project: Path, 
     (project / "dataset/unlabeled/7.png").symlink_to(outside)
     done = moco("data")
     assert done.returncode == 0
-    assert "warning: 1 image(s) of unlabeled are links that lead out of the dataset, first 7.png" in done.stderr
+    assert "warning: 1 file(s) or folder(s) of unlabeled lead out of the dataset by links, first 7.png" in done.stderr
     (project / "dataset/unlabeled/7.png").unlink()
     (project / "dataset/unlabeled/7.png").symlink_to("8.png")
     assert "warning" not in moco("data").stderr
+    shutil.move(project / "dataset/train", tmp_path / "elsewhere")
+    (project / "dataset/train").symlink_to(tmp_path / "elsewhere")
+    assert "of train lead out of the dataset by links, first train" in moco("data").stderr
 
 
 @pytest.mark.fault("escape")

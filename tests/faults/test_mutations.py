@@ -1,4 +1,4 @@
-"""The list of safety lines is up to date; `make mutations` takes them out."""
+"""The list of safety lines and the README's table are up to date; `make mutations` and `make faults` work on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 
 import pytest
 from mutations import MUTATIONS, ROOT, Mutation
+
+from fault_table import ROWS, rows_of
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -15,3 +17,9 @@ def test_the_line_stands_once_and_its_tests_exist(mutation: Mutation) -> None:
     text = (ROOT / file).read_text()
     if options:
         assert re.search(rf"def test_\w*{options[1]}|\"{options[1]}\"", text), options[1]
+
+
+def test_the_table_has_every_fault_and_what_came_of_it() -> None:
+    found = rows_of((ROOT / "README.md").read_text())
+    assert [(fault, promise) for fault, promise, _ in found] == list(ROWS.values())
+    assert {result for _, _, result in found} == {"as promised"}

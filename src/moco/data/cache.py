@@ -17,6 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,9 +128,10 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadab
             raise UserError(f"{len(problems)} image(s) cannot be used: {_shown(problems)}")
         _write_index(built, dataset)
         return built
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:  # the second: a worker was killed, for want of memory perhaps
         _discard(folder, lock)
-        raise UserError(f"{folder}: building the decoded cache failed: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}: building the decoded cache failed: {reason}") from None
     except BaseException:
         _discard(folder, lock)
         raise

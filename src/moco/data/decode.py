@@ -18,6 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from moco.data.squashfs_reader import SquashfsImage
 
 DIGEST_BYTES = 16
+# Pillow knows more, by content whatever the name: one of them starts a PostScript interpreter.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 WRONG_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel
 
 
@@ -70,7 +72,7 @@ def read_image(
         source: str | BinaryIO = io.BytesIO(packed.read(int(file))) if packed else str(file)
         if not packed and not stat.S_ISREG(Path(str(file)).stat().st_mode):  # a pipe would be waited for, for ever
             raise ValueError("not a regular file")
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.mode in WRONG_MODES:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             found = (image.height, image.width)
@@ -90,6 +92,10 @@ def read_image(
     except (OSError, SyntaxError, EOFError) as error:  # PIL raises SyntaxError for broken PNG chunks
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise ValueError(reason) from None
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged file can bring about anything in a decoder
+        raise ValueError(f"cannot be decoded: {type(error).__name__} {error}") from None
 
 
 def summarise(report: ChunkReport, images: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Labels beside those of train, joined to images by what they are, never by position.
 
 In pools of numbered images (the contract's folders and torchvision's sets) an image's name is its number, with or
-without `.png`, and that is the row of the decoded pool. In a class tree it is the path below unlabeled/ (without that,
+without `.png`, which gives the row of the decoded pool. In a class tree it is the path below unlabeled/ (without that,
 below train/), and the row is found by the content of that file. Images that come with their labels, in folders, are
 known by their content alone, and need not be in the pool. A label is the name of a class, else its number. Where the
 names of classes are numbers themselves, the name is meant.
@@ -192,11 +192,11 @@ class _Images:
 
     def _number(self, line: Line) -> int:
         found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
-        if found is None or int(found[1]) > self.numbers[-1]:
-            last = self.numbers[-1]
+        last = len(self.numbers) + len(self.manifest.left_out) - 1
+        if found is None or int(found[1]) > last:
             raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")
         row = int(np.searchsorted(self.numbers, int(found[1])))
-        if self.numbers[row] != int(found[1]):
+        if int(found[1]) in self.manifest.left_out:
             raise UserError(f"{line.place}: '{line.name}' could not be read and was left out (data.unreadable)")
         return row
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from moco.data.sources import IMAGE_SUFFIXES, numbered_images, read_labels
 from moco.errors import UserError
+from moco.files import refuse_irregular
 from moco.params import nearest
 
 SUFFIXES = (".csv", ".jsonl", ".ndjson")
@@ -44,6 +45,7 @@ def read_lines(path: Path) -> list[Line]:
     if not path.exists():
         raise UserError(f"{path}: not found; train_extra.labels names {FORMS}")
     if not path.is_dir():
+        refuse_irregular(path)
         return list(_file(path))
     try:
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))

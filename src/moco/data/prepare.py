@@ -21,7 +21,8 @@ from moco.errors import Say, UserError
 from moco.files import own_folder
 
 CLASSES_SHOWN = 5
-# Where the images lie and how they are reached: may differ between nodes, and decides nothing.
+# Where the images lie, how they are reached and how many may be missing: may differ between nodes. What was left out is
+# in the manifest.
 LOCATION = {
     "data.unreadable",
     "data.path",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from moco.data import squashfs
 from moco.data.generated import generate
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError
-from moco.files import sha256
+from moco.files import refuse_irregular, sha256
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 Folder = Path | SquashfsPath
@@ -39,7 +40,8 @@ class Split:
 
     def leave_out(self, numbers: Collection[int]) -> None:
         """Of files: they are not images of this split any more."""
-        kept = [number for number in range(len(self)) if number not in set(numbers)]
+        out = set(numbers)
+        kept = [number for number in range(len(self)) if number not in out]
         self.paths = [self.paths[number] for number in kept] if self.paths is not None else None
         self.inodes = [self.inodes[number] for number in kept] if self.inodes is not None else None
 
@@ -87,6 +89,7 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
                 say(f"dataset: using the folder {mounted}, which is already visible")
                 origin = {"kind": "squashfs", "name": mounted.name}
                 dataset = contract_folder(mounted, origin, mounted.parent)
+                _tell_links(dataset, mounted, say)
             else:
                 dataset = _from_squashfs(stack, path, config, scratch, say)
             dataset.classes = dataset.classes or _class_names(path.parent)
@@ -107,15 +110,21 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
 
 def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: Path, say: Say) -> Dataset:
     squashfs.check_image(image)
-    origin = {"kind": "squashfs", "name": image.name, "sha256": sha256(image)}
+    try:
+        origin = {"kind": "squashfs", "name": image.name, "sha256": sha256(image)}
+    except OSError as error:
+        raise UserError(f"{image}: dataset image cannot be read: {error.strerror}") from None
     if config.copy_to_scratch:
         image = stack.enter_context(squashfs.local_copy(image, scratch, say))
     root = stack.enter_context(squashfs.opened(image, scratch, say))
     try:
         inner = root / "dataset"
-        return contract_folder(inner if inner.is_dir() else root, origin, root)
+        dataset = contract_folder(inner if inner.is_dir() else root, origin, root)
     except DamagedImageError as error:
-        raise UserError(f"{image}: the dataset image is damaged: {error}") from None
+        raise UserError(f"{image}: the dataset image cannot be used: {error}") from None
+    if isinstance(root, Path):
+        _tell_links(dataset, root, say)
+    return dataset
 
 
 def contract_folder(root: Folder, origin: dict[str, Any], parent: Folder | None = None) -> Dataset:
@@ -145,10 +154,12 @@ def _tell_links(dataset: Dataset, root: Path, say: Say) -> None:
     """A dataset of links is as good as any, but nobody should train on what he does not know to be there."""
     inside = root.resolve()
     for split in dataset.splits.values():
-        links = [path for path in map(Path, split.paths or []) if path.is_symlink()]
-        out = [path for path in links if not Path(os.path.realpath(path)).is_relative_to(inside)]
+        files = list(map(Path, split.paths or []))
+        folders = sorted({path.parent for path in files})
+        asked = [*folders, root / f"{split.name}_label_tensor.pt", *(path for path in files if path.is_symlink())]
+        out = [path for path in asked if not Path(os.path.realpath(path)).is_relative_to(inside)]
         if out:
-            told = f"{len(out)} image(s) of {split.name} are links that lead out of the dataset"
+            told = f"{len(out)} file(s) or folder(s) of {split.name} lead out of the dataset by links"
             say(f"warning: {told}, first {out[0].name}")
 
 
@@ -177,8 +188,12 @@ def numbered_images(folder: Folder) -> list[Folder]:
 
 def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     """int64 labels from a tensor file, loaded without unpickling anything but tensors."""
+    refuse_irregular(path)
     try:
         with path.open("rb") as file:
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"{damaged} in it is damaged")  # torch does not look at checksums
+            file.seek(0)
             tensor = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it holds the labels of {split}/") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moco.data.squashfs_reader import SquashfsImage, SquashfsPath, UnknownCompressionError
 from moco.errors import Say, UserError
-from moco.files import lives, owner, sweep, working_folder
+from moco.files import lives, owner, refuse_irregular, sweep, working_folder
 
 MAGIC = b"hsqs"
 COPY, MOUNT = "moco-copy-", "moco-squashfs-"  # begin the names of copies and of folders to mount in
@@ -21,6 +21,8 @@ COPY, MOUNT = "moco-copy-", "moco-squashfs-"  # begin the names of copies and of
 
 def check_image(path: Path) -> None:
     """Raises UserError unless the file looks like a squashfs image."""
+    if not path.is_dir():
+        refuse_irregular(path)
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -47,7 +49,11 @@ def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
         )
     with working_folder(scratch, COPY) as folder:
         say(f"copying {path} to {folder}")
-        yield Path(shutil.copyfile(path, folder / path.name))
+        try:
+            copy = shutil.copyfile(path, folder / path.name)
+        except OSError as error:
+            raise UserError(f"{folder}: {path} cannot be copied: {error.strerror}; set runtime.scratch") from None
+        yield Path(copy)
 
 
 def _run(command: list[str]) -> str | None:

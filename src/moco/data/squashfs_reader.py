@@ -25,7 +25,7 @@ METADATA = 8192  # bytes of a metadata block, unpacked
 METADATA_BLOCKS_KEPT = 4096
 DATA_KEPT = 1 << 25  # bytes of unpacked data blocks: neighbours share them
 LARGEST_FILE = 1 << 28  # bytes; no picture and no label tensor is as large, a bomb is
-FOLDER, FILE = 1, 2
+FOLDER, FILE, LINK = 1, 2, 3
 EXTENDED = 7  # what an extended inode's type is above the basic one
 STORED_METADATA, STORED_DATA = 1 << 15, 1 << 24  # bits that say: not compressed
 NO_FRAGMENT = 0xFFFFFFFF
@@ -114,6 +114,8 @@ class SquashfsImage:
 
     def close(self) -> None:
         self._file.close()
+        self._metadata.cache_clear()  # else they keep each other alive, as they hold this object
+        self._data.cache_clear()
 
     def __enter__(self) -> SquashfsImage:
         return self
@@ -266,10 +268,16 @@ class SquashfsPath:
         return SquashfsPath(self.image, f"{self._name}/{name}".lstrip("/"), kind, inode)
 
     def is_dir(self) -> bool:
+        self._refuse_link()
         return self._kind == FOLDER and self.inode is not None
 
     def is_file(self) -> bool:
+        self._refuse_link()
         return self._kind == FILE
+
+    def _refuse_link(self) -> None:
+        if self._kind == LINK:
+            raise DamagedImageError(f"{self._name} is a link, which is not followed")
 
     def iterdir(self) -> Iterator[SquashfsPath]:
         return (self / name for name in self._entries())

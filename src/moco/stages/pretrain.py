@@ -6,6 +6,7 @@ In one process or, started by torchrun, in several that share every batch: still
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
-from moco.errors import DivergedError, Say, UserError
+from moco.errors import DivergedError, Interrupted, Say, UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import last_width
 from moco.stages import step_back
@@ -133,7 +134,11 @@ def run(config: Config, resume: Path | None = None) -> None:
                 _run(config, checkpoints, manifest, splits, device, precision, resume, processes)
                 break
             except DivergedError as error:
-                processes.alone(step_back.step_back, checkpoints, section.steps_back, error, say)
+                processes.alone(step_back.step_back, checkpoints, section.steps_back, error, resume, say)
+                _, signal = processes.agree(0.0, error.signal)
+            if signal is not None:  # it came while training diverged, and is not forgotten
+                raise Interrupted(signal, saved=True)
+            gc.collect()  # the network that is given up, before there is another
         processes.alone(folder.finish)
     _speaker(processes)(f"pretrain: encoder -> {ENCODER}")
 
@@ -149,13 +154,13 @@ def _run(
     chosen = pool(len(splits["unlabeled"].images), section)
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     check_shares(section, sampler.batch_size, processes.size)
-    steps_back = processes.told(processes.alone(step_back.taken, folder)) or 0
+    # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
+    saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
+    steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
     slower = replace(section, lr=step_back.rate(section.lr, steps_back))
     views = pretraining_views(section, manifest, device)
     step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes)
     state = LoopState()
-    # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
-    saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     if saved is not None:
         step.load_state(saved)
         state = LoopState(**saved["loop"])
@@ -166,6 +171,7 @@ def _run(
             record.sync()  # a state never stands on the disk without the lines that led to it
         content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
         several = {"processes": processes.size} if processes.size > 1 else {}
+        several |= {"steps_back": steps_back} if steps_back else {}
         path = checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
         if record is not None:
             record.checkpoint(path, state.step)
@@ -229,7 +235,11 @@ def _train(
             record.log if record is not None else _nothing, section.log_every, display, stop, monitor,
             section.monitor_every, save, section.checkpoint_every, processes,
         )  # fmt: skip
-        run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+        try:
+            run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+        except DivergedError as error:
+            error.signal = stop.signal
+            raise
 
 
 def _nothing(*told: object) -> None:

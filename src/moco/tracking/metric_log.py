@@ -64,12 +64,19 @@ class MetricLog:
     def sync(self) -> None:
         """Forces what was written onto the disk. Raises UserError where that fails, or the file was removed."""
         try:
-            if os.fstat(self.file.fileno()).st_nlink == 0:
-                raise UserError(f"{self.path}: was removed while the run was at work; what it logged is lost")
+            if not self._is_there():
+                raise UserError(f"{self.path}: was removed while the run was at work, and what it logged with it")
             os.fsync(self.file.fileno())
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without fsync
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+    def _is_there(self) -> bool:
+        """Whether the file still has its name."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """The same, and closes the file."""

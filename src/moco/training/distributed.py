@@ -90,7 +90,10 @@ class Processes:
                 problem = error
         problem = self.told(problem)
         if problem is not None:
-            raise problem
+            try:
+                raise problem
+            finally:
+                del problem  # with its traceback it would keep alive what it was raised in
         return result
 
     def told(self, value: T) -> T:

@@ -181,6 +181,18 @@ def test_a_collapse_ends_both_with_one_line(again: Path) -> None:
     assert "Traceback" not in "".join(errors)
 
 
+@pytest.mark.fault("divergence")
+def test_both_step_back_together(again: Path) -> None:
+    write_params(again, **SETTINGS, pretrain__lr=3000.0, pretrain__steps_back=20)
+    codes, errors = finish(start(again))
+    assert codes == [0, 0], errors
+    assert "(step back 1 of 20)" in errors[0] and errors[1] == "", "rank 0 alone speaks"
+    (log,) = (again / "runs/pretrain").glob("*/metrics.jsonl")
+    lines = [line for line in metric_history(log) if "loss" in line["metrics"]]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert int((log.parent / "steps_back").read_text()) == errors[0].count("(step back")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -122,7 +122,8 @@ def test_the_pipeline_runs_inside_and_its_files_belong_to_the_owner(image: str, 
 
 
 def test_it_works_with_a_root_that_nobody_can_write_and_no_capabilities(image: str, checkout: Path) -> None:
-    locked = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:exec")
+    locked = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:exec",
+              "--tmpfs", "/var/tmp")  # fmt: skip
     assert "FAIL" not in inside(image, checkout, "moco", "doctor", "--step", "--params", "none", options=locked)
     said = inside(image, checkout, "dvc", "repro", "--force", "data", "pretrain", options=locked)
     assert "Running stage 'pretrain'" in said

@@ -86,7 +86,7 @@ LABELS: dict[str, tuple[object, str]] = {
     "float": (torch.zeros(20), "found torch.float32 of shape (20,)"),
     "two dimensions": (torch.zeros(20, 1, dtype=torch.int64), "found torch.int64 of shape (20, 1)"),
     "scalar": (torch.tensor(1), "found torch.int64 of shape ()"),
-    "list": ([0] * 20, "expected an int64 tensor with one dimension, found <class 'list'>"),
+    "list": ([0] * 20, "expected an int64 tensor with one dimension, found list"),
 }
 
 

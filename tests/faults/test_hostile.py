@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fault_helpers import must
 from PIL import Image
 
-from conftest import Moco, assert_one_line_error, write_params
+from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.files import sha256
 
 
@@ -44,12 +45,23 @@ PLACES = [
 ]
 
 
-@pytest.fixture
-def trained(moco: Moco, project: Path) -> Path:
-    write_params(project, request__strategy="margin", finetune__epochs=3, finetune__checkpoint_every=1)
+SETTINGS = {"request__strategy": "margin", "finetune__epochs": 3, "finetune__checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which all stages have run."""
+    folder = tmp_path_factory.mktemp("made")
+    write_dataset(folder / "dataset")
+    write_params(folder, **SETTINGS)
     for stage in ("data", "pretrain", "train", "finetune"):
-        done = moco(stage)
-        assert done.returncode == 0, done.stderr
+        must(folder, stage)
+    return folder
+
+
+@pytest.fixture
+def trained(made: Path, project: Path) -> Path:
+    shutil.copytree(made, project, dirs_exist_ok=True)
     return project
 
 
@@ -62,7 +74,7 @@ def test_code_in_any_file_is_refused_and_does_not_run(
     mark = trained / "payload-ran"
     if place.startswith("labels/"):
         shutil.copytree(trained / "dataset/train", trained / "labels/others/train")
-        write_params(trained, train_extra__labels="labels/others")
+        write_params(trained, **SETTINGS, train_extra__labels="labels/others")
     for done in trained.glob("runs/*/*/done"):
         done.unlink()
     (path,) = list(trained.glob(place)) or [trained / place]

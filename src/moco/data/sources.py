@@ -200,12 +200,14 @@ def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be loaded as a plain tensor: {reason}") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.dim() != 1:
-        kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if hasattr(tensor, "dtype") else type(tensor)
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    if not plain or tensor.dtype != torch.int64 or tensor.dim() != 1:
+        kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if plain else type(tensor).__name__
         raise UserError(f"{path}: expected an int64 tensor with one dimension, found {kind}")
     if len(tensor) != count:
         raise UserError(f"{path}: {len(tensor)} labels for {count} images in {split}/")
-    return tensor.numpy()
+    labels: np.ndarray = tensor.numpy()
+    return labels
 
 
 def _class_names(folder: Folder) -> list[str] | None:

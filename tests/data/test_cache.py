@@ -139,6 +139,10 @@ def damaged_png(kind: str) -> bytes:
     if kind == "16-bit":
         Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(buffer, "PNG")
         return buffer.getvalue()
+    if kind == "animation":
+        frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
+        frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+        return buffer.getvalue()
     size = 20 if kind == "other size" else 32
     noise = np.random.default_rng(0).integers(0, 256, (size, size + 3 * (size == 20), 3), dtype=np.uint8)
     Image.fromarray(noise).save(buffer, "PNG")
@@ -157,6 +161,7 @@ def damaged_png(kind: str) -> bytes:
         ("text", "train/6.png (not an image)"),
         ("empty", "train/6.png (not an image)"),
         ("other size", "train/6.png (23x20 pixels, not 32x32 as the first image (data.resize brings"),
+        ("animation", "train/6.png (has 3 frames)"),
         ("16-bit", "train/6.png (mode I;16 has more than 8 bits a channel)"),
     ],
 )

@@ -75,6 +75,9 @@ def read_image(
         with Image.open(source, formats=FORMATS) as image:
             if image.mode in WRONG_MODES:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # what phones write: a photograph and its preview
+                raise ValueError(f"has {frames} frames")
             found = (image.height, image.width)
             if size is not None and resize is None and found != size:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Which faults are tried, and the table of it in the README: `make faults` runs every test that carries the mark
-`fault` and writes what it saw. A test that tries a fault more than once says so by its fixture `tries`."""
+`fault` and writes what it saw. A test that tries a fault more than once says so by its fixture `tries`. With `-k`, rows
+whose tests were all chosen are written anew."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import datetime
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ ROWS = {
     "crowd": ("ten pipelines at once on one MLflow server, one DVC cache and one decoded cache",
               "all finish; nothing is mixed up"),
 }  # fmt: skip
+incomplete: set[str] = set()  # rows of which not all tests were chosen: they stay as they are
 BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"
 
 
@@ -73,16 +76,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--write-faults") and (
-        config.getoption("keyword") or config.args != config.getini("testpaths")
-    ):
-        raise pytest.UsageError("--write-faults is for all of them, not for some")
+    if config.getoption("--write-faults") and config.args != config.getini("testpaths"):
+        raise pytest.UsageError("--write-faults looks at all files; choose rows by -k")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("fault"):
             assert mark.args[0] in ROWS, f"{item.nodeid}: no fault is called {mark.args[0]}"
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    incomplete.update(mark.args[0] for item in items for mark in item.iter_markers("fault"))
 
 
 def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> None:
@@ -104,21 +109,37 @@ def pytest_terminal_summary(terminalreporter: object, config: pytest.Config) -> 
                 failed[found["fault"]] += status != "passed"
     path = Path(place)
     text = path.read_text(encoding="utf-8")
-    begin, end = text.index(BEGIN), text.index(END)
-    path.write_text(f"{text[:begin]}{BEGIN}\n{render(tried, failed, skipped)}{text[end:]}", encoding="utf-8")
-
-
-def render(tried: Counter[str], failed: Counter[str], skipped: Counter[str]) -> str:
-    """The table in Markdown; rows that were not tried say so."""
-    lines = ["| fault | what is promised | tried | result |", "|---|---|---|---|"]
+    rows = {row.fault: row for row in rows_of(text)}
     for name, (fault, promise) in ROWS.items():
-        result = "not tried" if not tried[name] else f"{failed[name]} test(s) failed" if failed[name] else "as promised"
-        result += f"; {skipped[name]} skipped" if skipped[name] else ""
-        lines.append(f"| {fault} | {promise} | {tried[name]} | {result} |")
-    return "\n".join([*lines, "", f"Tried on {datetime.date.today()}.", ""])
+        if name not in incomplete:
+            result = f"{failed[name]} test(s) failed" if failed[name] else "as promised" if tried[name] else "not tried"
+            result += f"; {skipped[name]} skipped" if skipped[name] else ""
+            rows[fault] = Row(fault, promise, tried[name], result, str(datetime.date.today()))
+    begin, end = text.index(BEGIN), text.index(END)
+    table = render([rows[fault] for fault, _ in ROWS.values() if fault in rows])
+    path.write_text(f"{text[:begin]}{BEGIN}\n{table}\n{text[end:]}", encoding="utf-8")
 
 
-def rows_of(text: str) -> list[tuple[str, str, str]]:
-    """(fault, promise, result) of the table in a text."""
+@dataclass(frozen=True)
+class Row:
+    """Of the table: how many times a fault was tried on a day, and what came of it."""
+
+    fault: str
+    promise: str
+    tried: int
+    result: str
+    date: str
+
+
+def render(rows: list[Row]) -> str:
+    """The table in Markdown."""
+    lines = ["| fault | what is promised | tried | result | on |", "|---|---|---|---|---|"]
+    lines += [f"| {row.fault} | {row.promise} | {row.tried} | {row.result} | {row.date} |" for row in rows]
+    return "\n".join(lines)
+
+
+def rows_of(text: str) -> list[Row]:
+    """Those of the table in a text."""
     part = text[text.index(BEGIN) : text.index(END)]
-    return [(m[1], m[2], m[4]) for m in re.finditer(r"^\| (.+?) \| (.+?) \| (\d+) \| (.+?) \|$", part, re.MULTILINE)]
+    found = re.finditer(r"^\| (.+?) \| (.+?) \| (\d+) \| (.+?) \| (.+?) \|$", part, re.MULTILINE)
+    return [Row(m[1], m[2], int(m[3]), m[4], m[5]) for m in found]

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -30,18 +31,16 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """A PostgreSQL of its own, as another user where this one is root, which it refuses; yields its address."""
+def postgres() -> Iterator[str]:
+    """A PostgreSQL of its own, as another user where this one is root, which it refuses; yields its address. Its folder
+    is not one of pytest's: another pytest that begins closes these to other users."""
     if shutil.which("initdb") is None:
         if os.environ.get("MOCO_NO_SKIP"):
             pytest.fail("needs PostgreSQL: initdb, pg_ctl")
         pytest.skip("needs PostgreSQL: initdb, pg_ctl")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="moco-postgres-"))
     who: list[str] = []
     if os.geteuid() == 0:
-        for parent in [folder, *folder.parents]:  # another user has to reach it
-            if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
-                parent.chmod(parent.stat().st_mode | 0o055)
         shutil.chown(folder, "nobody")
         who = ["setpriv", "--reuid=nobody", "--clear-groups"]
     data, port = folder / "data", free_port()
@@ -55,6 +54,7 @@ def postgres(folder: Path) -> Iterator[str]:
     finally:
         stop = [*run, "pg_ctl", "-D", data, "-m", "immediate", "-t", "120", "stop"]  # a busy machine takes its time
         done = subprocess.run(stop, capture_output=True, text=True, check=False)
+        shutil.rmtree(folder)
         assert done.returncode == 0, done.stderr
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server_helpers import MlflowServer, answering, history, postgres, runs
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.tracking import run as run_module
 from moco.tracking.metric_log import metric_history
+from server_helpers import MlflowServer, answering, history, postgres, runs
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowServer]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with postgres(tmp_path / "postgres") as store:
+    with postgres() as store:
         found = MlflowServer(store, tmp_path / "artifacts")
         try:
             yield found

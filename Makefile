@@ -49,7 +49,7 @@ test-container: install
 test-cluster: install
 	python -m pytest -m cluster --durations=8
 
-# Every test that tries a fault, some thousand tries, in half an hour or more; writes the README's table.
+# Every test that tries a fault, some thousand tries, in 40 minutes; writes the README's table.
 faults: install
 	MOCO_TRIES=1000 python -m pytest -m "fault and not container and not cluster" --durations=10 --write-faults=README.md
 

@@ -12,7 +12,7 @@ from fault_helpers import must, start
 
 from conftest import write_dataset, write_params
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 STEPS, PER_EPOCH, KEEP = 20_000, 20, 2
 
 

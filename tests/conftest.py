@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,8 +143,23 @@ def moco(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """Exit code 1, no traceback, and the last line is one error that contains all the words."""
     assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
+    assert_one_line(done.stderr, *words)
+
+
+def assert_one_line(said: str, *words: str) -> None:
+    """One error, of one line, with these words; no traceback."""
+    assert "Traceback" not in said, said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
     for word in words:
         assert word in lines[0], lines[0]
+
+
+class Payload:
+    """Runs a command when it is unpickled the unrestricted way."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.mark}'",)

@@ -107,7 +107,7 @@ class PretrainConfig:
     knn_neighbours: Count
     checkpoint_every: Count
     keep_checkpoints: Count
-    steps_back: Annotated[int, Range(0)]
+    steps_back: CountOrZero
     log_every: Count
     seed: Seed
 

@@ -23,6 +23,14 @@ class DivergedError(UserError):
 
     signal: int | None = None
 
+    @classmethod
+    def because(cls, what: str) -> DivergedError:
+        """Of numbers that are none any more; `what` says which and where."""
+        return cls(
+            f"{what}: training has diverged; lower the learning rate or use precision fp32 (saved checkpoints are from "
+            "before)"
+        )
+
 
 class ProcessLostError(UserError):
     """Another process of the same run has ended. Each process that notices tells so: the lost one may not have."""

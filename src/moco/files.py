@@ -123,9 +123,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def refuse_irregular(path: object) -> None:
+def refuse_irregular(path: Path) -> None:
     """Raises UserError for a pipe, a device or a folder where a file should be: some would be waited for, for ever."""
-    if isinstance(path, Path) and path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file")
 
 
@@ -136,8 +136,8 @@ def own_folder(path: Path) -> None:
     except FileExistsError:
         found = path.lstat()
         with tempfile.TemporaryFile(dir=path.parent) as ours:  # file systems may map users to others
-            owner = os.fstat(ours.fileno()).st_uid
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner:
+            user = os.fstat(ours.fileno()).st_uid
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user:
             kind = "belongs to another user" if stat.S_ISDIR(found.st_mode) else "is no folder"
             raise UserError(f"{path}: {kind}; remove it, or set runtime.scratch") from None
 

@@ -81,11 +81,3 @@ def left_over(project: Path) -> list[str]:
     hidden = [path for path in project.rglob(".*") if path.name not in (".sweep.lock", ".dvc", ".git", ".gitignore")]
     named = [*project.rglob("moco-copy-*"), *project.rglob("moco-squashfs-*"), *project.rglob("holder")]
     return sorted(str(path.relative_to(project)) for path in (*hidden, *named))
-
-
-def assert_one_line(said: str, *words: str) -> None:
-    """One error, of one line, with these words; no traceback."""
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in said, said
-    for word in words:
-        assert word in errors[0], errors[0]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@cache
 def passes(tests: str, source: Path) -> bool:
     """Whether these tests pass with the package that lies in `source`."""
     words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_helpers import assert_one_line, history, left_over, must, results, run, start
+from fault_helpers import history, left_over, must, results, run, start
 
-from conftest import write_dataset, write_params
+from conftest import assert_one_line, write_dataset, write_params
 from moco import holder
 from moco.errors import UserError
 

@@ -15,19 +15,8 @@ import torch
 from fault_helpers import must
 from PIL import Image
 
-from conftest import Moco, assert_one_line_error, write_dataset, write_params
+from conftest import Moco, Payload, assert_one_line_error, write_dataset, write_params
 from moco.files import sha256
-
-
-class Payload:
-    """Leaves a mark where it is unpickled without restriction."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch '{self.mark}'",)
-
 
 PLACES = [
     ("data", "dataset/train_label_tensor.pt", ()),

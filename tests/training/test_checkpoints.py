@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import Payload
 from moco.errors import UserError
 from moco.training.checkpoints import CheckpointFolder, load_weights, save_weights
 
@@ -52,16 +53,6 @@ def test_weights_come_back_bit_for_bit_with_their_layout(tmp_path: Path) -> None
     assert torch.equal(loaded["b"]["t"].view(torch.int32), saved["b"]["t"].view(torch.int32))  # type: ignore[index]
     assert loaded["b"]["n"] == 3 and loaded["c"] == [None, "x", 0.5]
     assert names(path.parent) == ["w.pth"]
-
-
-class Payload:
-    """Runs a command when it is unpickled the unrestricted way."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.mark}'",)
 
 
 @pytest.mark.fault("code-in-weights")

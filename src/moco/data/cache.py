@@ -119,7 +119,7 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadab
                 reports = _decode_split(split, (height, width), resize, folder, decode)
                 if name == "unlabeled" and (bad := _to_leave_out(split, reports, unreadable, say)):
                     built.left_out = bad
-                    split.leave_out(bad)
+                    split.keep(np.setdiff1d(np.arange(len(split)), bad))
                     reports = _decode_split(split, (height, width), resize, folder, decode)
                 built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
@@ -177,14 +177,14 @@ Decode = Callable[[list[Chunk]], Iterable[ChunkReport]]
 @contextmanager
 def _decoders(dataset: Dataset) -> Iterator[Decode]:
     """What decodes chunks: as many processes as there are cores, for all splits the same; for a few images this one."""
-    chunks = [-(-len(split) // CHUNK) for split in dataset.splits.values() if split.array is None]
-    if max(chunks, default=0) <= 1:
+    most = max((-(-len(split) // CHUNK) for split in dataset.splits.values() if split.array is None), default=0)
+    if most <= 1:
         yield lambda chunks: map(decode_chunk, chunks)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
     # Spawned, not forked: the parent has threads. The workers import numpy and PIL alone.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(cores, max(chunks)), mp_context=context)
+    pool = ProcessPoolExecutor(min(cores, most), mp_context=context)
     try:
         yield lambda chunks: pool.map(decode_chunk, chunks)
     finally:  # after an error or a signal nobody waits for the chunks that have not begun

@@ -193,12 +193,11 @@ class _Images:
     def _number(self, line: Line) -> int:
         found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
         last = len(self.numbers) + len(self.manifest.left_out) - 1
-        if found is None or int(found[1]) > last:
+        if found is None or (number := int(found[1])) > last:
             raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")
-        row = int(np.searchsorted(self.numbers, int(found[1])))
-        if int(found[1]) in self.manifest.left_out:
+        if number in self.manifest.left_out:
             raise UserError(f"{line.place}: '{line.name}' could not be read and was left out (data.unreadable)")
-        return row
+        return int(np.searchsorted(self.numbers, number))
 
     def _of_file(self, line: Line, path: str) -> bytes:
         report = ChunkReport(0, 0)

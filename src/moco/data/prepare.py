@@ -106,14 +106,7 @@ def _limit_labels(dataset: Dataset, labelled: int | None) -> None:
     if labelled > len(train):
         raise UserError(f"data.labelled: {labelled} wanted, train has {len(train)} images")
     chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:labelled])
-    if train.paths is not None:
-        train.paths = [train.paths[i] for i in chosen]
-    if train.inodes is not None:
-        train.inodes = [train.inodes[i] for i in chosen]
-    if train.array is not None:
-        train.array = train.array[chosen]
-    assert train.labels is not None
-    train.labels = train.labels[chosen]
+    train.keep(chosen)
 
 
 def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:

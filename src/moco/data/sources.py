@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +38,12 @@ class Split:
     image: Path | None = None
     inodes: list[int] | None = None
 
-    def leave_out(self, numbers: Collection[int]) -> None:
-        """Of files: they are not images of this split any more."""
-        out = set(numbers)
-        kept = [number for number in range(len(self)) if number not in out]
-        self.paths = [self.paths[number] for number in kept] if self.paths is not None else None
-        self.inodes = [self.inodes[number] for number in kept] if self.inodes is not None else None
+    def keep(self, numbers: np.ndarray) -> None:
+        """These images alone, in this order, with their labels."""
+        self.paths = None if self.paths is None else [self.paths[number] for number in numbers]
+        self.inodes = None if self.inodes is None else [self.inodes[number] for number in numbers]
+        self.array = None if self.array is None else self.array[numbers]
+        self.labels = None if self.labels is None else self.labels[numbers]
 
     @property
     def files(self) -> Sequence[str | int]:
@@ -188,7 +188,8 @@ def numbered_images(folder: Folder) -> list[Folder]:
 
 def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     """int64 labels from a tensor file, loaded without unpickling anything but tensors."""
-    refuse_irregular(path)
+    if isinstance(path, Path):
+        refuse_irregular(path)
     try:
         with path.open("rb") as file:
             if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):

@@ -109,12 +109,13 @@ class SquashfsImage:
         if not 12 <= block_log <= 20 or self._block_size != 1 << block_log:
             raise DamagedImageError(f"damaged: blocks of {self._block_size} bytes")
         self._unpack = unpacking(method)
-        self._metadata = lru_cache(METADATA_BLOCKS_KEPT)(self._read_metadata)
+        # metadata(place): an unpacked block, and where the next one begins.
+        self.metadata = lru_cache(METADATA_BLOCKS_KEPT)(self._read_metadata)
         self._data = lru_cache(max(8, DATA_KEPT // self._block_size))(self._read_data)
 
     def close(self) -> None:
         self._file.close()
-        self._metadata.cache_clear()  # else they keep each other alive, as they hold this object
+        self.metadata.cache_clear()  # else they keep each other alive, as they hold this object
         self._data.cache_clear()
 
     def __enter__(self) -> SquashfsImage:
@@ -193,10 +194,6 @@ class SquashfsImage:
         cursor = _Cursor(self, self._inodes + (reference >> 16), reference & 0xFFFF)
         (kind,) = struct.unpack("<H", cursor.take(16)[:2])
         return kind, cursor
-
-    def metadata(self, place: int) -> tuple[bytes, int]:
-        """An unpacked metadata block, and where the next one begins."""
-        return self._metadata(place)
 
     def _read_metadata(self, place: int) -> tuple[bytes, int]:
         (head,) = struct.unpack("<H", self._bytes(place, 2))

@@ -182,12 +182,10 @@ class _Window:
 
 def _mean(values: list[Any]) -> float:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    # Those of before an interruption are on the CPU.
-    return (
-        torch.stack([value.to(tensors[-1].device) for value in tensors]).mean().item()
-        if tensors
-        else sum(values) / len(values)
-    )
+    if not tensors:
+        return float(sum(values) / len(values))
+    device = tensors[-1].device  # those of before an interruption are on the CPU
+    return torch.stack([value.to(device) for value in tensors]).mean().item()
 
 
 def _save(save: Callable[[LoopState], None], state: LoopState, window: _Window) -> None:
@@ -197,10 +195,7 @@ def _save(save: Callable[[LoopState], None], state: LoopState, window: _Window) 
 
 def _refuse_divergence(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise DivergedError(
-            f"the loss became {loss} near step {step}: training has diverged; lower the "
-            "learning rate or use precision fp32 (saved checkpoints are from before)"
-        )
+        raise DivergedError.because(f"the loss became {loss} near step {step}")
 
 
 def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hooks: Hooks) -> None:

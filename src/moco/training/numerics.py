@@ -118,7 +118,4 @@ def refuse_broken(model: nn.Module, step: int) -> None:
     """Raises DivergedError where a weight is no number any more: gradients can break in a step whose loss does not."""
     found = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack(found).all():
-        raise DivergedError(
-            f"weights are no numbers any more after step {step}: training has diverged; lower the learning rate or "
-            "use precision fp32 (saved checkpoints are from before)"
-        )
+        raise DivergedError.because(f"weights are no numbers any more after step {step}")

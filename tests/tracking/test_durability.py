@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_helpers import free_port, history, runs
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.tracking.metric_log import MetricLog, close_abandoned, metric_history, read_events
+from server_helpers import free_port, history, runs
 
 pytestmark = [
     pytest.mark.slow,

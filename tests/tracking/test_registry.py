@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from server_helpers import free_port
 
 from conftest import Moco, write_params
 from moco.tracking.registry import judge
+from server_helpers import free_port
 
 STORE = "sqlite:///mlflow.db"
 libraries = pytest.mark.filterwarnings("default")  # MLflow and its libraries deprecate things among themselves

@@ -12,9 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from server_helpers import free_port
 
 from conftest import Moco, assert_one_line_error, write_params
+from server_helpers import free_port
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -89,18 +91,28 @@ def params_text(config: Config) -> str:
 def _code() -> dict[str, str]:
     status, new = _git("status", "--porcelain", "--untracked-files=no"), _git_bytes(*NEW)
     lock = Path("dvc.lock")
-    packages = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
     tags = {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else str(bool(status or new)).lower(),
         "dvc_experiment": os.environ.get("DVC_EXP_NAME"),
         "dvc_lock": sha256(lock) if lock.is_file() else None,
-        "packages": hashlib.sha256("\n".join(packages).encode()).hexdigest(),
+        "packages": _packages(),
         "moco": moco.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+@functools.cache  # half a second, mostly for what stands below the headers: descriptions of pages
+def _packages() -> str:
+    """A digest of names and versions of all that is installed."""
+    found = []
+    for package in importlib.metadata.distributions():
+        text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+        headers = email.message_from_string(text.partition("\n\n")[0])
+        found.append(f"{headers['Name']}=={headers['Version']}")
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -129,7 +129,9 @@ def draw_curves(history: list[dict[str, object]], names: Sequence[str]) -> Calla
     lines = {name: [(line["step"], line["metrics"][name]) for line in history if name in line["metrics"]]  # type: ignore[index, operator]
              for name in names}  # fmt: skip
     known = {name: points for name, points in lines.items() if points}
-    figure = Figure(figsize=(8, 2.6 * max(len(known), 1)), layout="constrained")
+    height = 2.6 * max(len(known), 1)
+    figure = Figure(figsize=(8, height))  # inches; a layout that fits itself would draw everything twice
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.5 / height, top=1 - 0.15 / height, hspace=0.3)
     for axes, (name, points) in zip(
         figure.subplots(max(len(known), 1), 1, squeeze=False)[:, 0], known.items(), strict=False
     ):

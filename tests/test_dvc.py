@@ -114,6 +114,14 @@ def test_changing_only_train_reruns_what_uses_it(workspace: Path) -> None:
     restore(workspace)
 
 
+def test_fine_tuning_waits_for_the_classifier_whose_labels_it_takes(workspace: Path) -> None:
+    assert "train_extra" not in run(workspace, "dvc", "dag", "--mermaid", "finetune")
+    edit(workspace, "finetune", "classifier", "classifier_extra")
+    assert "train_extra" in run(workspace, "dvc", "dag", "--mermaid", "finetune")
+    assert stages_run(run(workspace, "dvc", "repro")) == ["finetune"]
+    restore(workspace)
+
+
 def test_machine_and_tracking_settings_rerun_nothing(workspace: Path) -> None:
     edit(workspace, "runtime", "threads", 2)
     edit(workspace, "tracking", "experiment", "other")

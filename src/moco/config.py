@@ -168,6 +168,7 @@ class BaselineConfig(SupervisedConfig):
 class FinetuneConfig(SupervisedConfig):
     """All weights of the linear classifier, trained further."""
 
+    classifier: Literal["classifier", "classifier_extra"]
     start: Literal["classifier", "encoder"]
     layer_decay: PositiveShare
     label_smoothing: Share

@@ -59,7 +59,7 @@ def test_it_leaves_the_files_of_a_classifier_and_its_reports(moco: Moco, project
     assert {"weights", "optimizer", "epoch", "held_out_accuracy"} <= set(content)
     assert content["settings"]["finetune.epochs"] == "3" and "pretrain.lr" in content["settings"]
     assert same(content["weights"], weights(folder))
-    assert set(found) == {"held_out_accuracy", "val_accuracy", "best_epoch", "minutes", "images_seen"}
+    assert set(found) == {"held_out_accuracy", "val_accuracy", "best_epoch", "minutes", "images_seen", "extra_labels"}
     with (project / "reports/finetune/epochs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [0, 1, 2, 3], "the start, and every epoch"

@@ -19,7 +19,7 @@ from moco.tracking.store import shared_uri
 WARNING = 300
 LOGS = Path("slurm/logs")
 TWO_GPUS = "_2gpu"  # a job of this ending is the stage before it, on two GPUs of one node
-PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval", "request", "train_extra", "eval_extra")
+PIPELINE = ("pretrain", "train", "baseline", "eval", "request", "train_extra", "eval_extra", "finetune")
 JOBS = (*PIPELINE, "pretrain_2gpu", "pretrain_continue")
 
 

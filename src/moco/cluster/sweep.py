@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def plan(job: str, settings: Sequence[str], name: str | None) -> Sweep | None:
     tasks = [
         _task(text, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())
     ]
-    varied, shared = _stages(job, list(values))
+    varied, shared = _stages(job, list(values), [task.config for task in tasks])
     return Sweep(name, (FOLDER / name).absolute(), tasks, varied, shared, config)
 
 
@@ -120,9 +121,9 @@ def _task(text: str, values: Mapping[str, Any]) -> Task:
     return task
 
 
-def _stages(job: str, keys: Sequence[str]) -> tuple[frozenset[str], tuple[str, ...]]:
+def _stages(job: str, keys: Sequence[str], configs: Sequence[Config]) -> tuple[frozenset[str], tuple[str, ...]]:
     """The stages that do not come out the same for every task, and those that do."""
-    stages = _graph(Path("dvc.yaml"))
+    stages = _graph(Path("dvc.yaml"), configs)
     reached = {
         key: {name for name, (own, _) in stages.items() if any(_meet(key, other) for other in own)} for key in keys
     }
@@ -169,8 +170,9 @@ def _meet(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _graph(path: Path) -> _Graph:
-    """By stage, in their order: the parameters that it depends on, and the stages whose outputs it reads."""
+def _graph(path: Path, configs: Sequence[Config]) -> _Graph:
+    """By stage, in their order: the parameters that it depends on, and the stages whose outputs it reads in any of the
+    tasks: a path may hold settings, `${SECTION.KEY}`."""
     if not path.is_file():
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
@@ -179,7 +181,12 @@ def _graph(path: Path) -> _Graph:
         for name, stage in stages.items()
         for out in stage.get("outs", [])
     }
-    return {
-        name: (tuple(stage.get("params", [])), frozenset(makers[dep] for dep in stage.get("deps", []) if dep in makers))
-        for name, stage in stages.items()
-    }
+    found = {}
+    for name, stage in stages.items():
+        read = {_filled_in(dep, config) for dep in stage.get("deps", []) for config in configs}
+        found[name] = tuple(stage.get("params", [])), frozenset(makers[path] for path in read if path in makers)
+    return found
+
+
+def _filled_in(path: str, config: Config) -> str:
+    return re.sub(r"\$\{(.+?)\}", lambda key: str(attrgetter(key[1])(config)), path)

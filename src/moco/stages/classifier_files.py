@@ -14,6 +14,7 @@ from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import sha256, working_folder, write_text
 from moco.model.encoder import Architecture
+from moco.stages.workspace import MAKERS
 from moco.submission import render
 from moco.training.checkpoints import load_weights, save_weights
 
@@ -74,7 +75,8 @@ def write_classifier(folder: Path, found: Classifier, manifest: Manifest, config
 
 def read_classifier(folder: Path) -> TrainedClassifier:
     """Raises UserError where a file is missing, damaged or something else."""
-    hint = "run `moco train` (or `dvc repro train`) first"
+    maker = MAKERS.get(folder, "train")
+    hint = f"run `moco {maker}` (or `dvc repro {maker}`) first"
     weights = load_weights(folder / WEIGHTS, hint)
     paths = sorted(folder.glob("model_best_*.pth"))
     if len(paths) != 1:
@@ -86,4 +88,4 @@ def read_classifier(folder: Path) -> TrainedClassifier:
             architecture, weights, best["epoch"], best["classes"], best["settings"], sha256(folder / WEIGHTS)
         )
     except (KeyError, TypeError):
-        raise UserError(f"{paths[0]}: not a file of `moco train`; {hint}") from None
+        raise UserError(f"{paths[0]}: not a file of `moco {maker}`; {hint}") from None

@@ -112,7 +112,8 @@ def _current(config: Config, maker: str) -> dict[str, Any]:
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
     if maker == "finetune":
         ours.update(flatten(config.finetune, "finetune"))
-    elif maker == "train_extra" and config.train_extra.labels is not None:
+    extra = maker == "train_extra" or (maker == "finetune" and config.finetune.classifier == "classifier_extra")
+    if extra and config.train_extra.labels is not None:
         ours.update(flatten(config.train_extra, "train_extra"))
     return ours
 

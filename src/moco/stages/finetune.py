@@ -4,11 +4,14 @@ It starts from the encoder with a new last layer, or from model_sub.pth, with on
 on images that were not trained on, but with `train.refit` the last layer has seen all of train. So that layer is fitted
 again, as stage `train` does it and for as many epochs, without the held-out images; where `train` has held out the same
 ones and not refitted, that gives the layer of model_sub.pth to the bit.
+
+With `finetune.classifier: classifier_extra` it trains on the extra labels of stage `train_extra` as well.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from moco.config import Config, flatten
 from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
+from moco.data.extra_labels import CONTENT, read_extra_labels
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
@@ -28,12 +32,14 @@ from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
-from moco.stages.train import classifier_views, feature_sets, linear_views
+from moco.stages.train import classifier_views, feature_sets, labelled, linear_views
 from moco.stages.workspace import (
     CLASSIFIER,
+    CLASSIFIER_EXTRA,
     ENCODER,
     FINETUNED,
     HOUSEKEEPING,
+    MAKERS,
     MANIFEST,
     REPORTS,
     RunFolder,
@@ -45,7 +51,6 @@ from moco.stages.workspace import (
 )  # fmt: skip
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
-from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
 from moco.training.linear import clearly_better, fit_linear
 from moco.training.loop import LoopState
@@ -109,13 +114,19 @@ def run(config: Config) -> None:
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
-    start = read_classifier(CLASSIFIER) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
+    source = _source(config)
+    start = read_classifier(source) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
     if start.classes != manifest.classes:
-        raise UserError(f"{CLASSIFIER}: made for other classes than the data has; run `moco train` again")
+        raise UserError(f"{source}: made for other classes than the data has; run `moco {MAKERS[source]}` again")
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
     if different := differences(start.settings, ours, HOUSEKEEPING):
-        say(f"warning: {CLASSIFIER} was made with other settings: {'; '.join(different)}; `moco train` makes it new")
+        say(
+            f"warning: {source} was made with other settings: {'; '.join(different)}; `moco {MAKERS[source]}` makes it "
+            "new"
+        )
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
+    if source == CLASSIFIER_EXTRA:
+        _add_extra(splits, config, manifest, start)
     chain = {
         **start.settings, "pretrain.precision": config.pretrain.precision, **flatten(config.train, "train"),
         **flatten(config.finetune, "finetune"),
@@ -130,16 +141,15 @@ def _run(
     config: Config, chain: dict[str, Any], start: TrainedClassifier, manifest: Manifest,
     splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run,
 ) -> None:  # fmt: skip
-    section, train, val = config.finetune, splits["train"], splits["val"]
-    assert train.labels is not None and val.labels is not None
-    kept, held = features.stratified_holdout(train.labels, section.holdout, section.seed)
-    if not len(held):
-        raise UserError("finetune.holdout: no class has two labelled images; none can be held out")
+    section, val = config.finetune, splits["val"]
+    assert val.labels is not None
+    parts, labels, kept, held = labelled(splits, section.holdout, section.seed, "finetune")
+    images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
     checkpoints = CheckpointFolder(folder.path, KEEP)
     saved = checkpoints.newest(say)
-    network = _network(start, manifest)
+    network = _network(start, manifest, _source(config))
     if saved is None and section.start == "classifier":
-        _fit_last_layer(network, config, start, manifest, train, kept, device)
+        _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = classifier_views(manifest, device, section.crop_scale)
     pool = None
@@ -150,10 +160,10 @@ def _run(
     precision = choose_precision(config.pretrain.precision, device)
     tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
     step = SupervisedStep(
-        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision, tuning, pool
+        network, torch.from_numpy(labels), views, section, sampler.batch_size, device, precision, tuning, pool
     )  # fmt: skip
     state = LoopState(**saved["loop"]) if saved else LoopState()
-    choice = BestEpoch(step, state, gather(train.images, held), train.labels[held])
+    choice = BestEpoch(step, state, gather(images, held), labels[held])
     if saved is not None:
         step.load_state(saved)
         choice.best, choice.last = saved["best"], step.accuracy(choice.images, choice.labels)
@@ -169,7 +179,7 @@ def _run(
 
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
     train_supervised(
-        "finetune", step, train.images, sampler, state, record.log, choice, save, section.checkpoint_every
+        "finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every
     )  # fmt: skip
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
@@ -179,8 +189,30 @@ def _run(
         "best_epoch": chosen["epoch"],
         "minutes": state.seconds / 60,
         "images_seen": state.step * sampler.batch_size,
+        "extra_labels": float(len(labels) - len(parts[0].images)),
     }
     _write(config, Classifier(start.architecture, settings=chain, **chosen), manifest, results, record, state)
+
+
+def _source(config: Config) -> Path:
+    return CLASSIFIER_EXTRA if config.finetune.classifier == "classifier_extra" else CLASSIFIER
+
+
+def _add_extra(
+    splits: dict[str, DecodedSplit], config: Config, manifest: Manifest, start: TrainedClassifier
+) -> None:  # fmt: skip
+    """Split `extra`, where `train_extra` had labels. Raises UserError where it had, and has checked, others."""
+    path = config.train_extra.labels
+    extra = None if path is None else read_extra_labels(Path(path), config.data, manifest, splits, lambda _: None)
+    if extra is not None and not len(extra.labels):
+        extra = None
+    if (extra and extra.content()) != start.settings.get(CONTENT):
+        raise UserError(
+            f"{CLASSIFIER_EXTRA}: made with other extra labels than train_extra.labels ({path}) has now; run `moco "
+            "train_extra` again"
+        )
+    if extra is not None:
+        splits["extra"] = DecodedSplit(extra.images, extra.labels, extra.digests)
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
@@ -191,31 +223,33 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     weight = torch.randn(len(manifest.classes), width, generator=generator) * 0.01
     layer = {"fc.weight": weight, "fc.bias": torch.zeros(len(manifest.classes))}
     settings = {**encoder.settings, **{name: str(value) for name, value in flatten(config.train, "train").items()}}
+    if (source := _source(config)) == CLASSIFIER_EXTRA:  # whose labels it takes
+        made = read_classifier(source).settings
+        settings |= {name: value for name, value in made.items() if name.startswith("train_extra.")}
     return TrainedClassifier(
         encoder.architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER)
     )
 
 
-def _network(start: TrainedClassifier, manifest: Manifest) -> nn.Module:
+def _network(start: TrainedClassifier, manifest: Manifest, source: Path) -> nn.Module:
     network = build_encoder(start.architecture, len(manifest.classes))
     try:
         network.load_state_dict(start.weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{CLASSIFIER / WEIGHTS}: does not fit: {reason}; run `moco train` again") from None
+        raise UserError(f"{source / WEIGHTS}: does not fit: {reason}; run `moco {MAKERS[source]}` again") from None
     return network
 
 
 def _fit_last_layer(
-    network: nn.Module, config: Config, start: TrainedClassifier, manifest: Manifest, train: DecodedSplit,
-    kept: np.ndarray, device: torch.device,
+    network: nn.Module, config: Config, start: TrainedClassifier, manifest: Manifest, parts: list[DecodedSplit],
+    known: np.ndarray, kept: np.ndarray, device: torch.device,
 ) -> None:  # fmt: skip
-    """Fits it without the held-out images, in place (see above)."""
-    assert train.labels is not None
+    """Fits it without the held-out images, in place (see above). known: labels of all images of the parts."""
     layer, network.fc = network.fc, nn.Identity()
-    stack = feature_sets(network, [train], linear_views(manifest, device), config.train, device)
+    stack = feature_sets(network, parts, linear_views(manifest, device), config.train, device)
     network.fc = layer
-    labels = torch.from_numpy(train.labels)
+    labels = torch.from_numpy(known)
     fit = fit_linear(
         stack[:, kept], labels[kept], stack[0, :0], labels[:0], len(manifest.classes), config.train,
         lambda *_: None, stop_after=start.epoch,

@@ -59,8 +59,9 @@ def run(console: Console) -> None:
             percent(shown, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
         )  # fmt: skip
     if finetune:
+        more = f", with {finetune['extra_labels']:,.0f} extra labels" if finetune.get("extra_labels") else ""
         table.add_row(
-            "pretrained, all weights fine-tuned", percent(finetune, "val_accuracy"), "-", *effort(finetune, "")
+            f"pretrained, all weights fine-tuned{more}", percent(finetune, "val_accuracy"), "-", *effort(finetune, "")
         )  # fmt: skip
     console.print(table)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")

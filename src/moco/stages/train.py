@@ -164,6 +164,20 @@ def feature_sets(
     return torch.stack([one(views.plain), *random])
 
 
+def labelled(
+    splits: dict[str, DecodedSplit], holdout: float, seed: int, stage: str
+) -> tuple[list[DecodedSplit], np.ndarray, np.ndarray, np.ndarray]:
+    """train, and `extra` where it is there; the labels of both, N int64; the rows to train on; those held out, all of
+    train. Raises UserError where none can be held out."""
+    parts = [splits[name] for name in ("train", "extra") if name in splits]
+    known = [part.labels for part in parts if part.labels is not None]
+    kept, held = features.stratified_holdout(known[0], holdout, seed)
+    if not len(held):
+        raise UserError(f"{stage}.holdout: no class has two labelled images; none can be held out")
+    labels = np.concatenate(known)
+    return parts, labels, np.concatenate([kept, np.arange(len(known[0]), len(labels))]), held
+
+
 def classify(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: TrainConfig,
     classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
@@ -176,16 +190,12 @@ def classify(
     for so many epochs. val is measured once, at the end, and decides nothing. Images of `extra` are never held out:
     their labels are not as sure as train's, and so the choice is made on the same images with and without them.
     """
-    parts, val = [splits[name] for name in ("train", "extra") if name in splits], splits["val"]
+    val = splits["val"]
     assert val.labels is not None
-    known = [part.labels for part in parts if part.labels is not None]
-    labels, val_labels = torch.from_numpy(np.concatenate(known)), torch.from_numpy(val.labels)
+    parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
+    labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.labels)
     stack = feature_sets(network, parts, views, section, device)
     check(stack[0])
-    kept, held = features.stratified_holdout(known[0], section.holdout, section.seed)
-    if not len(held):
-        raise UserError("train.holdout: no class has two labelled images; none can be held out")
-    kept = np.concatenate([kept, np.arange(len(known[0]), len(labels))])
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
     results = {"best_held_out_accuracy": fit.accuracy}
     if section.refit:

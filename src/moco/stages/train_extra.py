@@ -6,7 +6,6 @@ Without any it hands on what `train` made, so that `dvc repro` runs to its end b
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moco.config import Config
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
+from moco.data.extra_labels import CONTENT, Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import write_text
@@ -59,7 +58,7 @@ def run(config: Config) -> None:
     def check(features: Tensor) -> None:
         _check(config, inputs, extra, features)
 
-    settings = {"train_extra.labels": config.train_extra.labels, "train_extra.content": _digest(extra)}
+    settings = {"train_extra.labels": config.train_extra.labels, CONTENT: extra.content()}
     train_classifier(
         config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.labels))}, check,
         [REPORT / "labels.csv"],
@@ -128,8 +127,3 @@ def _table(train: DecodedSplit | None, answers: list[Answer], manifest: Manifest
             named = ["", ""] if each.label < 0 else [each.label, manifest.classes[each.label]]
             table.writerow([each.line.name, each.digest.hex(), *named, each.line.place, each.status])
     return text.getvalue()
-
-
-def _digest(extra: ExtraLabels) -> str:
-    """Of images and labels, whatever their order in the file."""
-    return hashlib.sha256(extra.digests.tobytes() + extra.labels.astype("<i8").tobytes()).hexdigest()

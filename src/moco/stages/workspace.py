@@ -42,9 +42,9 @@ HOUSEKEEPING = {
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {
     "pretrain.accumulate": 1, "pretrain.features": "last", "pretrain.convolutions": 2,
-    "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.start": "classifier",
-    "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0, "finetune.batch_norm": "batch",
-    "finetune.pool": 0, "finetune.confidence": 0.8,
+    "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.classifier": "classifier",
+    "finetune.start": "classifier", "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0,
+    "finetune.batch_norm": "batch", "finetune.pool": 0, "finetune.confidence": 0.8,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def steps_per_second(step: Callable[[], float], seconds: float, every: int, log:
 
 def tracked(folder: Path, step: Callable[[], float], seconds: float, every: int) -> tuple[float, float, float]:
     """(steps a second, seconds until MLflow was there, share of all processors that the process beside took)."""
-    config = TrackingConfig(f"sqlite:///{folder.parent}/mlflow.db", False, "benchmark", "none")
+    config = TrackingConfig(f"sqlite:///{folder.parent}/mlflow.db", False, "benchmark", "none", True)
     with Run(folder, "benchmark", config, print) as run:
         began = time.perf_counter()
         run.start({}, UNKNOWN)

@@ -84,7 +84,7 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     params["request"].update(budget=5, answers="people")
     params["train_extra"].update(labels=None)
     params["runtime"].update(device="cpu", threads=1, scratch="scratch")
-    params["tracking"].update(uri="")
+    params["tracking"].update(uri="", pictures=False)  # to draw them takes as long as all else in a small stage
     for name, value in changes.items():
         section, _, key = name.partition("__")
         params[section][key] = value

@@ -221,6 +221,7 @@ class TrackingConfig:
     offline: bool
     experiment: str
     registered_model: str
+    pictures: bool
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,6 @@ class _Reader:
         return value
 
 
-_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # that of libyaml, where it is there, is ten times as fast
-
-
 def _lines(node: yaml.Node, path: Path, key: str = "") -> dict[str, int]:
     """Line of every key of the tree, by its dotted name. Raises UserError for a key that stands there twice."""
     lines: dict[str, int] = {}
@@ -127,14 +124,15 @@ def load(path: Path) -> Config:
 def parse(text: str, path: Path) -> Config:
     """The same for a file's text; path: for messages."""
     try:
-        loader = _YamlLoader(text)
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
+        lines = _lines(node, path) if node else {}  # before merged keys (`<<`) are put in
         tree = loader.construct_document(node) if node else None
-    except (yaml.YAMLError, UnicodeError) as error:
+    except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
         raise UserError(
             f"{where}: not readable as YAML: {getattr(error, 'problem', str(error).splitlines()[0])}"
         ) from None
-    config: Config = _Reader(path, _lines(node, path) if node else {}).section(Config, tree, "")
+    config: Config = _Reader(path, lines).section(Config, tree, "")
     return config

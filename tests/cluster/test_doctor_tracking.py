@@ -83,7 +83,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_store(uri: str, mounts: Path = doctor_tracking.MOUNTS) -> Finding:
-    return doctor_tracking.mlflow(TrackingConfig(uri, False, "experiment", "model"), mounts)
+    return doctor_tracking.mlflow(TrackingConfig(uri, False, "experiment", "model", True), mounts)
 
 
 class Server(BaseHTTPRequestHandler):

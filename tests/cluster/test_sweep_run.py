@@ -31,7 +31,8 @@ params = yaml.safe_load(open("params.yaml"))
 stage = sys.argv[1] + ("_extra" if "--classifier" in sys.argv else "")
 if os.environ.get("FAIL") == stage: sys.exit(f"{{stage}} fails")
 spec = yaml.safe_load(open("dvc.yaml"))["stages"][stage]
-files = [path for dep in spec["deps"] if dep.startswith("models") for path in [pathlib.Path(dep)]]
+deps = [dep.replace("${{finetune.classifier}}", params["finetune"]["classifier"]) for dep in spec["deps"]]
+files = [pathlib.Path(dep) for dep in deps if dep.startswith("models")]
 files = [path / "model" if path.is_dir() else path for path in files]
 made = {{"stage": stage, "params": {{key: params.get(key) for key in spec["params"] if "." not in key}},
         "from": [json.loads(path.read_text()) for path in files]}}

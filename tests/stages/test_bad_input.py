@@ -13,8 +13,9 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import Moco, assert_one_line_error, tiny_params, write_dataset, write_params
+from conftest import ROOT, Moco, assert_one_line_error, tiny_params, write_dataset, write_params
 from moco.data.cache import caches
+from moco.params import parse
 from moco.tracking.metric_log import read_events
 
 
@@ -75,6 +76,14 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project:
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("  epochs: 3\n", "  epochs: 3\n  epochs: 4\n", 1))
     assert_one_line_error(moco("data"), "train.epochs", "second time")
+
+
+def test_merged_keys_stand_there_once(project: Path) -> None:
+    text = (ROOT / "presets/default.yaml").read_text()
+    merged = text.replace("\ntrain_extra:", "\ntrain_extra:\n  <<: {suspicious: warn, labels: other.csv}\n #")
+    assert parse(merged, Path("params.yaml")).train_extra == parse(text, Path("params.yaml")).train_extra
+    only = merged.replace("  suspicious: refuse", "  #")
+    assert parse(only, Path("params.yaml")).train_extra.suspicious == "warn"
 
 
 @pytest.mark.fault("bad-params")

@@ -49,7 +49,7 @@ def test_it_leaves_a_classifier_beside_that_of_train(moco: Moco, pretrained: Pat
     assert "5 labels added to 20: 0 to 2 a class, with train's 4 to 6" in done.stderr
     assert (pretrained / "models/classifier/model_sub.pth").read_bytes() == before != result(pretrained)
     names = [path.name for path in (pretrained / "models/classifier_extra").iterdir()]
-    assert len(names) == 3 and {"model_sub.pth", "submission.py"} < set(names)
+    assert len(names) == 4 and {"model_sub.pth", "submission.py", "extra_labels.pth"} < set(names)
     found = metrics(pretrained)
     assert found["extra_labels"] == 5
     right, total = outside_score(pretrained, batch=4, folder="models/classifier_extra")

@@ -11,7 +11,7 @@ from moco.config import TrackingConfig
 from moco.tracking.metric_log import MetricLog
 from moco.tracking.store import store_uri
 
-CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier")
+CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier", True)
 
 
 @pytest.fixture(autouse=True)

@@ -142,7 +142,7 @@ children = []
 for number in range(10):
     child = os.fork()
     if child == 0:
-        config = TrackingConfig(f"sqlite:///{here}/mlflow.db", False, "moco-pipeline", "m")
+        config = TrackingConfig(f"sqlite:///{here}/mlflow.db", False, "moco-pipeline", "m", True)
         pipeline = {"key": "one", "name": "p", "params": {"pretrain.lr": 1}, "tags": {"data_digest": "d"}}
         with run.Run(here / f"runs/train/{number}", "train", config, print) as record:
             record.start({"pretrain.seed": number}, Origin({"data_digest": "d"}, {}, pipeline, {}))

@@ -13,7 +13,7 @@ from moco.tracking.metric_log import MetricLog, as_text, metric_history, read_ev
 from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run
 
-TRACKING = TrackingConfig("", False, "e", "m")
+TRACKING = TrackingConfig("", False, "e", "m", True)
 
 
 def steps(path: Path) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import Moco
+from conftest import Moco, write_params
 from moco.tracking import pictures
 from moco.tracking.pictures import PLAIN, RIGHT, WRONG, Tile
 
@@ -77,6 +77,7 @@ def test_a_map_keeps_what_is_apart_apart(tmp_path: Path, number: int) -> None:
 
 
 def test_every_stage_leaves_its_pictures_with_the_run(moco: Moco, project: Path) -> None:
+    write_params(project, tracking__pictures=True)
     for stage in ("data", "pretrain", "train", "eval"):
         assert moco(stage).returncode == 0
     found = {f"{path.parts[-4]}/{path.name}": path for path in (project / "runs").glob("*/*/artifacts/*.png")}
@@ -96,7 +97,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(moco: Moco, project: Path) 
         raise ValueError("no such colour")
 
     said: list[str] = []
-    with Run(project / "run", "train", TrackingConfig("", False, "e", "m"), said.append) as record:
+    with Run(project / "run", "train", TrackingConfig("", False, "e", "m", True), said.append) as record:
         record.picture("map", fail)
     assert said == ["warning: map.png could not be drawn: no such colour"]
     assert list(read_events(record.path)) == []

@@ -73,7 +73,7 @@ def test_what_is_written_during_a_delivery_comes_with_the_next(tmp_path: Path, m
 
 def test_a_run_that_was_stopped_before_it_began_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt), Run(folder, "train", TrackingConfig("", False, "e", "m"), print):
+    with pytest.raises(KeyboardInterrupt), Run(folder, "train", TrackingConfig("", False, "e", "m", True), print):
         raise KeyboardInterrupt
     log = MetricLog(folder / "metrics.jsonl")
     log.write("end", status="KILLED")  # as an earlier version wrote it

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moco.cluster.profile import Profile
-from moco.cluster.sweep import Sweep
+from moco.cluster.sweep import PARAMS, Sweep
 from moco.cluster.workspaces import make
+from moco.config import Config
 from moco.errors import Say, UserError
-from moco.params import nearest
+from moco.params import load, nearest
 from moco.tracking.store import shared_uri
 
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.
 WARNING = 300
 LOGS = Path("slurm/logs")
 TWO_GPUS = "_2gpu"  # a job of this ending is the stage before it, on two GPUs of one node
-PIPELINE = ("pretrain", "train", "baseline", "eval", "request", "train_extra", "eval_extra", "finetune")
+PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval", "request", "train_extra", "eval_extra")
 JOBS = (*PIPELINE, "pretrain_2gpu", "pretrain_continue")
 
 
@@ -82,7 +83,8 @@ def submit(
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
     check_job(name)
-    jobs = PIPELINE if name == "pipeline" else (name,)
+    configs = [task.config for task in sweep.tasks] if sweep is not None else [load(PARAMS)]
+    jobs = _pipeline(configs) if name == "pipeline" else (name,)
     if arguments and len(jobs) > 1:
         raise UserError("arguments for a stage need one stage, not the pipeline")
     path = str(profile_path if sweep is None else profile_path.absolute())
@@ -109,6 +111,13 @@ def submit(
         log = LOGS / f"moco-{job}-{ids[-1]}{'_*' if array else ''}.log"
         say(f"{job}: job {ids[-1]}{f'_[1-{len(array.tasks)}]' if array else ''}, log {log}")
     return ids
+
+
+def _pipeline(configs: Sequence[Config]) -> tuple[str, ...]:
+    """Its jobs, each after what it needs. Fine-tuning waits for labels only where it takes them."""
+    if all(config.finetune.classifier == "classifier" for config in configs):
+        return PIPELINE
+    return (*(job for job in PIPELINE if job != "finetune"), "finetune")
 
 
 def _cancelled(ids: Sequence[str], error: UserError) -> UserError:

@@ -86,6 +86,9 @@ def _made(sweep: Sweep, digest: str) -> bool:
 def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
     project = Path.cwd()
     cache = _run(*DVC, "cache", "dir").decode().strip()
+    labels = [
+        path for path in _git("ls-files", "-z", "--others", LABELS).split("\0") if path
+    ]  # DVC compares the whole folder
     who = {key: _git("config", "--get", "--default", "", key).strip() for key in ("user.name", "user.email")}
     for number, task in enumerate(sweep.tasks, 1):
         place = sweep.folder / str(number)
@@ -97,7 +100,7 @@ def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
         write_text(place / PARAMS, task.text)
         shutil.rmtree(place / "reports", ignore_errors=True)  # of other settings, where they are committed
         _configure(place, sweep.folder / "1", cache)
-        for path in task.files().values():
+        for path in {*task.files().values(), *labels}:
             _link(path, project, place)
         say(f"{sweep.name}-{number}: {task}")
 

@@ -9,7 +9,6 @@ names of classes are numbers themselves, the name is meant.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from moco.data.manifest import Manifest
 from moco.errors import Say, UserError
 from moco.params import nearest
 
-CONTENT = "train_extra.content"  # by this name a classifier keeps what `ExtraLabels.content` says of its labels
 CLASSES_SHOWN = 5
 UNANSWERED, REPEATED, IN_TRAIN, IN_VAL, USED = "no label yet", "repeated", "in train", "in val", "used"
 TOLD = {
@@ -59,10 +57,6 @@ class ExtraLabels:
     order: np.ndarray
     places: list[str]
     answers: list[Answer]
-
-    def content(self) -> str:
-        """A digest of images and labels, whatever their order in the file."""
-        return hashlib.sha256(self.digests.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
 
 def read_extra_labels(

@@ -48,8 +48,10 @@ class TrainedClassifier:
     digest: str
 
 
-def write_classifier(folder: Path, found: Classifier, manifest: Manifest, config: EvalConfig) -> list[Path]:
-    """Writes all three files or none; returns the two that are handed in."""
+def write_classifier(
+    folder: Path, found: Classifier, manifest: Manifest, config: EvalConfig, more: dict[str, Any] | None = None
+) -> list[Path]:
+    """Writes all three files or none; returns the two that are handed in. more: other files of tensors, by name."""
     state = {name: value.detach().cpu().contiguous() for name, value in found.weights.items()}
     best: dict[str, Any] = {
         "format": 1,
@@ -65,6 +67,8 @@ def write_classifier(folder: Path, found: Classifier, manifest: Manifest, config
     with working_folder(folder.parent, f".{folder.name}-") as work:
         save_weights(work / f"model_best_{found.epoch}_{100 * found.accuracy:.2f}.pth", best)
         save_weights(work / WEIGHTS, state)
+        for name, content in (more or {}).items():
+            save_weights(work / name, content)
         write_text(work / SUBMISSION, render(found.architecture, manifest, config))
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

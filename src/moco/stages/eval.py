@@ -27,6 +27,7 @@ from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.stages.workspace import (
     CLASSIFIER,
+    CONTENT,
     HOUSEKEEPING,
     MAKERS,
     MANIFEST,
@@ -73,7 +74,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
     settings = _settings(classifier, hint)
-    if maker and settings and (different := differences(settings, _current(config, maker), HOUSEKEEPING)):
+    if maker and settings and (different := differences(settings, _current(config, maker, settings), HOUSEKEEPING)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
@@ -107,13 +108,12 @@ def _settings(folder: Path, hint: str) -> dict[str, str]:
     return {}
 
 
-def _current(config: Config, maker: str) -> dict[str, Any]:
-    """The present settings of the stages that lead to the classifier."""
+def _current(config: Config, maker: str, theirs: dict[str, str]) -> dict[str, Any]:
+    """The present settings of the stages that lead to the classifier, which was made with `theirs`."""
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
     if maker == "finetune":
         ours.update(flatten(config.finetune, "finetune"))
-    extra = maker == "train_extra" or (maker == "finetune" and config.finetune.classifier == "classifier_extra")
-    if extra and config.train_extra.labels is not None:
+    if CONTENT in theirs:
         ours.update(flatten(config.train_extra, "train_extra"))
     return ours
 

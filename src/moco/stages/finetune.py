@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from moco.config import Config, flatten
 from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import CONTENT, read_extra_labels
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
@@ -30,12 +29,14 @@ from moco.model.encoder import build_encoder, feature_width
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
+from moco.stages.extra_file import read_extra
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import classifier_views, feature_sets, labelled, linear_views
 from moco.stages.workspace import (
     CLASSIFIER,
     CLASSIFIER_EXTRA,
+    CONTENT,
     ENCODER,
     FINETUNED,
     HOUSEKEEPING,
@@ -118,15 +119,15 @@ def run(config: Config) -> None:
     start = read_classifier(source) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
     if start.classes != manifest.classes:
         raise UserError(f"{source}: made for other classes than the data has; run `moco {MAKERS[source]}` again")
+    made, maker = _made(config)
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    if CONTENT in start.settings:
+        ours |= flatten(config.train_extra, "train_extra")
     if different := differences(start.settings, ours, HOUSEKEEPING):
-        say(
-            f"warning: {source} was made with other settings: {'; '.join(different)}; `moco {MAKERS[source]}` makes it "
-            "new"
-        )
+        say(f"warning: {made} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
-    if source == CLASSIFIER_EXTRA:
-        _add_extra(splits, config, manifest, start)
+    if (extra := read_extra(source, splits["unlabeled"], start.settings)) is not None:
+        splits["extra"] = extra
     chain = {
         **start.settings, "pretrain.precision": config.pretrain.precision, **flatten(config.train, "train"),
         **flatten(config.finetune, "finetune"),
@@ -147,7 +148,7 @@ def _run(
     images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
     checkpoints = CheckpointFolder(folder.path, KEEP)
     saved = checkpoints.newest(say)
-    network = _network(start, manifest, _source(config))
+    network = _network(start, manifest, config)
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
@@ -198,21 +199,11 @@ def _source(config: Config) -> Path:
     return CLASSIFIER_EXTRA if config.finetune.classifier == "classifier_extra" else CLASSIFIER
 
 
-def _add_extra(
-    splits: dict[str, DecodedSplit], config: Config, manifest: Manifest, start: TrainedClassifier
-) -> None:  # fmt: skip
-    """Split `extra`, where `train_extra` had labels. Raises UserError where it had, and has checked, others."""
-    path = config.train_extra.labels
-    extra = None if path is None else read_extra_labels(Path(path), config.data, manifest, splits, lambda _: None)
-    if extra is not None and not len(extra.labels):
-        extra = None
-    if (extra and extra.content()) != start.settings.get(CONTENT):
-        raise UserError(
-            f"{CLASSIFIER_EXTRA}: made with other extra labels than train_extra.labels ({path}) has now; run `moco "
-            "train_extra` again"
-        )
-    if extra is not None:
-        splits["extra"] = DecodedSplit(extra.images, extra.labels, extra.digests)
+def _made(config: Config) -> tuple[Path, str]:
+    """The file of the weights that it starts from, and the stage that makes it."""
+    if config.finetune.start == "encoder":
+        return ENCODER, "pretrain"
+    return _source(config) / WEIGHTS, MAKERS[_source(config)]
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
@@ -231,13 +222,14 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     )
 
 
-def _network(start: TrainedClassifier, manifest: Manifest, source: Path) -> nn.Module:
+def _network(start: TrainedClassifier, manifest: Manifest, config: Config) -> nn.Module:
     network = build_encoder(start.architecture, len(manifest.classes))
     try:
         network.load_state_dict(start.weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{source / WEIGHTS}: does not fit: {reason}; run `moco {MAKERS[source]}` again") from None
+        path, maker = _made(config)
+        raise UserError(f"{path}: does not fit: {reason}; run `moco {maker}` again") from None
     return network
 
 

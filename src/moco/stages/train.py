@@ -21,6 +21,7 @@ from moco.model.encoder import build_encoder, load_body, strip_head
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
+from moco.stages.extra_file import EXTRA_LABELS, packed
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
@@ -115,7 +116,9 @@ def train_classifier(
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
         weights = _with_layer(encoder, classes, fit)
         found = Classifier(encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain)
-        files = write_classifier(folder, found, manifest, config.eval)
+        extra = inputs.splits.get("extra")
+        kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
+        files = write_classifier(folder, found, manifest, config.eval, kept)
         report = REPORTS / stage
         for path in artifacts:
             record.artifact(path)

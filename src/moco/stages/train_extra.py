@@ -17,12 +17,13 @@ from torch import Tensor
 
 from moco.config import Config
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import CONTENT, Answer, ExtraLabels, read_extra_labels
+from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import write_text
+from moco.stages.extra_file import content
 from moco.stages.train import Inputs, open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, FORM, LABELS, REPORTS, REQUEST, say
+from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, REPORTS, REQUEST, say
 from moco.training.label_check import check_labels
 
 REPORT = REPORTS / "train_extra"
@@ -58,7 +59,7 @@ def run(config: Config) -> None:
     def check(features: Tensor) -> None:
         _check(config, inputs, extra, features)
 
-    settings = {"train_extra.labels": config.train_extra.labels, CONTENT: extra.content()}
+    settings = {"train_extra.labels": config.train_extra.labels, CONTENT: content(extra.digests, extra.labels)}
     train_classifier(
         config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.labels))}, check,
         [REPORT / "labels.csv"],

@@ -31,6 +31,7 @@ LABELS = Path("labels")  # files that people make; DVC looks for changes in it
 REPORTS = Path("reports")
 RUNS = Path("runs")
 LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its process is alive
+CONTENT = "train_extra.content"  # a setting of classifiers with extra labels: which they are
 MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
 
 # Settings that change what is looked at or kept, not what is learned: they do not make another run of it.

@@ -106,7 +106,10 @@ class Run:
         self.metric_log.write("artifact", path=self._keep(path, "artifacts"))
 
     def picture(self, name: str, write: Callable[[Path], object]) -> None:
-        """A PNG for people, named without its ending. What goes wrong with it is a warning: nothing depends on it."""
+        """A PNG for people, named without its ending, unless tracking.pictures is false. What goes wrong with it is a
+        warning: nothing depends on it."""
+        if not self.config.pictures:
+            return
         path = self.folder / "artifacts" / f"{name}.png"
         try:
             write_atomically(path, write)

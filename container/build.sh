@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prefix=/opt/moco
+export UV_NO_CACHE=1 # else a folder of the builder's stays in the home, and others cannot write theirs
 TORCH=${TORCH:-2.6.0}             # the newest whose wheels run on glibc 2.27 (Ubuntu 18.04); 2.7 needs 2.28
 TORCHVISION=${TORCHVISION:-0.21.0}
 TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cu118}  # empty: the default package index
@@ -49,7 +50,8 @@ python311() { # a Python 3.11 in $prefix: the base's where it has one, else fetc
 packages() {
   fresh packages requirements/image.txt requirements/uv.txt || return 0
   [ -x "$prefix/bin/python" ] || python311
-  local uv=("$prefix/bin/uv" pip install --quiet --no-cache --python "$prefix/bin/python")
+  # With bytecode: nobody can write it later, and without it every command compiles torch anew.
+  local uv=("$prefix/bin/uv" pip install --quiet --compile-bytecode --python "$prefix/bin/python")
   "${uv[@]}" --require-hashes -r requirements/image.txt
   # torch by itself from its own index, then the CUDA libraries that this very build asks for, from there too.
   local index=(${TORCH_INDEX:+--index-url "$TORCH_INDEX"})
@@ -57,12 +59,13 @@ packages() {
   "$prefix/bin/python" -c 'from importlib.metadata import requires
 print("\n".join(r for r in requires("torch") if r.startswith(("nvidia-", "triton", "pytorch-triton")) and "extra ==" not in r))' |
     "${uv[@]}" "${index[@]}" --no-deps -r -
+  "$prefix/bin/python" -m compileall -q -x 'site-packages|/test/' "$("$prefix/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')"
   "$prefix/bin/uv" pip check --quiet --python "$prefix/bin/python"
   touch "$stamp"
 }
 
 project() {
-  "$prefix/bin/uv" pip install --quiet --no-cache --python "$prefix/bin/python" --no-deps --no-build-isolation --reinstall-package moco-pipeline .
+  "$prefix/bin/uv" pip install --quiet --compile-bytecode --python "$prefix/bin/python" --no-deps --no-build-isolation --reinstall-package moco-pipeline .
   # In a checkout its own code runs, which is what DVC hashes; elsewhere the image's.
   cat >"$prefix/bin/moco" <<'SCRIPT'
 #!/bin/sh

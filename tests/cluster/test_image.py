@@ -104,6 +104,15 @@ def test_the_self_test_passes_and_versions_are_those_of_old_glibc(image: str, ch
     assert versions.startswith("2.6.0") and versions.split()[1] == "20.0.0"
 
 
+def test_nothing_is_compiled_anew_and_the_home_is_everybodys(image: str, checkout: Path) -> None:
+    script = "import importlib.util as u, os, sys; " + "; ".join(
+        f"assert os.path.exists(u.cache_from_source(u.find_spec('{name}').origin)), '{name}'"
+        for name in ("torch", "torchvision", "mlflow", "dvc", "json")
+    )
+    inside(image, checkout, "python", "-c", script)
+    inside(image, checkout, "bash", "-c", "mkdir -p ~/.cache/anything")
+
+
 def test_the_suite_passes_inside_with_the_images_versions(image: str, checkout: Path) -> None:
     script = (
         "uv pip install --quiet --no-cache --target /tmp/dev --require-hashes -r requirements/image-test.txt && "

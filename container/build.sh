@@ -59,7 +59,7 @@ packages() {
   "$prefix/bin/python" -c 'from importlib.metadata import requires
 print("\n".join(r for r in requires("torch") if r.startswith(("nvidia-", "triton", "pytorch-triton")) and "extra ==" not in r))' |
     "${uv[@]}" "${index[@]}" --no-deps -r -
-  "$prefix/bin/python" -m compileall -q -x 'site-packages|/test/' "$("$prefix/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')"
+  "$prefix/bin/python" -m compileall -q -x 'site-packages|/tests?/' "$("$prefix/bin/python" -c 'import os; print(os.path.dirname(os.__file__))')"
   "$prefix/bin/uv" pip check --quiet --python "$prefix/bin/python"
   touch "$stamp"
 }

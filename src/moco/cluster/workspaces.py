@@ -86,9 +86,8 @@ def _made(sweep: Sweep, digest: str) -> bool:
 def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
     project = Path.cwd()
     cache = _run(*DVC, "cache", "dir").decode().strip()
-    labels = [
-        path for path in _git("ls-files", "-z", "--others", LABELS).split("\0") if path
-    ]  # DVC compares the whole folder
+    # DVC compares the folder as a whole.
+    labels = [path for path in _git("ls-files", "-z", "--others", LABELS).split("\0") if path]
     who = {key: _git("config", "--get", "--default", "", key).strip() for key in ("user.name", "user.email")}
     for number, task in enumerate(sweep.tasks, 1):
         place = sweep.folder / str(number)

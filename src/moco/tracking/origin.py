@@ -104,9 +104,9 @@ def _code() -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-@functools.cache  # half a second, mostly for what stands below the headers: descriptions of pages
+@functools.cache
 def _packages() -> str:
-    """A digest of names and versions of all that is installed."""
+    """A digest of names and versions of all that is installed. Only headers are parsed: descriptions run to pages."""
     found = []
     for package in importlib.metadata.distributions():
         text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""

@@ -105,7 +105,7 @@ def test_the_self_test_passes_and_versions_are_those_of_old_glibc(image: str, ch
 
 
 def test_nothing_is_compiled_anew_and_the_home_is_everybodys(image: str, checkout: Path) -> None:
-    script = "import importlib.util as u, os, sys; " + "; ".join(
+    script = "import importlib.util as u, os; " + "; ".join(
         f"assert os.path.exists(u.cache_from_source(u.find_spec('{name}').origin)), '{name}'"
         for name in ("torch", "torchvision", "mlflow", "dvc", "json")
     )

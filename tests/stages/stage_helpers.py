@@ -1,12 +1,21 @@
-"""Running stages, and scoring what they leave as an outsider."""
+"""Running and interrupting stages, and scoring what they leave as an outsider."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
 
 from conftest import Moco
+from moco.stages.supervised import SupervisedStep
 
 # A scorer that knows nothing of this project: submission.py, model_sub.pth and the dataset folder.
 SCORER = """
@@ -33,6 +42,21 @@ with torch.no_grad():
         right += int((model(torch.stack(images)).argmax(1) == labels[list(part)]).sum())
 print(right, len(labels))
 """
+
+
+@contextmanager
+def signalled(step: int) -> Iterator[None]:
+    """SIGTERM comes while fine-tuning is in this step."""
+    call = SupervisedStep.__call__
+
+    def interrupted(self: SupervisedStep, indices: Any, images: Tensor, fraction: float, number: int) -> Any:
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, indices, images, fraction, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SupervisedStep, "__call__", interrupted)
+        yield
 
 
 def run_all(moco: Moco, *stages: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stage_helpers import outside_score, run_all
+from stage_helpers import outside_score, run_all, signalled
 from torch import Tensor
 
 from conftest import Moco, assert_one_line_error, write_params
@@ -201,15 +200,7 @@ def test_the_best_epoch_survives_an_interruption(
 
     (project / "runs").rename(project / "runs-undisturbed")
     (project / "models/finetuned").rename(project / "undisturbed")
-    call = SupervisedStep.__call__
-
-    def interrupted(self: SupervisedStep, indices: Any, images: Tensor, fraction: float, number: int) -> Any:
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(self, indices, images, fraction, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SupervisedStep, "__call__", interrupted)
+    with signalled(4):
         done = moco("finetune")
     assert done.returncode == 128 + signal.SIGTERM and "the same command continues" in done.stderr
     assert not (project / "models/finetuned").exists()

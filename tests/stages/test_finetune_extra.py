@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from io import BytesIO
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_helpers import run_all
+from stage_helpers import run_all, signalled
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.stages.supervised import SupervisedStep
@@ -108,9 +107,7 @@ def test_the_last_layer_begins_with_the_extra_labels(
     assert not torch.allclose(views[0, -3], views[0, -2], atol=1e-3)
 
 
-def test_answers_that_come_meanwhile_wait_for_train_extra(
-    moco: Moco, with_extra: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_that_come_meanwhile_wait_for_train_extra(moco: Moco, with_extra: Path) -> None:
     """`moco label` goes on while a job is interrupted and continues: the labels are those that were checked."""
     write(with_extra, finetune__pool=3)
     run_all(moco, "finetune")
@@ -118,15 +115,7 @@ def test_answers_that_come_meanwhile_wait_for_train_extra(
     before = weights.read_bytes()
     (with_extra / "runs").rename(with_extra / "runs-undisturbed")
     weights.unlink()
-    call = SupervisedStep.__call__
-
-    def interrupted(this: SupervisedStep, indices: Any, images: Any, fraction: float, number: int) -> Any:
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(this, indices, images, fraction, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SupervisedStep, "__call__", interrupted)
+    with signalled(4):
         assert moco("finetune").returncode == 128 + signal.SIGTERM
     write(with_extra, {**EXTRA, "8.png": 3}, finetune__pool=3)
     done = moco("finetune")

@@ -11,7 +11,6 @@ from pathlib import Path
 from moco.cluster.profile import Profile
 from moco.cluster.sweep import PARAMS, Sweep
 from moco.cluster.workspaces import make
-from moco.config import Config
 from moco.errors import Say, UserError
 from moco.params import load, nearest
 from moco.tracking.store import shared_uri
@@ -83,8 +82,7 @@ def submit(
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
     check_job(name)
-    configs = [task.config for task in sweep.tasks] if sweep is not None else [load(PARAMS)]
-    jobs = _pipeline(configs) if name == "pipeline" else (name,)
+    jobs = _pipeline(sweep) if name == "pipeline" else (name,)
     if arguments and len(jobs) > 1:
         raise UserError("arguments for a stage need one stage, not the pipeline")
     path = str(profile_path if sweep is None else profile_path.absolute())
@@ -113,8 +111,11 @@ def submit(
     return ids
 
 
-def _pipeline(configs: Sequence[Config]) -> tuple[str, ...]:
-    """Its jobs, each after what it needs. Fine-tuning waits for labels only where it takes them."""
+def _pipeline(sweep: Sweep | None) -> tuple[str, ...]:
+    """Its jobs, each after what it needs. Fine-tuning waits for labels only where it takes them.
+
+    Raises UserError where params.yaml, which decides that without a sweep, is wrong."""
+    configs = [load(PARAMS)] if sweep is None else [task.config for task in sweep.tasks]
     if all(config.finetune.classifier == "classifier" for config in configs):
         return PIPELINE
     return (*(job for job in PIPELINE if job != "finetune"), "finetune")

@@ -27,11 +27,12 @@ from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.stages.workspace import (
     CLASSIFIER,
-    CONTENT,
+    FINETUNED,
     HOUSEKEEPING,
     MAKERS,
     MANIFEST,
     REPORTS,
+    classifier_settings,
     differences,
     open_run_folder,
     run_key,
@@ -74,7 +75,10 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
     settings = _settings(classifier, hint)
-    if maker and settings and (different := differences(settings, _current(config, maker, settings), HOUSEKEEPING)):
+    ours = classifier_settings(config, settings)
+    if maker == MAKERS[FINETUNED]:
+        ours |= flatten(config.finetune, "finetune")
+    if maker and settings and (different := differences(settings, ours, HOUSEKEEPING)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
@@ -106,16 +110,6 @@ def _settings(folder: Path, hint: str) -> dict[str, str]:
         settings: dict[str, str] = load_weights(path, hint).get("settings", {})
         return settings
     return {}
-
-
-def _current(config: Config, maker: str, theirs: dict[str, str]) -> dict[str, Any]:
-    """The present settings of the stages that lead to the classifier, which was made with `theirs`."""
-    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
-    if maker == "finetune":
-        ours.update(flatten(config.finetune, "finetune"))
-    if CONTENT in theirs:
-        ours.update(flatten(config.train_extra, "train_extra"))
-    return ours
 
 
 def load_submission(path: Path, hint: str) -> ModuleType:

@@ -36,7 +36,6 @@ from moco.stages.train import classifier_views, feature_sets, labelled, linear_v
 from moco.stages.workspace import (
     CLASSIFIER,
     CLASSIFIER_EXTRA,
-    CONTENT,
     ENCODER,
     FINETUNED,
     HOUSEKEEPING,
@@ -44,6 +43,7 @@ from moco.stages.workspace import (
     MANIFEST,
     REPORTS,
     RunFolder,
+    classifier_settings,
     differences,
     open_run_folder,
     run_key,
@@ -120,10 +120,7 @@ def run(config: Config) -> None:
     if start.classes != manifest.classes:
         raise UserError(f"{source}: made for other classes than the data has; run `moco {MAKERS[source]}` again")
     made, maker = _made(config)
-    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
-    if CONTENT in start.settings:
-        ours |= flatten(config.train_extra, "train_extra")
-    if different := differences(start.settings, ours, HOUSEKEEPING):
+    if different := differences(start.settings, classifier_settings(config, start.settings), HOUSEKEEPING):
         say(f"warning: {made} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     if (extra := read_extra(source, splits["unlabeled"], start.settings)) is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from moco.config import Config, flatten
 from moco.errors import UserError, one_line
 from moco.files import home, scratch_place, write_text
 from moco.holder import held
@@ -74,6 +75,13 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[st
         for name, value in ours.items()
         if name not in but and (name not in theirs or str(theirs[name]) != str(value))
     ]
+
+
+def classifier_settings(config: Config, theirs: dict[str, str]) -> dict[str, Any]:
+    """The present settings of the stages before a classifier that was made with `theirs`: of `train_extra` too where it
+    has extra labels."""
+    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    return {**ours, **flatten(config.train_extra, "train_extra")} if CONTENT in theirs else ours
 
 
 def run_key(settings: dict[str, Any], digest: str) -> str:

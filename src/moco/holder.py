@@ -62,10 +62,10 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
             if not is_ours():  # this process stood still, or both began at once: the other one has the folder
                 say(f"error: {folder}: taken over by {_read(path)[1].get('host')} while this process stood still")
                 os._exit(1)  # at once: whatever it wrote now would be written between the other's files
-            _sign(path, {**mine, "beat": beat})
+            _sign(handle, {**mine, "beat": beat})
             beat, pause = beat + 1, BEAT
 
-    _sign(path, {**mine, "beat": 0})
+    handle = _begin(path, {**mine, "beat": 0})
     thread = threading.Thread(target=live, name="sign of life", daemon=True)
     thread.start()
     try:
@@ -73,20 +73,32 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        if handle is not None:
+            os.close(handle)
         if is_ours():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
-def _sign(path: Path, sign: dict[str, object]) -> None:
+def _begin(path: Path, sign: dict[str, object]) -> int | None:
+    """A new file in the place of the one before, open for the signs to come: one who was succeeded while it stood still
+    between looking and signing writes to the file of before, which nobody reads any more. None on a full disk."""
+    fresh = path.with_name(f".{NAME}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    except OSError:  # a full disk is told by those who write something that matters
+        return None
+    _sign(handle, sign)
+    with contextlib.suppress(OSError):
+        fresh.replace(path)
+    return handle
+
+
+def _sign(handle: int | None, sign: dict[str, object]) -> None:
     """In place and always of one length: a disk that has become full takes it as well."""
-    line = json.dumps(sign).ljust(LENGTH).encode()
-    with contextlib.suppress(OSError):  # a full disk is told by those who write something that matters
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            os.pwrite(handle, line, 0)
-        finally:
-            os.close(handle)
+    if handle is not None:
+        with contextlib.suppress(OSError):
+            os.pwrite(handle, json.dumps(sign).ljust(LENGTH).encode(), 0)
 
 
 def _watch(path: Path, text: str, other: dict[str, object], what: str, say: Say) -> None:

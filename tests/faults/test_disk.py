@@ -183,7 +183,12 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
     folder = tmp_path / "run"
     folder.mkdir()
     code = (
-        "import sys, time; from pathlib import Path; from moco import holder; holder.BEAT = 0.5\n"
+        "import signal, sys, time; from pathlib import Path; from moco import holder\n"
+        "holder.BEAT, sign = 0.5, holder._sign\n"
+        "def slow(handle, content):\n"
+        "    if Path(sys.argv[1], 'stand-still').exists(): signal.raise_signal(signal.SIGSTOP)\n"
+        "    sign(handle, content)\n"
+        "holder._sign = slow\n"
         "with holder.held(Path(sys.argv[1]), 'moco pretrain', print): print('holds', flush=True); time.sleep(60)"
     )
     words = [*elsewhere(project, tmp_path), sys.executable, "-c", code, str(folder)]
@@ -195,16 +200,23 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
         with refusal, holder.held(folder, "moco pretrain", said.append):
             pass
         assert len(said) == 1
-        # It stands still for so long that it counts as dead, is succeeded, and moves again.
+        # It stands still for so long that it counts as dead, is succeeded, and moves again: it has just looked whether
+        # the folder is its own, and would sign next.
         monkeypatch.setattr(holder, "PATIENCE", 2.0)
-        os.killpg(other.pid, signal.SIGSTOP)
+        monkeypatch.setattr(holder, "FIRST_BEAT", 0.2)
+        monkeypatch.setattr(holder, "BEAT", 0.2)
+        monkeypatch.setattr("os._exit", lambda _: said.append("ended"))  # instead of this process, without a word
+        (folder / "stand-still").touch()
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+        (folder / "stand-still").unlink()
         with holder.held(folder, "moco pretrain", said.append):
             os.killpg(other.pid, signal.SIGCONT)
             rest, _ = other.communicate(timeout=30)
             assert other.returncode == 1 and "taken over by" in rest, rest
             _, sign = holder._read(folder / holder.NAME)
             assert sign["pid"] == os.getpid(), "it did not touch the sign of its successor"
-        assert said[-1].endswith("no sign of life; going on with it")
+            time.sleep(0.5)
+        assert said[-1].endswith("no sign of life; going on with it"), said
         assert not (folder / holder.NAME).exists()
     finally:
         if other.poll() is None:

@@ -49,7 +49,8 @@ def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> 
         batch_size=args.batch, weight_decay=1e-4, precision=args.precision, **split,
     )  # fmt: skip
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
-    step = ContrastStep(config, views, device, choose_precision(args.precision, device))
+    precision = choose_precision(args.precision, device)
+    step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs)
     flops = pass_flops(step, args.size, args.batch)
     sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=device.type == "cuda")
     number, total = 0, args.calls + 3
@@ -74,6 +75,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--deterministic", action="store_true", help="as runtime.deterministic; compare with a run without"
     )
+    parser.add_argument("--no-graphs", action="store_true", help="as runtime.cuda_graphs: false")
     for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 30)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()

@@ -53,7 +53,7 @@ def settings(**changes: Any) -> PretrainConfig:
         "epochs": 200, "minutes": None, "batch_size": 128,
         "accumulate": 1, "lr": 0.03, "sgd_momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "warmup": 0.0,
         "milestones": (), "subset": 1.0, "precision": "auto", "holdout": 0.1, "monitor_every": 5,
-        "knn_neighbours": 20, "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 20, "seed": 0,
+        "knn_neighbours": 20, "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 20, "steps_back": 0, "seed": 0,
     }  # fmt: skip
     return PretrainConfig(**values | changes)
 

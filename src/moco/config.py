@@ -210,6 +210,7 @@ class RuntimeConfig:
     device: str
     threads: CountOrZero
     deterministic: bool
+    cuda_graphs: bool
     scratch: str
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from moco.data import views
+from moco.data import pixels, views
 from moco.data.views import ViewRecipe, Views, recipe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -199,12 +200,30 @@ def test_a_view_does_not_depend_on_the_other_images_of_its_batch(name: str) -> N
 def test_jitter_order_is_shared_within_a_group_and_drawn_anew_for_the_next() -> None:
     factors = torch.tensor([[0.6, 1.4, 0.6, 0.1]]).expand(3 * views.JITTER_GROUP, -1)
     images = torch.rand(1, 3, 6, 6, generator=seeded(1)).repeat(3 * views.JITTER_GROUP, 1, 1, 1)
-    groups = views.jitter(images, factors, torch.ones(len(images), dtype=torch.bool), seeded(1)).split(
-        views.JITTER_GROUP
-    )
+    drawn = maker(recipe("v2", WHOLE, BLUR), 6).draw(images, seeded(1))
+    assert [group for group, _ in drawn.orders] == [slice(64 * i, 64 * i + 64) for i in range(3)]
+    everyone = torch.ones(len(images), dtype=torch.bool)
+    groups = pixels.jitter(images, factors, everyone, drawn.orders).split(views.JITTER_GROUP)
     for group in groups:
         assert torch.all(same(group, group[:1].expand_as(group)))
     assert len(torch.unique(torch.stack([group[0].flatten() for group in groups]).round(decimals=4), dim=0)) > 1
+
+
+@pytest.mark.parametrize("size", [24, 70])
+@pytest.mark.parametrize("name", ["v1", "v2", "v2_no_blur", "crop"])
+def test_a_batch_without_choices_gets_the_same_views(name: str, size: int) -> None:
+    """What a GPU replays: every operation for every image, neutral where it was not drawn."""
+    make = maker(recipe(name, (0.2, 1.0), (2.0, 9.0)), size)
+    unit = make.to_unit(noise(150, 24))
+    for place in ((0, 150), (40, 300)):
+        found = make.augment_all(unit, make.draw(unit, seeded(3), *place).table())
+        torch.testing.assert_close(found, make.augment(unit, seeded(3), *place), rtol=0, atol=1e-5)
+
+
+def test_every_order_of_the_jitter_is_found_in_one() -> None:
+    for order in itertools.permutations(range(4)):
+        at = pixels.places(order)
+        assert at == sorted(at) and tuple(pixels.ALL_ORDERS[place] for place in at) == order
 
 
 def test_plain_images_are_normalised_and_nothing_else() -> None:

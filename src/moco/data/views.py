@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from moco.data.pixels import ALL_ORDERS, NEUTRAL, blur, gray, jitter, jitter_all, places, resample
 
 JITTER_GROUP = 64  # images that share an order; large enough for both cores, small enough for the cache
 CROP_ATTEMPTS = 10  # as torchvision: after ten crops that do not fit, the centre is taken
 REFERENCE_SIZE = 224  # pixels; blur is stated for this size and scaled to the real one
-ENLARGED = 64  # pixels; from here on, looking pixels up is faster than a product of matrices (measured on a CPU)
 SMALLEST_SIGMA = 0.3  # pixels; a narrower blur changes no pixel by more than 1 % of its neighbour
 COLUMNS = 2 * CROP_ATTEMPTS + 11  # uniform numbers that one view of one image uses
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 
 
 @dataclass(frozen=True)
@@ -83,147 +81,32 @@ def crop_boxes(uniform: Tensor, height: int, width: int, scale: tuple[float, flo
     return torch.stack([top, left, h, w], 1)
 
 
-def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, flip: Tensor) -> Tensor:
-    """Matrices, B x outputs x inputs, that resample the pixels [start, start + length) to `outputs` pixels.
+@dataclass(frozen=True)
+class Drawn:
+    """The random parameters of one view of B images, on the CPU.
 
-    Bilinear with anti-aliasing: a triangle as wide as the larger of an input and an output pixel, cut off at
-    the box and normalised (PIL's and torchvision's resampling). Where `flip` is set the order is reversed.
-    """
-    device = start.device
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / outputs
-    o = torch.arange(outputs, device=device, dtype=torch.float32)[None, :, None]
-    o = torch.where(flip[:, None, None], outputs - 1 - o, o)
-    x = torch.arange(inputs, device=device, dtype=torch.float32)[None, None, :] - start  # place in the box
-    distance = (x + 0.5 - (o + 0.5) * scale).abs_().div_(scale.clamp(min=1))
-    weight = (1 - distance).clamp_(min=0)
-    weight.mul_((x >= 0) & (x < length))
-    return weight.div_(weight.sum(2, keepdim=True))
+    boxes: B x 4 (top, left, height, width). factors: B x 4, of the jitter. orders: the images that share an order of
+    its operations, and which. sigma: B, pixels. The others, B: which images an operation is for."""
 
+    boxes: Tensor
+    flipped: Tensor
+    jittered: Tensor
+    factors: Tensor
+    orders: list[tuple[slice, list[int]]]
+    grayed: Tensor
+    blurred: Tensor
+    sigma: Tensor
 
-def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur with reflected borders, B x 3 x H x W. sigma: B, pixels. radius: pixels on each side that a pixel
-    is made from; those beyond 4 sigma would not be seen.
-
-    Shifted images are added up, weighted, as every image has its own bell."""
-    for dimension in (2, 3):
-        length = images.shape[dimension]
-        reach = min(radius, length - 1)
-        distance = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
-        bell = torch.exp(distance.square() * (-0.5 / sigma.float().square()[:, None]))
-        bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
-        padding = (0, 0, reach, reach) if dimension == 2 else (reach, reach, 0, 0)
-        padded = F.pad(images, padding, mode="reflect")
-        images = padded.narrow(dimension, reach, length) * bell[:, reach]
-        for shift in range(2 * reach + 1):
-            if shift != reach:
-                images.addcmul_(padded.narrow(dimension, shift, length), bell[:, shift])
-    return images
-
-
-def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T for every image and channel: B x 3 x H x W -> B x 3 x H' x W'."""
-    b, c, h, w = images.shape
-    images = torch.bmm(images.reshape(b, c * h, w), columns.transpose(1, 2)).view(b, c, h, -1)
-    return torch.matmul(rows[:, None], images)
-
-
-def _bilinear(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Boxes enlarged: two pixels by two make one, of the box alone."""
-    height, width = images.shape[2:]
-
-    def places(start: Tensor, length: Tensor, pixels: int, mirrored: Tensor) -> Tensor:
-        o = torch.arange(size, device=images.device, dtype=torch.float32)[None, :]
-        o = torch.where(mirrored[:, None], size - 1 - o, o)
-        x = (o + 0.5) * (length / size)[:, None] - 0.5
-        x = torch.minimum(x.clamp(min=0), length[:, None] - 1) + start[:, None]
-        return x * 2 / max(pixels - 1, 1) - 1  # as grid_sample counts
-
-    top, left, h, w = boxes.float().unbind(1)
-    y, x = places(top, h, height, torch.zeros_like(flip)), places(left, w, width, flip)
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3).clamp_(-1, 1)
-    # Not padding_mode="border", which Apple's MPS does not have in all versions: nothing lies beyond the border now.
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-
-
-def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Boxes (top, left, height, width), B x 4, of images B x 3 x H x W, mirrored where `flip` is set: B x 3 x size x
-    size, as PIL and torchvision resample with anti-aliasing."""
-    height, width = images.shape[2:]
-    if size >= max(height, width, ENLARGED):
-        return _bilinear(images, boxes, size, flip)
-    rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, size, torch.zeros_like(flip))
-    return _separable(images, rows, resampling_matrix(boxes[:, 1], boxes[:, 3], width, size, flip))
-
-
-def gray(images: Tensor) -> Tensor:
-    """Luminance, B x 1 x H x W."""
-    r, g, b = images.unbind(1)
-    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(1)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """In place; `factor` is B x 1 x 1 x 1. So are the next two."""
-    return images.mul_(factor).clamp_(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = gray(images).mean((2, 3), keepdim=True)
-    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    luminance = gray(images)  # before the images are scaled in place
-    return images.mul_(factor).add_(luminance * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay."""
-    r, g, b = images.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    inverse = chroma.clamp(min=1e-8).reciprocal_()  # grey: any number will do, as the differences are 0
-    hue = torch.where(  # in sixths of a turn, from -1 to 5
-        value == r,
-        (g - b).mul_(inverse),
-        torch.where(value == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4)),
-    )
-    turns = turns.squeeze(1)
-    hue.add_(6 * turns)
-    # What a channel lacks to the value is a trapezoid around the circle: 1 up to a sixth from its middle and 0 from two
-    # sixths on. The distance from the opposite side, less 1, is that between 0 and 1, up to seven sixths away, so green
-    # takes the nearer of its two middles. 1 more is computed, and added to the value: one operation less.
-    ceiling = value.add_(chroma)
-    middles: tuple[float | Tensor, ...] = (3, torch.where(turns < 0, -1, 5), 1)
-    for channel, middle in enumerate(middles):
-        lack = (hue - middle).abs_().sub_(3).abs_().clamp_(1, 2)
-        torch.addcmul(ceiling, chroma, lack, value=-1, out=images[:, channel])
-    return images
-
-
-_JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue,
-)  # fmt: skip
-
-
-def jitter(
-    images: Tensor, factors: Tensor, chosen: Tensor, generator: torch.Generator, first: int = 0,
-    total: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns), on the images' device.
-    chosen: B, bool, on the CPU: the images that are jittered. first, total: the images stand from place `first` on in
-    a batch of `total`, and are treated as they would be there."""
-    factors = factors[:, :, None, None, None]
-    for start in range(-first, (total or len(images)) - first, JITTER_GROUP):
-        operations = torch.randperm(4, generator=generator).tolist()  # drawn for the groups of others too
-        group = slice(max(start, 0), max(start + JITTER_GROUP, 0))
-        rows = chosen[group].nonzero().squeeze(1).to(images.device, non_blocking=True)
-        if len(rows):
-            part, own = images[group][rows], factors[group][rows]
-            for operation in operations:
-                _JITTER[operation](part, own[:, operation])
-            images[group][rows] = part
-    return images
+    def table(self) -> Tensor:
+        """All of it as numbers, B x (8 + len(ALL_ORDERS)); what is not for an image is neutral."""
+        neutral = torch.tensor([NEUTRAL[operation] for operation in ALL_ORDERS])
+        factors = neutral.repeat(len(self.boxes), 1)
+        for group, order in self.orders:
+            factors[group, places(order)] = self.factors[group, order]
+        factors = torch.where(self.jittered[:, None], factors, neutral)
+        chosen = torch.stack([self.flipped, self.grayed, self.blurred], 1).float()
+        sigma = self.sigma.clamp(min=SMALLEST_SIGMA)[:, None]
+        return torch.cat([self.boxes, chosen, sigma, factors], 1)
 
 
 class Views:
@@ -267,32 +150,63 @@ class Views:
 
         first, total: the images stand from place `first` on in a batch of `total`, of which other processes have the
         rest. Views, and the generator afterwards, are those of a process that has the whole batch."""
-        b, _, height, width = unit.shape
-        r = self.recipe
-        uniform = torch.rand(total or b, COLUMNS, generator=generator)[first : first + b]
-        boxes = crop_boxes(uniform, height, width, r.crop_scale)
-        rest = uniform[:, 2 * CROP_ATTEMPTS + 2 :]  # B x 9
-        strengths = torch.tensor([r.brightness, r.contrast, r.saturation, r.hue])
-        jittered = rest[:, 0] < r.jitter_probability
-        factors = strengths * (2 * rest[:, 1:5] - 1)
-        factors[:, :3] = (factors[:, :3] + 1).clamp(min=0)
-        grayed = (rest[:, 5] < r.grayscale_probability).nonzero().squeeze(1)
-        sigma = r.blur_sigma[0] + (r.blur_sigma[1] - r.blur_sigma[0]) * rest[:, 6]
-        sigma *= self.size / REFERENCE_SIZE
-        blurred = ((rest[:, 7] < r.blur_probability) & (sigma >= SMALLEST_SIGMA)).nonzero().squeeze(1)
-        flipped = rest[:, 8] < r.flip_probability
+        drawn = self.draw(unit, generator, first, total)
 
         def move(values: Tensor) -> Tensor:
             return values.to(self.device, non_blocking=True)
 
-        images = resample(unit, move(boxes.float()), self.size, move(flipped))
-        if r.jitter_probability > 0:
-            jitter(images, move(factors), jittered, generator, first, total)
-        if len(grayed):
+        images = resample(unit, move(drawn.boxes), self.size, move(drawn.flipped))
+        if drawn.orders:
+            jitter(images, move(drawn.factors), drawn.jittered, drawn.orders)
+        if len(grayed := drawn.grayed.nonzero().squeeze(1)):
             chosen = move(grayed)
             images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
-        if len(blurred):
+        if len(blurred := drawn.blurred.nonzero().squeeze(1)):
             chosen = move(blurred)
-            reach = max(1, math.floor(4 * r.blur_sigma[1] * self.size / REFERENCE_SIZE))
-            images[chosen] = blur(images[chosen], move(sigma[blurred]), reach)
+            images[chosen] = blur(images[chosen], move(drawn.sigma[blurred]), self.reach)
+        return images
+
+    @property
+    def reach(self) -> int:
+        """Pixels on each side that the widest blur needs."""
+        return max(1, math.floor(4 * self.recipe.blur_sigma[1] * self.size / REFERENCE_SIZE))
+
+    def draw(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Drawn:
+        """What `augment` draws for B images of `to_unit`."""
+        b, _, height, width = unit.shape
+        r, whole = self.recipe, total or len(unit)
+        uniform = torch.rand(whole, COLUMNS, generator=generator)[first : first + b]
+        orders = []
+        if r.jitter_probability > 0:
+            for start in range(-first, whole - first, JITTER_GROUP):
+                order = torch.randperm(4, generator=generator).tolist()  # drawn for the groups of others too
+                if start + JITTER_GROUP > 0 and start < b:
+                    orders.append((slice(max(start, 0), min(start + JITTER_GROUP, b)), order))
+        rest = uniform[:, 2 * CROP_ATTEMPTS + 2 :]  # B x 9
+        strengths = torch.tensor([r.brightness, r.contrast, r.saturation, r.hue])
+        factors = strengths * (2 * rest[:, 1:5] - 1)
+        factors[:, :3] = (factors[:, :3] + 1).clamp(min=0)
+        sigma = r.blur_sigma[0] + (r.blur_sigma[1] - r.blur_sigma[0]) * rest[:, 6]
+        sigma *= self.size / REFERENCE_SIZE
+        return Drawn(
+            boxes=crop_boxes(uniform, height, width, r.crop_scale).float(),
+            flipped=rest[:, 8] < r.flip_probability,
+            jittered=rest[:, 0] < r.jitter_probability,
+            factors=factors,
+            orders=orders,
+            grayed=rest[:, 5] < r.grayscale_probability,
+            blurred=(rest[:, 7] < r.blur_probability) & (sigma >= SMALLEST_SIGMA),
+            sigma=sigma,
+        )
+
+    def augment_all(self, unit: Tensor, table: Tensor) -> Tensor:
+        """`augment` by `Drawn.table`, on the device, with every operation done for every image."""
+        boxes, (flipped, grayed, blurred), sigma = table[:, :4], table[:, 4:7].bool().unbind(1), table[:, 7]
+        images = resample(unit, boxes, self.size, flipped)
+        if self.recipe.jitter_probability > 0:
+            jitter_all(images, table[:, 8:])
+        if self.recipe.grayscale_probability > 0:
+            images = torch.where(grayed[:, None, None, None], gray(images), images)
+        if self.recipe.blur_probability > 0:
+            images = torch.where(blurred[:, None, None, None], blur(images, sigma, self.reach), images)
         return images

@@ -27,6 +27,12 @@ class Contrast(NamedTuple):
     keys: Tensor
 
 
+class Replay(Protocol):
+    """A faster call of an encoder. Of two calls before the backward pass of the first, one takes another slot."""
+
+    def __call__(self, images: Tensor, slot: int = 0) -> Tensor: ...
+
+
 class Peers(Protocol):
     """The processes that share a batch; each has an equal, consecutive part of it, in the order of ranks."""
 
@@ -96,6 +102,7 @@ class MomentumContrast(nn.Module):
         self.symmetric = symmetric
         self.shuffle = shuffle
         self.peers = peers
+        self.replays: tuple[Replay, Replay] | None = None  # of the query and of the key encoder, instead of their calls
         self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
 
@@ -105,9 +112,14 @@ class MomentumContrast(nn.Module):
         processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
         parts: in which they go through the encoder, each with statistics of its own."""
 
+        encoder = self.key_encoder if self.replays is None else self.replays[1]
+
         def encode(x: Tensor) -> Tensor:
-            keys = torch.cat([self.key_encoder(part) for part in x.tensor_split(parts)])
-            return self._gather(F.normalize(keys.float(), dim=1))
+            keys = torch.cat([F.normalize(encoder(part).float(), dim=1) for part in x.tensor_split(parts)])
+            return self._gather(keys)
+
+        def move(places: Tensor) -> Tensor:
+            return places.to(images.device, non_blocking=True)
 
         if not self.shuffle:
             return encode(images)
@@ -115,7 +127,7 @@ class MomentumContrast(nn.Module):
         # Drawn on the CPU: the same order on every device and in every process, and no wait for the device.
         order = torch.randperm(len(everything), generator=generator)
         back = torch.argsort(order)
-        return encode(everything[order[self.own(len(images))].to(images.device)])[back.to(images.device)]
+        return encode(everything[move(order[self.own(len(images))])])[move(back)]
 
     def _gather(self, part: Tensor) -> Tensor:
         return part if self.peers is None else self.peers.gather(part)
@@ -125,9 +137,10 @@ class MomentumContrast(nn.Module):
         first = 0 if self.peers is None else self.peers.rank * count
         return slice(first, first + count)
 
-    def encode_queries(self, images: Tensor) -> Tensor:
-        """Queries of a batch, B x D, unit length, with gradient."""
-        return F.normalize(self.query_encoder(images).float(), dim=1)
+    def encode_queries(self, images: Tensor, slot: int = 0) -> Tensor:
+        """Queries of a batch, B x D, unit length, with gradient. slot: another one for each call of a step."""
+        output = self.query_encoder(images) if self.replays is None else self.replays[0](images, slot)
+        return F.normalize(output.float(), dim=1)
 
     def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Contrast:
         """a, b: two views of the same B images, B x 3 x H x W each. `generator`: on the CPU, for shuffling.
@@ -147,7 +160,7 @@ class MomentumContrast(nn.Module):
         loss, accuracy = info_nce(self.encode_queries(a), keys[0], self.queue, self.temperature)
         if not self.symmetric:
             return loss, accuracy
-        loss_b, accuracy_b = info_nce(self.encode_queries(b), keys[1], self.queue, self.temperature)
+        loss_b, accuracy_b = info_nce(self.encode_queries(b, 1), keys[1], self.queue, self.temperature)
         return (loss + loss_b) / 2, (accuracy + accuracy_b) / 2
 
     @torch.no_grad()

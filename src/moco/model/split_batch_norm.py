@@ -31,9 +31,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         # As nn.BatchNorm2d: without a momentum, the average over all batches so far.
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        # Not tensor_split, whose backward pass fills a whole batch with zeros for each part, and adds them up.
+        sizes = [x.shape[0] // splits + (i < x.shape[0] % splits) for i in range(splits)]
         parts = [
             F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, momentum, self.eps)
-            for i, part in enumerate(x.tensor_split(splits))
+            for i, part in enumerate(x.split(sizes))
         ]
         with torch.no_grad():
             self.running_mean.copy_(means.mean(0))

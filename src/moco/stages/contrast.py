@@ -21,6 +21,7 @@ from moco.model.split_batch_norm import use_split_batch_norm
 from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
+from moco.training.replay import ReplayedEncoder, ReplayedViews
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 
 
@@ -82,11 +83,17 @@ class ContrastStep:
 
     def __init__(
         self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype,
-        batch_size: int | None = None, processes: Processes = SOLO,
+        batch_size: int | None = None, processes: Processes = SOLO, cuda_graphs: bool = False,
     ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
         self.processes = processes
         self.model = build_model(config, processes).to(device).to(memory_format=torch.channels_last)
+        self.make_view: Callable[..., Tensor] = Views.__call__
+        if cuda_graphs and device.type == "cuda":
+            self.make_view = ReplayedViews()
+            if config.batch_norm != "sync":  # which waits for other GPUs within
+                encoders = self.model.query_encoder, self.model.key_encoder
+                self.model.replays = ReplayedEncoder(encoders[0], precision), ReplayedEncoder(encoders[1], precision)
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = torch.optim.SGD(
             self.model.query_encoder.parameters(),
@@ -111,14 +118,14 @@ class ContrastStep:
         with self.phase("views"):
             unit = views.to_unit(images)
             place = self.processes.rank * len(unit), self.processes.size * len(unit)
-            a, b = views(unit, generator, *place), views(unit, generator, *place)
+            a, b = (self.make_view(views, unit, generator, *place) for _ in range(2))
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        with autocast(self.device, self.precision):
+        with self.phase("keys"), autocast(self.device, self.precision):
             keys = self.model.keys(a, b, generator, config.accumulate)
         own = [key[self.model.own(len(a))] for key in keys]
         for part in np.array_split(np.arange(len(a)), config.accumulate):
             rows, share = slice(int(part[0]), int(part[-1]) + 1), len(part) / len(a)
-            with autocast(self.device, self.precision):
+            with self.phase("queries"), autocast(self.device, self.precision):
                 part_loss, part_accuracy = self.model.loss(a[rows], b[rows], [key[rows] for key in own])
             with self.phase("backward"):
                 self.scaler.scale(part_loss * share).backward()
@@ -164,7 +171,9 @@ def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
     """FLOP of the passes of one step, multiplications and additions; those of views are not among them."""
     parts = step.config.accumulate
     images = torch.zeros(batch // parts, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
+    replays, step.model.replays = step.model.replays, None  # within which nothing can be counted
     with FlopCounterMode(display=False) as counter, autocast(step.device, step.precision):
         step.model(images, images, torch.Generator().manual_seed(0)).loss.backward()
+    step.model.replays = replays
     step.optimizer.zero_grad(set_to_none=True)
     return int(counter.get_total_flops()) * parts

@@ -7,11 +7,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moco.config import Config
 from moco.data.batches import EpochSampler, Fetcher
@@ -30,7 +29,7 @@ PARTS = {
     "wait": "waiting for images",
     "views": "views",
     "keys": "keys: forward pass of the key encoder",
-    "queries": "queries: forward pass of the encoder",
+    "queries": "queries: forward pass of the encoder, and loss",
     "backward": "backward pass",
     "update": "optimizer, key encoder and queue",
 }
@@ -44,7 +43,6 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.begun: dict[nn.Module, float] = {}
 
     def now(self) -> float:
         return clock(self.device)
@@ -54,18 +52,6 @@ class Stopwatch:
         began = self.now()
         yield
         self.seconds[name] += self.now() - began
-
-    def watch(self, module: nn.Module, name: str) -> None:
-        """Counts the module's forward passes as part `name`."""
-
-        def before(module: nn.Module, inputs: Any) -> None:
-            self.begun[module] = self.now()
-
-        def after(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.seconds[name] += self.now() - self.begun.pop(module)
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
 
 
 def run(config: Config, steps: int, tell: Say) -> None:
@@ -79,7 +65,8 @@ def run(config: Config, steps: int, tell: Say) -> None:
     images = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"].images
     sampler = EpochSampler(pool(len(images), section), section.batch_size, section.seed)
     check_shares(section, sampler.batch_size, 1)
-    step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size)
+    step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size,
+                        cuda_graphs=config.runtime.cuda_graphs)  # fmt: skip
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
     if device.type == "cuda":
@@ -89,8 +76,6 @@ def run(config: Config, steps: int, tell: Say) -> None:
     for number in range(WARM_UP):
         step(*next(batches), 1.0, number)
     step.phase = watch.phase
-    watch.watch(step.model.key_encoder, "keys")
-    watch.watch(step.model.query_encoder, "queries")
     began = watch.now()
     for number in range(WARM_UP, WARM_UP + steps):
         with watch.phase("wait"):

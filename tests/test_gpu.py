@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def test_no_step_waits_for_the_gpu(gpu: torch.device, config: Configure, changes
     numbers = (np.arange(first, first + 64) for first in range(0, 512, 64))
     for number, batch in enumerate(batches.batches(numbers)):
         if number == 3:  # kernels are chosen, memory is there
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode("error")
         try:
             step(*batch, 0.9 if number % 2 else 0.1, number)
         finally:

@@ -18,8 +18,11 @@ def load(path: Path, changes: dict[str, Any] | None = None) -> Config:
     """changes: by dotted key; None changes nothing. Raises UserError for anything that is wrong."""
     from moco.params import load as read
     from moco.params import parse
-    from moco.presets import edit
 
     config = read(path)
     given = {key: value for key, value in (changes or {}).items() if value is not None}
-    return parse(edit(path.read_text(encoding="utf-8"), given, str(path)), path) if given else config
+    if not given:
+        return config
+    from moco.presets import edit
+
+    return parse(edit(path.read_text(encoding="utf-8"), given, str(path)), path)

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT, write_params
 
-ABSENT = ("mlflow", "dvc", "docker", "psutil", "matplotlib", "sklearn")
+ABSENT = ("mlflow", "dvc", "docker", "psutil", "matplotlib", "sklearn", "ruamel")
 # Python runs a module of this name at its start: modules of the packages above are then not found.
 HIDE = f"""
 import sys

@@ -6,6 +6,7 @@ it waits for nothing. A graph works in memory of its own, on tensors of the shap
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,10 @@ def _warm_up(call: Callable[[], object]) -> None:
     """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    with torch.cuda.stream(aside), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Attempting to run cuBLAS"
+        )  # the first that autograd's thread does on the GPU
         for _ in range(WARM_UP):
             call()
     torch.cuda.current_stream().wait_stream(aside)

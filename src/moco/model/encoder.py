@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moco.model.small_convolution import use_small_convolutions
 from moco.model.small_resnet import SmallResNet
 
 SMALL = "small_resnet"
@@ -47,9 +48,10 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     small_stem = architecture.stem == "small"
     if architecture.name == SMALL:
         stride, pyramid = 1 if small_stem else 2, architecture.features == "pyramid"
-        return SmallResNet(
+        small = SmallResNet(
             num_outputs, architecture.width, architecture.stages, stride, pyramid, architecture.convolutions
         )
+        return use_small_convolutions(small)
     import torchvision.models
 
     # A zero-initialised last BatchNorm of each block (Goyal et al. 2017) is not used by MoCo; neither here.
@@ -58,7 +60,7 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    return network
+    return use_small_convolutions(network)
 
 
 def feature_width(network: nn.Module) -> int:

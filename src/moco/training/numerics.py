@@ -7,12 +7,12 @@ import ctypes
 import os
 import platform
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from moco.errors import DivergedError, UserError
+from moco.model.processor import has_bf16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
@@ -32,17 +32,6 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; elsewhere bf16 is slower than fp32."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +42,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         # Ampere (compute capability 8) is the first with bf16 units; a T4 (7.5) has fp16 alone.
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and cpu_has_bf16():
+    if device.type == "cpu" and has_bf16():
         return torch.bfloat16
     return torch.float32
 

@@ -1,4 +1,4 @@
-"""The benchmarks about labels, on a project of seconds: a record is worth nothing if its command no longer runs."""
+"""Benchmarks on a project of seconds: a record is worth nothing if its command no longer runs."""
 
 from __future__ import annotations
 
@@ -78,3 +78,15 @@ def test_request_scale(pretrained: Path) -> None:
     lines = run("request_scale.py", pretrained, "--images", 300, "--budget", 20).splitlines()
     assert lines[-1].startswith("300 images, budget 20, maxherding: ")
     assert not (pretrained / "models/request").exists(), "it works in a copy"
+
+
+@pytest.mark.parametrize("work", ["step", "input"])
+def test_speed(work: str) -> None:
+    lines = run("speed.py", work, "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
+    assert float(lines[1].split("ratio ")[1]) > 0
+
+
+def test_gpu_on_a_processor() -> None:
+    few = ("--size", 32, "--batch", 8, "--queue", 16, "--calls", 2)
+    lines = run("gpu.py", "--device", "cpu", "--encoder", "small_resnet", "--stem", "small", *few).splitlines()
+    assert [line.split(":")[0] for line in lines[-2:]] == ["ours", "the original's design"]

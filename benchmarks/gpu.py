@@ -52,6 +52,9 @@ def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> 
     precision = choose_precision(args.precision, device)
     step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs)
     flops = pass_flops(step, args.size, args.batch)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=device.type == "cuda")
     number, total = 0, args.calls + 3
     while number < total:
@@ -106,7 +109,7 @@ def main() -> None:
         print(f"ours: {mine:.0f} images/s, {flops * mine / args.batch / peak:.0%} of what matrix products reach "
               f"({peak / 1e12:.1f} TFLOP/s), {waited:.1%} of the time waiting for images")  # fmt: skip
         if device.type == "cuda":
-            print(f"  at most {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of the GPU's memory")
+            print(f"  at most {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory")
         alone, loaded = theirs(args, device, Path(place), len(images))
     print(f"the original's design: step {alone:.0f} images/s, loader in two workers {loaded:.0f} images/s")
     print(f"ratio: {mine / min(alone, loaded):.1f} in all, {mine / alone:.1f} of the step alone")

@@ -3,6 +3,7 @@ continue to the same bits. Run by whoever has one: `python -m pytest tests/test_
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -95,17 +96,15 @@ def test_views_are_those_of_the_processor(gpu: torch.device, name: str, size: in
 def test_no_step_waits_for_the_gpu(gpu: torch.device, config: Configure, changes: dict[str, object]) -> None:
     step, batches = contrast(config(**changes), gpu, torch.bfloat16), Fetcher(images(512).numpy(), pin=True)
     numbers = (np.arange(first, first + 64) for first in range(0, 512, 64))
-    for number, batch in enumerate(batches.batches(numbers)):
-        if number == 3:  # kernels are chosen, memory is there
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode")
-                torch.cuda.set_sync_debug_mode("error")
-        try:
+    try:
+        for number, batch in enumerate(batches.batches(numbers)):
+            if number == 3:  # kernels are chosen, memory is there
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Synchronization debug mode")
+                    torch.cuda.set_sync_debug_mode("error")
             step(*batch, 0.9 if number % 2 else 0.1, number)
-        finally:
-            if number == 7:
-                torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,14 +114,22 @@ def test_graphs_learn_what_calls_do(
 ) -> None:
     torch.backends.cudnn.benchmark = False  # the same kernels for both; until the next test's set_up
     replayed, called = (contrast(config(**changes), gpu, precision, graphs=graphs) for graphs in (True, False))
-    batch, tolerance = images(64), 1e-3 if precision is torch.float32 else 1e-2
+    start = {name: value.clone() for name, value in called.model.state_dict().items()}
+    batch, tolerance = images(64), 1e-3 if precision is torch.float32 else 0.05
     for number in range(8):
         fraction = 0.9 if number % 3 == 2 else 0.1  # where sizes change: from one to the other and back
         pair = [step(np.arange(64), batch, fraction, number) for step in (replayed, called)]
         assert float(pair[0]["loss"]) == pytest.approx(float(pair[1]["loss"]), rel=tolerance), number
-    states = replayed.model.state_dict(), called.model.state_dict()
-    for name, value in states[0].items():
-        torch.testing.assert_close(value, states[1][name], rtol=0.02, atol=0.02, msg=name)
+        if number == 3:  # as when a run is taken up, and when it is monitored
+            replayed.load_state(copy.deepcopy(replayed.state()))
+            replayed.model.query_encoder.eval()(torch.zeros(2, 3, 32, 32, device=gpu))
+    moved, apart = [], []
+    for name, value in replayed.model.state_dict().items():
+        if value.is_floating_point():
+            other = called.model.state_dict()[name]
+            moved.append((other - start[name]).flatten())
+            apart.append((value - other).flatten())
+    assert torch.cat(apart).norm() < 10 * tolerance * torch.cat(moved).norm(), "of the way that weights and queue went"
 
 
 def test_the_loss_is_that_of_the_processor(gpu: torch.device, config: Configure) -> None:

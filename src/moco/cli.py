@@ -13,7 +13,7 @@ import typer
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
-from moco.errors import Interrupted, ProcessLostError, UserError, one_line
+from moco.errors import AloneError, Interrupted, UserError, one_line
 from moco.training.interrupt import raise_on_signals
 
 app = typer.Typer(
@@ -188,11 +188,11 @@ def main() -> None:
         with raise_on_signals():
             app()
     except UserError as error:
-        if tells or isinstance(error, ProcessLostError):
+        if tells or isinstance(error, AloneError):
             typer.echo(f"error: {one_line(str(error))}", err=True)
         _end(1)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "torchvision"):
+        if error.name is None or error.name.partition(".")[0] == "moco":
             raise
         typer.echo(
             f"error: {error.name} is not installed here; run this in the image, or after `make install`", err=True

@@ -32,7 +32,11 @@ class DivergedError(UserError):
         )
 
 
-class ProcessLostError(UserError):
+class AloneError(UserError):
+    """Of one process of several: it tells, whatever its rank, and does not wait for the others, who know nothing."""
+
+
+class ProcessLostError(AloneError):
     """Another process of the same run has ended. Each process that notices tells so: the lost one may not have."""
 
 

@@ -52,20 +52,29 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     stop = threading.Event()
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
 
+    handle = _begin(path, {**mine, "beat": 0})
+
     def is_ours() -> bool:
-        _, found = _read(path)
+        text, found = _read(path)
+        if not text and handle is not None and folder.exists():
+            return False  # whoever succeeded this process has ended since
         return not found or all(found.get(name) == value for name, value in mine.items())
 
     def live() -> None:
+        nonlocal handle
         beat, pause = 1, FIRST_BEAT
         while not stop.wait(pause):
             if not is_ours():  # this process stood still, or both began at once: the other one has the folder
-                say(f"error: {folder}: taken over by {_read(path)[1].get('host')} while this process stood still")
+                who = _read(path)[1].get("host", "another process, which has ended since,")
+                say(f"error: {folder}: taken over by {who} while this process stood still")
                 os._exit(1)  # at once: whatever it wrote now would be written between the other's files
-            _sign(handle, {**mine, "beat": beat})
+            sign = {**mine, "beat": beat}
+            if handle is None:  # the disk was full
+                handle = _begin(path, sign)
+            else:
+                _sign(handle, sign)
             beat, pause = beat + 1, BEAT
 
-    handle = _begin(path, {**mine, "beat": 0})
     thread = threading.Thread(target=live, name="sign of life", daemon=True)
     thread.start()
     try:
@@ -73,32 +82,38 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if handle is not None:
-            os.close(handle)
         if is_ours():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def _begin(path: Path, sign: dict[str, object]) -> int | None:
-    """A new file in the place of the one before, open for the signs to come: one who was succeeded while it stood still
-    between looking and signing writes to the file of before, which nobody reads any more. None on a full disk."""
+    """Gives the first sign; a handle for those to come. None where the disk is full: that is told by those who write
+    something that matters.
+
+    A new file takes the place of the one before. One who was succeeded while it stood still between looking and signing
+    writes to the file of before, which nobody reads any more. Only a full disk leaves no choice but the old one."""
     fresh = path.with_name(f".{NAME}-{socket.gethostname()}-{os.getpid()}")
-    try:
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    except OSError:  # a full disk is told by those who write something that matters
-        return None
-    _sign(handle, sign)
-    with contextlib.suppress(OSError):
-        fresh.replace(path)
-    return handle
-
-
-def _sign(handle: int | None, sign: dict[str, object]) -> None:
-    """In place and always of one length: a disk that has become full takes it as well."""
-    if handle is not None:
+    for place, more in ((fresh, os.O_CREAT), (path, 0)):
         with contextlib.suppress(OSError):
-            os.pwrite(handle, json.dumps(sign).ljust(LENGTH).encode(), 0)
+            handle = os.open(place, os.O_WRONLY | more, 0o666)
+            if _sign(handle, sign):
+                if place == fresh:
+                    fresh.replace(path)
+                return handle
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+    return None
+
+
+def _sign(handle: int, sign: dict[str, object]) -> bool:
+    """In place and always of one length: a disk that has become full takes it as well. Whether it was written."""
+    with contextlib.suppress(OSError):
+        return os.pwrite(handle, json.dumps(sign).ljust(LENGTH).encode(), 0) >= LENGTH
+    return False
 
 
 def _watch(path: Path, text: str, other: dict[str, object], what: str, say: Say) -> None:

@@ -222,7 +222,7 @@ def test_a_batch_without_choices_gets_the_same_views(name: str, size: int) -> No
 
 def test_every_order_of_the_jitter_is_found_in_one() -> None:
     for order in itertools.permutations(range(4)):
-        at = pixels.places(order)
+        at = pixels.positions(order)
         assert at == sorted(at) and tuple(pixels.ALL_ORDERS[place] for place in at) == order
 
 

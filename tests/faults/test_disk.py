@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,7 +190,7 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
         "holder.BEAT, sign = 0.5, holder._sign\n"
         "def slow(handle, content):\n"
         "    if Path(sys.argv[1], 'stand-still').exists(): signal.raise_signal(signal.SIGSTOP)\n"
-        "    sign(handle, content)\n"
+        "    return sign(handle, content)\n"
         "holder._sign = slow\n"
         "with holder.held(Path(sys.argv[1]), 'moco pretrain', print): print('holds', flush=True); time.sleep(60)"
     )
@@ -222,3 +225,45 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
         if other.poll() is None:
             os.killpg(other.pid, signal.SIGKILL)
         other.communicate()
+
+
+@pytest.mark.fault("two-jobs")
+def test_a_holder_whose_successor_has_ended_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "FIRST_BEAT", 0.1)
+    monkeypatch.setattr(holder, "BEAT", 0.1)
+    said: list[str] = []
+    ended = threading.Event()
+    monkeypatch.setattr("os._exit", lambda _: ended.set())
+    with holder.held(tmp_path, "moco pretrain", said.append):
+        (tmp_path / holder.NAME).unlink()
+        assert ended.wait(10)
+    assert "taken over by another process" in said[0]
+
+
+@pytest.mark.fault("full-disk")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_full_disk_does_not_hide_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Where a sign stood before, it is overwritten; where none did, one is given as soon as there is room."""
+    monkeypatch.setattr(holder, "FIRST_BEAT", 0.1)
+    monkeypatch.setattr(holder, "BEAT", 0.1)
+    path, write, full = tmp_path / holder.NAME, os.pwrite, threading.Event()
+    full.set()
+    if before:
+        path.write_text(json.dumps({"machine": holder.machine()}).ljust(holder.LENGTH))
+
+    def limited(handle: int, content: bytes, offset: int) -> int:
+        if full.is_set() and os.fstat(handle).st_size < offset + len(content):
+            raise OSError(errno.ENOSPC, "no space")
+        return write(handle, content, offset)
+
+    monkeypatch.setattr("os.pwrite", limited)
+    with holder.held(tmp_path, "moco pretrain", pytest.fail):
+        if not before:
+            assert not path.exists()
+            full.clear()
+            deadline = time.monotonic() + 10
+            while not path.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, write_params
+from conftest import ROOT, assert_one_line, write_params
 
 ABSENT = ("mlflow", "dvc", "docker", "psutil", "matplotlib", "sklearn", "ruamel")
 # Python runs a module of this name at its start: modules of the packages above are then not found.
@@ -43,3 +43,7 @@ def test_the_stages_need_neither_mlflow_nor_dvc(project: Path) -> None:
     assert not (project / "mlflow.db").exists()
     probe = subprocess.run([sys.executable, "-c", "import mlflow"], env=environment, capture_output=True, check=False)
     assert probe.returncode == 1, "what is said to be hidden is"
+    changed = [sys.executable, "-m", "moco.cli", "request", "--budget", "3"]  # which needs ruamel.yaml
+    done = subprocess.run(changed, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "ruamel is not installed here")

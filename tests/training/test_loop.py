@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moco.data.batches import EpochSampler, Fetcher
 from moco.errors import Interrupted, UserError
+from moco.training import loop
 from moco.training.interrupt import StopFlag
 from moco.training.loop import Hooks, Length, LoopState, run_loop
 
@@ -62,13 +63,9 @@ class Recorder:
         self.updates.append(fraction)
 
     def run(
-        self,
-        length: Length,
-        state: LoopState | None = None,
-        *,
-        every: tuple[int, int, int] = (1, 1, 1),
+        self, length: Length, state: LoopState | None = None, *, every: tuple[int, int, int] = (1, 1, 1),
         pool: int = POOL,
-    ) -> LoopState:
+    ) -> LoopState:  # fmt: skip
         """every: steps between logs, epochs between monitoring, epochs between saving."""
         state = state or LoopState()
         images = np.arange(pool, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
@@ -201,6 +198,14 @@ def test_the_rate_counts_images_and_leaves_saving_out() -> None:
     assert all(60 < rate <= BATCH / 0.02 for rate in rates), rates  # 4 images in 0.02 s and a little
     minutes = [value for _, value in whole.metric("minutes")]
     assert minutes[1] * 60 > 0.2, "saving counts as time of the run"
+
+
+def test_the_rate_does_not_gain_from_metrics_that_are_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, pauses = loop._mean, iter((0.2,))
+    monkeypatch.setattr(loop, "_mean", lambda values: (time.sleep(next(pauses, 0)), mean(values))[1])
+    whole = Recorder(pause=0.02)
+    whole.run(Length(3, None), every=(2, 99, 1))
+    assert all(0 < rate <= BATCH / 0.02 for _, rate in whole.metric("images_per_second"))
 
 
 def test_a_run_of_minutes_ends_near_its_time_with_a_full_schedule() -> None:

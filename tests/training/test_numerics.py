@@ -116,3 +116,17 @@ def test_an_error_inside_the_display_passes_through() -> None:
         with pytest.raises(ValueError, match="inner"), ProgressDisplay("x", terminal=terminal) as display:
             display.update(0.5, 1.0, "")
             raise ValueError("inner")
+
+
+def test_a_chosen_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, graphs and page-locked memory are those of the current device."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        set_up(torch.device("cuda", 1), 0)
+        set_up(torch.device("cuda"), 0)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+    assert chosen == [torch.device("cuda", 1)]

@@ -139,7 +139,7 @@ def step(wanted: str = "auto") -> Finding:
             encoder, dim=16, queue_length=32, temperature=0.2, mlp=True, symmetric=False, shuffle=False
         )
         views = torch.rand(STEPS, 2, 8, 3, 32, 32)
-    # As the stages do it: the same memory format, precision and optimizer.
+    # As the stages do it, but for CUDA graphs: the same memory format, precision and optimizer.
     model = model.to(device).to(memory_format=torch.channels_last).train()
     weights = list(model.query_encoder.parameters())
     before, losses = [weight.detach().clone() for weight in weights], []

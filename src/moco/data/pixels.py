@@ -160,7 +160,7 @@ ALL_ORDERS = (*_THREE, 3, *_THREE)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 
-def places(order: Sequence[int]) -> list[int]:
+def positions(order: Sequence[int]) -> list[int]:
     """Where in ALL_ORDERS the operations of an order are done, in the order's own order."""
     found, at = [], 0
     for operation in order:
@@ -172,7 +172,7 @@ def places(order: Sequence[int]) -> list[int]:
 
 def jitter_all(images: Tensor, factors: Tensor) -> Tensor:
     """`jitter` in place without any choice: factors is B x len(ALL_ORDERS), neutral where an operation is left out. All
-    this can be one graph on a GPU; it computes 2.4 times as much."""
+    this can be one graph on a GPU, though it has 15 operations for every image where `jitter` has 4."""
     factors = factors[:, :, None, None, None]
     for place, operation in enumerate(ALL_ORDERS):
         ADJUSTMENTS[operation](images, factors[:, place])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moco.data.pixels import ALL_ORDERS, NEUTRAL, blur, gray, jitter, jitter_all, places, resample
+from moco.data.pixels import ALL_ORDERS, NEUTRAL, blur, gray, jitter, jitter_all, positions, resample
 
 JITTER_GROUP = 64  # images that share an order; large enough for both cores, small enough for the cache
 CROP_ATTEMPTS = 10  # as torchvision: after ten crops that do not fit, the centre is taken
@@ -102,7 +102,7 @@ class Drawn:
         neutral = torch.tensor([NEUTRAL[operation] for operation in ALL_ORDERS])
         factors = neutral.repeat(len(self.boxes), 1)
         for group, order in self.orders:
-            factors[group, places(order)] = self.factors[group, order]
+            factors[group, positions(order)] = self.factors[group, order]
         factors = torch.where(self.jittered[:, None], factors, neutral)
         chosen = torch.stack([self.flipped, self.grayed, self.blurred], 1).float()
         sigma = self.sigma.clamp(min=SMALLEST_SIGMA)[:, None]

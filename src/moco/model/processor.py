@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 
@@ -23,4 +24,5 @@ def has_bf16() -> bool:
 
 def has_bf16_tiles() -> bool:
     """Whether it multiplies matrices of bfloat16, tile by tile: several times the rate of its vectors."""
-    return "amx_bf16" in flags()
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper()  # oneDNN's own setting
+    return "amx_bf16" in flags() and ("AMX" in allowed or allowed in ("ALL", "DEFAULT"))

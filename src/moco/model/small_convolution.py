@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moco.model.processor import has_bf16_tiles
 
-POINTS = 12 * 12  # pixels of the input: up to here a 1x1 convolution is as fast or faster as a product
-WINDOWS = 4 * 4  # pixels of the output: the same of a 3x3 convolution in bf16 on a processor with tiles
+POINTS = 12 * 12  # pixels of the input: up to here the product is at least as fast as a 1x1 convolution
+WINDOWS = 4 * 4  # pixels of the output: the same beside a 3x3 convolution, in bf16 on a processor with tiles
 
 
 class SmallConv2d(nn.Conv2d):
@@ -38,7 +38,7 @@ class SmallConv2d(nn.Conv2d):
             return super().forward(x)
         # As a matrix: of a batch of strided rows `linear` would make one product for each image.
         product = F.linear(rows.flatten(0, 2), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-        return product.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+        return product.view(*rows.shape[:3], self.out_channels).permute(0, 3, 1, 2)
 
 
 def _in_tiles(x: Tensor) -> bool:

@@ -28,7 +28,7 @@ WARM_UP = 3  # steps: memory is laid out, kernels are chosen
 PARTS = {
     "wait": "waiting for images",
     "views": "views",
-    "keys": "keys: forward pass of the key encoder",
+    "keys": "keys: forward pass of the key encoder, and shuffling",
     "queries": "queries: forward pass of the encoder, and loss",
     "backward": "backward pass",
     "update": "optimizer, key encoder and queue",
@@ -70,6 +70,7 @@ def run(config: Config, steps: int, tell: Say) -> None:
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     watch = Stopwatch(device)
     batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
@@ -124,7 +125,7 @@ def _tell_parts(parts: dict[str, float], each: float, tell: Say) -> None:
 
 def _memory(device: torch.device) -> str:
     if device.type == "cuda":
-        used, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        used, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
         return f"At most {used / 1e9:.2f} of the GPU's {total / 1e9:.1f} GB were in use."
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

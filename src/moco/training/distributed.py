@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moco.errors import Interrupted, ProcessLostError, UserError
+from moco.errors import AloneError, Interrupted, ProcessLostError, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # waiting for the others: one node may have to decode the dataset, the next not
@@ -62,7 +62,7 @@ class Processes:
         try:
             yield
         except UserError as error:
-            if not isinstance(error, ProcessLostError):  # all know of it
+            if not isinstance(error, AloneError):  # all know of it
                 self._leave_together()
             raise
         except Interrupted as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,13 +113,15 @@ def run_loop(
         last = length.fraction(state, per_epoch) >= 1
         if hooks.monitor is not None and (last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0)):
             _refuse_divergence(window.loss(), state.step)
-            hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
-            window.began += clock.read()  # the rate is that of training alone
+            with window.paused():
+                hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
+            clock.read()
             last = length.fraction(state, per_epoch) >= 1
         if hooks.save is not None and (last or (state.batch == 0 and state.epoch % hooks.save_every == 0)):
             _refuse_divergence(window.loss(), state.step)
-            _save(hooks.save, state, window)
-            window.began += clock.read()  # time may run out here: then one more step ends the run properly
+            with window.paused():
+                _save(hooks.save, state, window)
+            clock.read()  # time may run out here: then one more step ends the run properly
 
 
 class _Clock:
@@ -148,6 +151,13 @@ class _Window:
     def clear(self) -> None:
         self.values: dict[str, list[Any]] = {}
         self.images, self.began, self.waited = 0, time.perf_counter(), self.fetcher.waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The rate is that of training alone."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def add(self, metrics: dict[str, Any], images: int) -> None:
         self.images += images

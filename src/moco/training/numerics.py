@@ -74,6 +74,8 @@ def set_up(device: torch.device, threads: int, deterministic: bool = False) -> N
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and page-locked memory are the current device's
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic  # which kernel is fastest differs from run to run

@@ -7,8 +7,7 @@ it waits for nothing. A graph works in memory of its own, on tensors of the shap
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,22 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moco.data.views import Views
-from moco.errors import UserError
+from moco.errors import AloneError
 
 WARM_UP = 3  # calls before a capture, in which libraries choose their kernels
-
-
-@contextmanager
-def _capturing() -> Iterator[None]:
-    """Raises UserError where nothing can be captured."""
-    try:
-        with torch.autocast("cuda", enabled=False):
-            yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"a CUDA graph cannot be captured here: {reason}; set runtime.cuda_graphs: false") from error
 
 
 def _warm_up(call: Callable[[], object]) -> None:
@@ -48,16 +34,32 @@ def _warm_up(call: Callable[[], object]) -> None:
 
 
 def _capture(call: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of a call, and what it returned: tensors that every replay fills anew."""
+    """The graph of a call, and what it returned: tensors that every replay fills anew. Raises AloneError."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads pin memory meanwhile, which would end a capture of any other kind.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = call()
+    try:
+        # thread_local: other threads pin memory meanwhile, which would end a capture of any other kind.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = call()
+    except RuntimeError as error:
+        raise _refusal(error) from error
     return graph, result
 
 
+def _refusal(error: BaseException) -> AloneError:
+    """What ended a capture: the end of a broken one raises once more, and hides it."""
+    while not isinstance(error, torch.cuda.OutOfMemoryError) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return AloneError(
+            "the GPU's memory is full: lower pretrain.batch_size, raise pretrain.accumulate, or set "
+            "runtime.cuda_graphs: false, which takes less"
+        )
+    reason = str(error).partition("\n")[0]
+    return AloneError(f"a CUDA graph cannot be captured here: {reason}; set runtime.cuda_graphs: false")
+
+
 class _Passes:
-    """An encoder's passes for one shape. gradient: the backward pass as well, with regard to the parameters."""
+    """An encoder's passes for one slot and shape. gradient: the backward pass too, with regard to the parameters."""
 
     def __init__(self, network: nn.Module, precision: torch.dtype, sample: Tensor, gradient: bool) -> None:
         self.network, self.precision = network, precision
@@ -120,7 +122,8 @@ class ReplayedEncoder:
     """An encoder in training mode, called as the encoder is. A shape's first call captures it, with its real images.
 
     The output is valid until the next call of the same `slot`, and so is the chance of a backward pass: a second call
-    before the first one's backward pass takes another slot. Raises UserError where nothing can be captured.
+    before the first one's backward pass takes another slot. Every slot and shape keeps memory of its own. Raises
+    AloneError where nothing can be captured.
     """
 
     def __init__(self, network: nn.Module, precision: torch.dtype) -> None:
@@ -131,7 +134,7 @@ class ReplayedEncoder:
         gradient = torch.is_grad_enabled()
         shape = slot, gradient, images.shape, images.stride()
         if shape not in self.shapes:
-            with _capturing():
+            with torch.autocast("cuda", enabled=False):
                 self.shapes[shape] = _Passes(self.network, self.precision, images, gradient)
         passes = self.shapes[shape]
         output: Tensor = _Call.apply(passes, images, *passes.parameters)
@@ -139,11 +142,11 @@ class ReplayedEncoder:
 
 
 class ReplayedViews:
-    """Called as `Views` are: the same views but for rounding, as every operation is done for every image, and is
-    neutral where it was not drawn. Raises UserError where nothing can be captured."""
+    """Views of one recipe, called as `Views` are: the same but for rounding, as every operation is done for every
+    image, and is neutral where it was not drawn. Raises AloneError where nothing can be captured."""
 
     def __init__(self) -> None:
-        self.shapes: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.shapes: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor, Views]] = {}
 
     def __call__(
         self, views: Views, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
@@ -151,15 +154,14 @@ class ReplayedViews:
         table = views.draw(unit, generator, first, total).table().pin_memory().to(unit.device, non_blocking=True)
         shape = unit.shape, views.size
         if shape not in self.shapes:
-            with _capturing():
-                images, numbers = unit.clone(), table.clone()
+            images, numbers = unit.clone(), table.clone()
 
-                def made() -> Tensor:
-                    return views.normalise(views.augment_all(images, numbers))
+            def made() -> Tensor:
+                return views.normalise(views.augment_all(images, numbers))
 
-                _warm_up(made)
-                self.shapes[shape] = (*_capture(made), images, numbers)
-        graph, result, images, numbers = self.shapes[shape]
+            _warm_up(made)
+            self.shapes[shape] = (*_capture(made), images, numbers, views)
+        graph, result, images, numbers, _ = self.shapes[shape]
         images.copy_(unit)
         numbers.copy_(table)
         graph.replay()

@@ -30,6 +30,7 @@ def pretrained(moco: Moco, project: Path) -> Path:
     return project
 
 
+@pytest.mark.long
 def test_label_requests(pretrained: Path) -> None:
     more = ("--budgets", *BUDGETS, "--seeds", "2", "--rows", "rows.csv", "--plot", "plot.png")
     table = run("label_requests.py", pretrained, "oracle.pt", *more).splitlines()
@@ -42,6 +43,7 @@ def test_label_requests(pretrained: Path) -> None:
     assert (pretrained / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_extra_labels(pretrained: Path) -> None:
     more = ("--labels", "0", "10", "--seeds", "2", "--plot", "plot.png")
     lines = run("extra_labels.py", pretrained, "oracle.pt", *more).splitlines()
@@ -49,12 +51,14 @@ def test_extra_labels(pretrained: Path) -> None:
     assert (pretrained / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_epoch_choice(pretrained: Path) -> None:
     lines = run("epoch_choice.py", pretrained, "oracle.pt", "--labels", "0", "10", "--seeds", "2").splitlines()
     assert [line.split("|")[1].strip() for line in lines[-2:]] == ["0", "10"]
     assert all(line.count("(") == 4 for line in lines[-2:])
 
 
+@pytest.mark.long
 def test_finetuning(pretrained: Path) -> None:
     before = (pretrained / "params.yaml").read_bytes()
     lines = run(
@@ -74,15 +78,15 @@ def test_selection_scale() -> None:
     assert min(coverage, key=lambda name: coverage[name]) == "random"
 
 
+@pytest.mark.long
 def test_request_scale(pretrained: Path) -> None:
     lines = run("request_scale.py", pretrained, "--images", 300, "--budget", 20).splitlines()
     assert lines[-1].startswith("300 images, budget 20, maxherding: ")
     assert not (pretrained / "models/request").exists(), "it works in a copy"
 
 
-@pytest.mark.parametrize("work", ["step", "input"])
-def test_speed(work: str) -> None:
-    lines = run("speed.py", work, "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
+def test_speed() -> None:
+    lines = run("speed.py", "step", "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
     assert float(lines[1].split("ratio ")[1]) > 0
 
 

@@ -161,6 +161,7 @@ def test_experiments_and_comparisons_show_something(workspace: Path) -> None:
     restore(workspace)
 
 
+@pytest.mark.long
 def test_queued_experiments_leave_their_logs_in_the_project_and_its_store(workspace: Path) -> None:
     """DVC runs them in folders that go when they end; relative paths in params.yaml would go with them."""
     before = set(workspace.glob("runs/*/*"))

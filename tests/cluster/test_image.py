@@ -114,9 +114,10 @@ def test_nothing_is_compiled_anew_and_the_home_is_everybodys(image: str, checkou
 
 
 def test_the_suite_passes_inside_with_the_images_versions(image: str, checkout: Path) -> None:
+    suite = os.environ.get("MOCO_IMAGE_TESTS", "tests")  # folders; by default all
     script = (
         "uv pip install --quiet --no-cache --target /tmp/dev --require-hashes -r requirements/image-test.txt && "
-        "PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' --ignore tests/cluster"
+        f"PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' --ignore tests/cluster {suite}"
     )
     output = inside(image, checkout, "bash", "-c", script, options=("--network", "host", "--env", "OMP_NUM_THREADS=1"))
     assert " passed" in output

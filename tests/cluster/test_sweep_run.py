@@ -109,6 +109,7 @@ def made(commit: str, stage: str) -> Any:
     return json.loads(git("show", f"{commit}:reports/{stage}/metrics.json"))
 
 
+@pytest.mark.long
 def test_a_pipeline_sweep_ends_in_experiments_made_from_their_own_values(checkout: Path) -> None:
     (checkout / "src/mine.py").write_text("new and not committed\n")
     git("add", "src/mine.py")

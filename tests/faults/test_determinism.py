@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT, write_dataset, write_params
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.fault("determinism")

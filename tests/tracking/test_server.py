@@ -38,6 +38,7 @@ def logged(project: Path, stage: str) -> list[dict[str, dict[str, float]]]:
 
 
 @pytest.mark.fault("store")
+@pytest.mark.long
 def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     moco: Moco, project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,9 @@ def rate(call: Callable[[], object], images: int, device: torch.device, calls: i
     return images / statistics.median(spent[3:])
 
 
-def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> tuple[float, float, int]:
+def ours(
+    args: argparse.Namespace, device: torch.device, precision: torch.dtype, images: np.ndarray
+) -> tuple[float, float, int]:
     """(images a second, share of the time that was waited for images, FLOP a step). The GPU is not waited for within
     the measured steps, as in a training."""
     split = {"batch_norm": "split", "splits": args.splits, "shuffle": True} if args.splits > 1 else {}
@@ -49,12 +51,8 @@ def ours(args: argparse.Namespace, device: torch.device, images: np.ndarray) -> 
         batch_size=args.batch, weight_decay=1e-4, precision=args.precision, **split,
     )  # fmt: skip
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
-    precision = choose_precision(args.precision, device)
     step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs)
     flops = pass_flops(step, args.size, args.batch)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=device.type == "cuda")
     number, total = 0, args.calls + 3
     while number < total:
@@ -104,7 +102,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {name}; {args.encoder}, {args.size} px, batch {args.batch}, {precision}")
     with tempfile.TemporaryDirectory() as place:
         images = write_images(Path(place), 4 * args.batch, args.size)
-        mine, waited, flops = ours(args, device, images)
+        mine, waited, flops = ours(args, device, precision, images)
         peak = matmul_rate(device, precision)
         print(f"ours: {mine:.0f} images/s, {flops * mine / args.batch / peak:.0%} of what matrix products reach "
               f"({peak / 1e12:.1f} TFLOP/s), {waited:.1%} of the time waiting for images")  # fmt: skip

@@ -168,7 +168,8 @@ class ContrastStep:
 
 
 def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
-    """FLOP of the passes of one step, multiplications and additions; those of views are not among them."""
+    """FLOP of the passes of one step, multiplications and additions; those of views are not among them. What the passes
+    that are counted take of a GPU's memory is forgotten."""
     parts = step.config.accumulate
     images = torch.zeros(batch // parts, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
     replays, step.model.replays = step.model.replays, None  # within which nothing can be counted
@@ -176,4 +177,7 @@ def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
         step.model(images, images, torch.Generator().manual_seed(0)).loss.backward()
     step.model.replays = replays
     step.optimizer.zero_grad(set_to_none=True)
+    if step.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(step.device)
     return int(counter.get_total_flops()) * parts

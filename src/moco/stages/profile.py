@@ -69,9 +69,6 @@ def run(config: Config, steps: int, tell: Say) -> None:
                         cuda_graphs=config.runtime.cuda_graphs)  # fmt: skip
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     watch = Stopwatch(device)
     batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
     for number in range(WARM_UP):

@@ -25,9 +25,8 @@ def _warm_up(call: Callable[[], object]) -> None:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Attempting to run cuBLAS"
-        )  # the first that autograd's thread does on the GPU
+        # The first that autograd's thread does on the GPU.
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
         for _ in range(WARM_UP):
             call()
     torch.cuda.current_stream().wait_stream(aside)
@@ -68,10 +67,9 @@ class _Passes:
         # Other tensors in the same memory: autograd binds a parameter to the stream on which it meets it first, and the
         # parameters' own must not be one of a capture.
         self.leaves = {name: p.detach().requires_grad_() for name, p in chosen.items()}
+        leaves = list(self.leaves.values())
         self.images = torch.empty_like(sample).copy_(sample)
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-
-        leaves = list(self.leaves.values())
 
         def both() -> None:
             output = self._forward()

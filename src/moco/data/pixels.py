@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ENLARGED = 64  # pixels; from here on, looking pixels up is faster than a product of matrices (measured on a CPU)
+CACHED = 1 << 18  # pixels of which an operation's images fit a processor's cache (measured)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 
 
@@ -88,6 +89,11 @@ def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
     return _separable(images, rows, resampling_matrix(boxes[:, 1], boxes[:, 3], width, size, flip))
 
 
+def images_at_once(images: Tensor) -> int:
+    """How many images operations on single pixels should be done for together."""
+    return len(images) if images.is_cuda else max(1, CACHED // images[0, 0].numel())
+
+
 def gray(images: Tensor) -> Tensor:
     """Luminance, B x 1 x H x W."""
     r, g, b = images.unbind(1)
@@ -110,25 +116,27 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay."""
+    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay.
+
+    No case is told from another, as comparing and choosing take a processor many times as long as arithmetic."""
     r, g, b = images.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    inverse = chroma.clamp(min=1e-8).reciprocal_()  # grey: any number will do, as the differences are 0
-    hue = torch.where(  # in sixths of a turn, from -1 to 5
-        value == r,
-        (g - b).mul_(inverse),
-        torch.where(value == g, (b - r).mul_(inverse).add_(2), (r - g).mul_(inverse).add_(4)),
-    )
+    least = torch.minimum(torch.minimum(r, g), b)
+    chroma = value - least
+    # In sixths of a turn, from -3 to 3, red at 0: 1 + (g + b - r - least) / chroma on the side of green, and the same
+    # below 0 on that of blue. Grey may be divided by any number, as it has nothing to divide.
+    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-8)).add_(1)
+    hue.copysign_(torch.sub(g, b, out=least))
     turns = turns.squeeze(1)
     hue.add_(6 * turns)
     # What a channel lacks to the value is a trapezoid around the circle: 1 up to a sixth from its middle and 0 from two
-    # sixths on. The distance from the opposite side, less 1, is that between 0 and 1, up to seven sixths away, so green
-    # takes the nearer of its two middles. 1 more is computed, and added to the value: one operation less.
-    ceiling = value.add_(chroma)
-    middles: tuple[float | Tensor, ...] = (3, turns.ge(0).float().mul_(6).sub_(1), 1)
-    for channel, middle in enumerate(middles):
-        lack = (hue - middle).abs_().sub_(3).abs_().clamp_(1, 2)
+    # sixths on. The distance from the opposite side, less 1, is that between 0 and 1. Hues reach from -6 to 3 or from
+    # -3 to 6, so red takes the nearer of its two opposites. 1 more is computed, and added to the value: one operation
+    # less.
+    ceiling, scratch = value.add_(chroma), least
+    opposites: tuple[float | Tensor, ...] = (turns.ge(0).float().mul_(6).sub_(3), -1, 1)
+    for channel, opposite in enumerate(opposites):
+        lack = torch.sub(hue, opposite, out=scratch).abs_().sub_(3).abs_().clamp_(1, 2)
         torch.addcmul(ceiling, chroma, lack, value=-1, out=images[:, channel])
     return images
 
@@ -144,12 +152,13 @@ def jitter(images: Tensor, factors: Tensor, chosen: Tensor, orders: Sequence[tup
     chosen: B, bool, on the CPU: the images that are jittered. orders: the images that share an order, and which."""
     factors = factors[:, :, None, None, None]
     for group, operations in orders:
-        rows = chosen[group].nonzero().squeeze(1).to(images.device, non_blocking=True)
-        if len(rows):
-            part, own = images[group][rows], factors[group][rows]
+        rows = chosen[group].nonzero().squeeze(1).add_(group.start)
+        for part in rows.split(images_at_once(images)):
+            place = part.to(images.device, non_blocking=True)
+            own, values = images.index_select(0, place), factors.index_select(0, place)
             for operation in operations:
-                ADJUSTMENTS[operation](part, own[:, operation])
-            images[group][rows] = part
+                ADJUSTMENTS[operation](own, values[:, operation])
+            images.index_copy_(0, place, own)
     return images
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moco.data.pixels import ALL_ORDERS, NEUTRAL, blur, gray, jitter, jitter_all, positions, resample
+from moco.data.pixels import ALL_ORDERS, NEUTRAL, blur, gray, images_at_once, jitter, jitter_all, positions, resample
 
 JITTER_GROUP = 64  # images that share an order; large enough for both cores, small enough for the cache
 CROP_ATTEMPTS = 10  # as torchvision: after ten crops that do not fit, the centre is taken
@@ -119,8 +119,8 @@ class Views:
         self, recipe: ViewRecipe, size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
     ) -> None:  # fmt: skip
         self.recipe, self.size, self.device = recipe, size, device
-        scale = 1 / torch.tensor(std, device=device).view(1, 3, 1, 1)
-        self.scale, self.shift = scale, -torch.tensor(mean, device=device).view(1, 3, 1, 1) * scale
+        self.scale = 1 / torch.tensor(std, device=device)
+        self.shift = -torch.tensor(mean, device=device) * self.scale
 
     def at(self, size: int) -> Views:
         """The same views, of another size."""
@@ -130,12 +130,15 @@ class Views:
 
     def to_unit(self, batch: Tensor) -> Tensor:
         """uint8 B x H x W x 3 -> float B x 3 x H x W in [0, 1], on the device."""
-        batch = batch.to(self.device, non_blocking=True)
-        return batch.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        batch = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return torch.empty(batch.shape, device=self.device).copy_(batch).div_(255)
 
     def normalise(self, images: Tensor) -> Tensor:
-        torch.addcmul(self.shift, images, self.scale, out=images)
-        return images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+        rows = images.permute(0, 2, 3, 1).flatten(2)  # B x H x 3 W; the same memory: long rows are faster than channels
+        scale, shift = self.scale.repeat(images.shape[3]), self.shift.repeat(images.shape[3])
+        torch.addcmul(shift, rows, scale, out=rows)
+        return images
 
     def plain(self, batch: Tensor) -> Tensor:
         """The images as they are, normalised: what classifiers see at evaluation."""
@@ -160,10 +163,10 @@ class Views:
             jitter(images, move(drawn.factors), drawn.jittered, drawn.orders)
         if len(grayed := drawn.grayed.nonzero().squeeze(1)):
             chosen = move(grayed)
-            images[chosen] = gray(images[chosen]).expand(-1, 3, -1, -1)
-        if len(blurred := drawn.blurred.nonzero().squeeze(1)):
-            chosen = move(blurred)
-            images[chosen] = blur(images[chosen], move(drawn.sigma[blurred]), self.reach)
+            images.index_copy_(0, chosen, gray(images.index_select(0, chosen)).expand(-1, 3, -1, -1))
+        for blurred in drawn.blurred.nonzero().squeeze(1).split(images_at_once(images)):
+            chosen, sigma = move(blurred), move(drawn.sigma[blurred])
+            images.index_copy_(0, chosen, blur(images.index_select(0, chosen), sigma, self.reach))
         return images
 
     @property

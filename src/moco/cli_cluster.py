@@ -81,6 +81,6 @@ def image_push_sif(
     tag: Tag = "moco-pipeline",
 ) -> None:
     """Turn the image into a SIF for Apptainer, here or on a cluster."""
-    from moco.cluster import image
+    from moco.cluster.carry import push_sif
 
-    image.push_sif(tag, target, typer.echo)
+    push_sif(tag, target, typer.echo)

@@ -61,20 +61,21 @@ def dataset(config: DataConfig) -> Finding:
             return warn("dataset", "drawn images are to be packed, and there is no mksquashfs", remedy)
         return ok("dataset", f"generated: drawn into {path} where they are missing")
     if kind == "squashfs":
-        return _image(path, Path(config.mounted) if config.mounted else None)
+        return _image(config.path, Path(config.mounted) if config.mounted else None)
     if kind in TORCHVISION_FOLDERS:
         return _torchvision_set(path / TORCHVISION_FOLDERS[kind], kind, config.download)
     return _folder(path, kind)
 
 
-def _image(path: Path, mounted: Path | None) -> Finding:
+def _image(name: str, mounted: Path | None) -> Finding:
+    path = Path(name)
     if mounted and (mounted / "unlabeled").is_dir():
         return ok("dataset", f"squashfs: {mounted} is mounted already")
     try:
         check_image(path)
     except UserError as error:
-        if mounted:
-            found = f"not here, neither in {mounted} nor in {path}"
+        if mounted and not (name and path.exists()):
+            found = f"not here, neither in {mounted} nor in {name or 'data.path, which is empty'}"
             return warn("dataset", found, "set data.path, or DATASET in the profile of the jobs, which mount it there")
         return refused("dataset", error, "set data.path to a dataset's .sqsh file")
     return ok("dataset", f"squashfs: {path}, {path.stat().st_size / 2**20:.1f} MiB")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moco.errors import UserError
+from moco.errors import UserError, one_line
 
 Status = Literal["ok", "note", "warn", "FAIL"]
 MOUNTS = Path("/proc/mounts")
@@ -35,7 +35,7 @@ class Finding:
 
     def line(self) -> str:
         text = f"{self.found}; {self.remedy}" if self.remedy else self.found
-        return f"{self.status:<5} {self.name:<16} {' '.join(text.split())}"
+        return f"{self.status:<5} {self.name:<16} {one_line(' '.join(text.split()))}"
 
 
 def ok(name: str, found: str) -> Finding:

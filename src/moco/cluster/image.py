@@ -1,18 +1,18 @@
-"""The container image, through the Docker SDK: building, running, and carrying it to a cluster as a SIF."""
+"""The container image, through the Docker SDK: building and running."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import moco
 from moco.errors import Say, UserError
@@ -20,6 +20,7 @@ from moco.tracking.store import ACCESS
 
 TAG = "moco-pipeline"
 PROJECT = "/project"  # where the checkout appears inside
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,26 @@ class Build:
 
 
 def connect() -> Any:
-    """A client of the Docker engine. Raises UserError where there is none."""
+    """A client of the Docker engine, which may take as long as it needs. Raises UserError where there is none."""
     try:
         import docker
     except ImportError:
         raise UserError("the Python package docker is not installed; pip install docker") from None
     try:
-        client = docker.from_env()
-        client.ping()
+        docker.from_env(timeout=20).ping()
+        client = docker.from_env(timeout=None)  # before the first byte of a large image minutes may pass
     except docker.errors.DockerException as error:
         raise UserError(
-            f"no Docker engine answers ({_reason(error)}); start it, set DOCKER_HOST, or build with "
+            f"no Docker engine answers ({reason(error)}); start it, set DOCKER_HOST, or build with "
             "`apptainer build moco.sif apptainer.def`"
         ) from None
     return client
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+def reason(error: Exception) -> str:
+    """On one line: what the engine itself says, where it answered, else what went wrong with asking it."""
+    text = " ".join(str(getattr(error, "explanation", None) or error).split())
+    return text[:300] or type(error).__name__
 
 
 def build(settings: Build, say: Say, folder: Path = Path()) -> str:
@@ -63,8 +65,10 @@ def build(settings: Build, say: Say, folder: Path = Path()) -> str:
 
     if not (folder / "Dockerfile").is_file():
         raise UserError(f"{folder.absolute()}: no Dockerfile here; run this in the project's folder")
+    if settings.torch_index and urlsplit(settings.torch_index).username is not None:
+        raise UserError("--torch-index holds a name or password, which would stay in the image; use an index without")
     client = connect()
-    arguments = {"VERSION": moco.__version__, "COMMIT": _commit(folder)}
+    arguments = {"VERSION": moco.__version__, "COMMIT": commit_of(folder)}
     if settings.base is not None:
         arguments["BASE"] = settings.base
     if settings.torch_index is not None:
@@ -77,7 +81,7 @@ def build(settings: Build, say: Say, folder: Path = Path()) -> str:
         _follow(lines, say)
         image = client.images.get(settings.tag)
     except docker.errors.DockerException as error:
-        raise UserError(f"the build failed: {_reason(error)}") from None
+        raise UserError(f"the build failed: {reason(error)}") from None
     say(f"{settings.tag}: {image.attrs['Size'] / 1e9:.2f} GB, {image.short_id}")
     return str(image.id)
 
@@ -96,11 +100,19 @@ def _follow(lines: Iterable[dict[str, Any]], say: Say) -> None:
             say(text)
 
 
-def _commit(folder: Path) -> str:
-    # For this one question the checkout may belong to another user.
-    git = ["git", "-c", "safe.directory=*", "-C", str(folder), "rev-parse", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return done.stdout.strip() if done is not None and done.returncode == 0 else "unknown"
+def commit_of(folder: Path) -> str:
+    """The checkout's commit, marked where files differ from it; `unknown` without git."""
+
+    def ask(*words: str) -> str | None:
+        # For this one question the checkout may belong to another user.
+        git = ["git", "-c", "safe.directory=*", "-C", str(folder), *words]
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or not (commit := ask("rev-parse", "HEAD")):
+        return "unknown"
+    changed = ask("status", "--porcelain", "--", "src", "container", "requirements", "pyproject.toml", "Dockerfile")
+    return f"{commit}-dirty" if changed else commit
 
 
 def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict[str, Any]:
@@ -109,6 +121,9 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
 
     if dataset is not None and not dataset.is_dir():
         raise UserError(f"{dataset}: dataset folder not found")
+    for path in (folder, dataset):
+        if path and ":" in str(path.absolute()):
+            raise UserError(f"{path.absolute()}: Docker cannot mount a path with a colon; rename it")
     volumes = [f"{folder.absolute()}:{PROJECT}"] + ([f"{dataset.absolute()}:/dataset:ro"] if dataset else [])
     devices = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpus else []
     environment = [f"MOCO_IMAGE={(image.tags or [image.short_id])[0]}", f"MOCO_IMAGE_DIGEST={image.id}"]
@@ -117,13 +132,15 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
     return {"user": user, "volumes": volumes, "device_requests": devices, "environment": environment}
 
 
-def _find(client: Any, tag: str) -> Any:
+def find(client: Any, tag: str) -> Any:
     import docker
 
     try:
         return client.images.get(tag)
     except docker.errors.ImageNotFound:
         raise UserError(f"{tag}: no such image here; build it with `moco image build`") from None
+    except docker.errors.DockerException as error:
+        raise UserError(f"{tag!r} is no image: {reason(error)}") from None
 
 
 def run(
@@ -131,39 +148,52 @@ def run(
 ) -> int:
     """Runs a command in the image, shows its output as it comes, returns its exit code.
 
-    SIGINT and SIGTERM are passed on, so that a stage inside saves its state. Raises UserError where the image
-    is missing or the engine refuses.
+    What asks this process to end reaches every process inside as SIGINT, on which a stage saves its state and DVC waits
+    for it; the code is then 128 and the signal's number. Raises UserError where the image is missing or the engine
+    refuses.
     """
     import docker
 
     client = connect()
-    image = _find(client, tag)
-    try:
-        container = client.containers.run(
-            tag, list(command), detach=True, init=True, working_dir=PROJECT, shm_size="1g",
-            **_options(image, folder, dataset, gpus),
-        )  # fmt: skip
-    except docker.errors.DockerException as error:
-        raise UserError(f"the engine refuses to run {tag}: {_reason(error)}") from None
+    image = find(client, tag)
+    options = _options(image, folder, dataset, gpus)
+    told: list[int] = []
+    container: Any = None
 
     def pass_on(number: int, _: object) -> None:
-        container.kill(signal.Signals(number).name)
+        told.append(number)
+        with contextlib.suppress(docker.errors.DockerException):  # not begun yet, or ended just now
+            container.kill("SIGINT")
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[signal.Signals, Any] = {}
     try:
-        for chunk in container.logs(stream=True, follow=True):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-        return int(container.wait()["StatusCode"])
+        container = client.containers.create(
+            tag, list(command), init=True, working_dir=PROJECT, shm_size="1g", **options
+        )
+        before = {number: signal.signal(number, pass_on) for number in ENDINGS}
+        output = container.attach(stream=True, demux=True)
+        if told:
+            return 128 + told[0]
+        container.start()
+        for parts in output:
+            for chunk, stream in zip(parts, (sys.stdout, sys.stderr), strict=True):
+                with contextlib.suppress(OSError):  # a terminal that was closed: what is inside still saves its state
+                    stream.buffer.write(chunk or b"")
+                    stream.buffer.flush()
+        code = int(container.wait()["StatusCode"])
+    except docker.errors.DockerException as error:
+        raise UserError(f"the engine refuses to run {tag}: {reason(error)}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        container.remove(force=True)
+        if container is not None:
+            container.remove(force=True)
+    return 128 + told[0] if told and code else code
 
 
 def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: Path = Path()) -> int:
     """An interactive shell in the image. The SDK has no terminal, so this is the `docker` command's work."""
-    image = _find(connect(), tag)
+    image = find(connect(), tag)
     if shutil.which("docker") is None:
         raise UserError("docker: command not found; an interactive shell needs it beside the engine")
     options = _options(image, folder, dataset, gpus)
@@ -171,41 +201,7 @@ def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: 
     for setting in options["environment"]:  # a password is for the environment, not for the list of processes
         volumes += ["--env", setting if setting.startswith("MOCO_") else setting.partition("=")[0]]
     arguments = [
-        "docker", "run", "--rm", "--interactive", "--tty", "--init", "--user", options["user"], *volumes,
-        *(["--gpus", "all"] if gpus else []), "--workdir", PROJECT, tag, "bash",
+        "docker", "run", "--rm", "--interactive", "--tty", "--init", "--shm-size", "1g",
+        "--user", options["user"], *volumes, *(["--gpus", "all"] if gpus else []), "--workdir", PROJECT, tag, "bash",
     ]  # fmt: skip
     return subprocess.run(arguments, check=False).returncode
-
-
-def push_sif(tag: str, target: str, say: Say) -> None:
-    """Carries the image to a cluster: saved as an archive, copied, and there made into a SIF.
-
-    target: PATH on this machine, or HOST:PATH for scp and ssh. Raises UserError where a step fails.
-    """
-    client = connect()
-    image = _find(client, tag)
-    host, colon, path = target.rpartition(":")
-    if not path.endswith(".sif"):
-        raise UserError(f"{target}: the target must end in .sif")
-    needed = ["scp", "ssh"] if colon else ["apptainer"]
-    missing = [tool for tool in needed if shutil.which(tool) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: not found here; needed for {target}")
-    with tempfile.TemporaryDirectory(prefix="moco-sif-") as work:
-        archive = Path(work) / "image.tar"
-        say(f"saving {tag} ({image.attrs['Size'] / 1e9:.1f} GB) to {archive}")
-        with archive.open("wb") as file:
-            for chunk in image.save(named=tag if ":" in tag else f"{tag}:latest"):
-                file.write(chunk)
-        if not colon:
-            _call(["apptainer", "build", "--force", path, f"docker-archive:{archive}"], say)
-            return
-        _call(["scp", str(archive), f"{host}:{path}.tar"], say)
-        sif, remote = shlex.quote(path), shlex.quote(f"{path}.tar")
-        _call(["ssh", host, f"apptainer build --force {sif} docker-archive:{remote} && rm {remote}"], say)
-
-
-def _call(command: list[str], say: Say) -> None:
-    say(shlex.join(command))
-    if (code := subprocess.run(command, check=False).returncode) != 0:
-        raise UserError(f"{command[0]} failed with exit code {code}")

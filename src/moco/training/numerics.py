@@ -18,10 +18,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there, and where a job
+    was given GPUs that cannot be used: days on the CPU are not what it waited for."""
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if "SLURM_JOB_ID" in os.environ and given not in ("", "-1", "NoDevFiles"):
+            raise UserError(
+                f"runtime.device: this job was given GPU {given}, and torch cannot use it: the driver is too old, the "
+                "container was started without --nv, or torch is built without CUDA (`moco doctor` in the job says "
+                "which); 'cpu' does without it"
+            )
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)

@@ -1,0 +1,114 @@
+"""Carrying the container image to a cluster: saved as an archive, copied, and made into a SIF there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moco.cluster.image import connect, find, reason
+from moco.errors import Say, UserError
+
+RECIPE = "apptainer.def"
+# What the image brings itself; the rest of the recipe says how it is used.
+BROUGHT = ("arguments", "setup", "files", "post")
+# Over there: by a login shell, as clusters have their tools in modules.
+BUILDER = "command -v apptainer || command -v singularity"
+
+
+def definition(recipe: str, archive: str, labels: dict[str, str]) -> str:
+    """A recipe that makes a SIF of an archive of the image, with the environment, the command and the test of the
+    project's own recipe; labels: those of the image."""
+    _, *sections = re.split(r"^%", recipe, flags=re.MULTILINE)
+    kept = "".join(f"%{section}" for section in sections if section.split(None, 1)[0] not in BROUGHT)
+    for name, key in (("version", "VERSION"), ("revision", "COMMIT")):
+        kept = kept.replace(f"{{{{ {key} }}}}", labels.get(f"org.opencontainers.image.{name}", "unknown"))
+    return f"Bootstrap: docker-archive\nFrom: {archive}\n\n{kept}"
+
+
+def push_sif(tag: str, target: str, say: Say, folder: Path = Path()) -> None:
+    """Saves the image, copies it, and makes it a SIF.
+
+    target: PATH on this machine, or HOST:PATH for scp and ssh, below the home where it is relative. folder: the
+    checkout. Raises UserError where a step fails; what a failed one leaves behind over there is removed.
+    """
+    host, colon, path = target.rpartition(":")
+    path = path.removeprefix("~/") if colon else path
+    if not path.endswith(".sif"):
+        raise UserError(f"{target}: the target must end in .sif")
+    if not (folder / RECIPE).is_file():
+        raise UserError(f"{folder.absolute()}: no {RECIPE} here; run this in the project's folder")
+    client = connect()
+    image = find(client, tag)
+    for tool in ("scp", "ssh") if colon else ():
+        if shutil.which(tool) is None:
+            raise UserError(f"{tool}: not found here; needed for {target}")
+    found = subprocess.run(_there(host, BUILDER), capture_output=True, text=True, check=False)
+    if found.returncode == 255 and colon:
+        raise UserError(f"{host}: ssh cannot log in: {' '.join(found.stderr.split())[-200:]}")
+    if found.returncode != 0:
+        raise UserError(f"{host or 'here'}: neither apptainer nor singularity is found; needed for {target}")
+    builder = found.stdout.split()[-1]
+    try:
+        with tempfile.TemporaryDirectory(prefix="moco-sif-") as work:
+            archive = Path(work) / "image.tar"
+            _save(image, tag, archive, say)
+            _make(host, path, archive, builder, (folder / RECIPE).read_text(), image.labels, say)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or tempfile.gettempdir()}: {error.strerror}; TMPDIR names another place"
+        ) from None
+
+
+def _save(image: Any, tag: str, archive: Path, say: Say) -> None:
+    import docker
+    from requests import RequestException
+
+    size, free = image.attrs["Size"], shutil.disk_usage(archive.parent).free
+    if free < size:
+        raise UserError(
+            f"{archive.parent.parent}: {free / 1e9:.1f} GB are free, the image has {size / 1e9:.1f}; set TMPDIR to a "
+            "folder with more"
+        )
+    say(f"saving {tag} ({size / 1e9:.1f} GB) to {archive}")
+    try:
+        with archive.open("wb") as file:
+            for chunk in image.save(named=image.tags[0] if image.tags else False):
+                file.write(chunk)
+    except (docker.errors.DockerException, RequestException) as error:
+        raise UserError(f"{tag} could not be saved: {reason(error)}") from None
+
+
+def _make(host: str, path: str, archive: Path, builder: str, recipe: str, labels: dict[str, str], say: Say) -> None:
+    """On the host, or here where it is empty."""
+    copied = f"{path}.tar" if host else str(archive)
+    own = archive.with_suffix(".def")
+    own.write_text(definition(recipe, copied, labels))
+    used = f"{path}.def" if host else str(own)
+    words = [builder, "build", "--force", "--notest", path, used]
+    if not host:
+        _call(words, say)
+        return
+    left = shlex.join(["rm", "-f", copied, used])
+    try:
+        _call(["scp", str(archive), f"{host}:{copied}"], say)
+        _call(["scp", str(own), f"{host}:{used}"], say)
+        _call(_there(host, f"trap {shlex.quote(left)} EXIT; {shlex.join(words)}"), say)
+    except UserError:
+        subprocess.run(_there(host, left), capture_output=True, check=False)
+        raise
+
+
+def _there(host: str, script: str) -> list[str]:
+    """A script for the host's bash, or for this machine's."""
+    return ["ssh", host, f"bash -lc {shlex.quote(script)}"] if host else ["bash", "-c", script]
+
+
+def _call(command: list[str], say: Say) -> None:
+    say(shlex.join(command))
+    if (code := subprocess.run(command, check=False).returncode) != 0:
+        raise UserError(f"{command[0]} failed with exit code {code}")

@@ -12,10 +12,12 @@ slurm_app = typer.Typer(help="Jobs on a cluster.", no_args_is_help=True)
 PROFILE = Path("slurm/profiles/generic.conf")
 
 
-@slurm_app.command(context_settings={"ignore_unknown_options": True})
+@slurm_app.command()
 def submit(
     job: Annotated[str, typer.Argument(help="A job of slurm/, or `pipeline` for all of them in their order.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="For the stage, for example a checkpoint.")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="For the stage, for example a checkpoint; options after `--`.")
+    ] = None,
     profile: Annotated[Path, typer.Option(help="Site profile.", envvar="MOCO_PROFILE")] = PROFILE,
     option: Annotated[list[str] | None, typer.Option(help="For sbatch, for example --option=--time=1:00:00.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and submit nothing.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from conftest import ROOT, Moco, assert_one_line_error
 from moco.cluster.profile import KEYS, Profile, read_profile
-from moco.cluster.slurm import JOBS, PIPELINE, command, render
+from moco.cluster.slurm import JOBS, PIPELINE, command, minutes, render
 
 AWKWARD = '/scratch/my data/it\'s $HOME "x" #1'
 
@@ -107,3 +108,72 @@ def test_without_sbatch_and_with_wrong_names_one_line_says_so(
 def test_shell_words_of_the_script_are_plain() -> None:
     for job in JOBS:
         assert shlex.split(render(job).splitlines()[-1]) == ["exec", "slurm/launch", job.removesuffix("_2gpu"), "$@"]
+
+
+@pytest.fixture
+def sbatch(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a profile, and in place of sbatch what writes down that it was called; returns the profile."""
+    (project / "bin").mkdir()
+    tool = project / "bin/sbatch"
+    tool.write_text('#!/bin/sh\necho "$@" >>called\necho "Welcome to the cluster"\necho "42;cluster"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project / 'bin'}:/usr/bin:/bin")
+    (project / "site.conf").write_text("CPUS=2\n")
+    shutil.copy(ROOT / "dvc.yaml", project)
+    return project / "site.conf"
+
+
+def test_a_site_that_greets_gives_an_id_all_the_same(moco: Moco, sbatch: Path) -> None:
+    done = moco("slurm", "submit", "train", "--profile", str(sbatch))
+    assert done.returncode == 0 and "train: job 42, log slurm/logs/moco-train-42.log" in done.stdout
+
+
+def test_a_refusal_is_told_with_the_sites_own_reason(moco: Moco, sbatch: Path) -> None:
+    (sbatch.parent / "bin/sbatch").write_text(
+        "#!/bin/sh\necho 'your account has no hours left' >&2; echo 'sbatch: error: Unspecified error' >&2; exit 1\n"
+    )
+    done = moco("slurm", "submit", "train", "--profile", str(sbatch))
+    assert_one_line_error(done, "no hours left", "Unspecified error")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("pretrain", "--dryrun"), "--dryrun"),
+        (("train", "--swep", "train.lr=1"), "--swep"),
+        (("pretrain_continue", "absent.pth"), "absent.pth: checkpoint not found"),
+        (("train", "--sweep", "train.lr=1,2", "--name", "x", "--", "--params=p.yaml"), "--params"),
+        (("pretrain", "--option=--time=5:00"), "5:00 is too short"),
+        (("pretrain", "--option=-t=9"), "9 is too short"),
+    ],
+)
+def test_what_was_not_meant_is_not_submitted(moco: Moco, sbatch: Path, words: tuple[str, ...], said: str) -> None:
+    done = moco("slurm", "submit", *words, "--profile", str(sbatch)) if "--" not in words else moco(
+        "slurm", "submit", "--profile", str(sbatch), *words
+    )  # fmt: skip
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (sbatch.parent / "called").exists()
+
+
+def test_files_of_the_profile_are_looked_at_first(moco: Moco, sbatch: Path) -> None:
+    for value, said in (("absent.sif", "not found"), ("site.conf/x.sif", "Not a directory"), ("bin", "is no file")):
+        sbatch.write_text(f"IMAGE={value}\n")
+        assert_one_line_error(moco("slurm", "submit", "train", "--profile", str(sbatch)), "IMAGE", value, said)
+    sbatch.write_text("IMAGE=site.conf\nGRES=gpu:1\n")
+    assert "--nv" in moco("slurm", "submit", "train", "--profile", str(sbatch)).stdout
+
+
+@pytest.mark.parametrize(
+    "limit, length",
+    [
+        ("90", 90),
+        ("5:30", 5.5),
+        ("1:00:00", 60),
+        ("2-0", 2880),
+        ("1-2:30", 1590),
+        ("1-0:0:30", 1440.5),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit: str, length: float | None) -> None:
+    assert minutes(limit) == length

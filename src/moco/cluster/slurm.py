@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import stat
 import subprocess
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from moco.cluster.profile import Profile
@@ -82,6 +85,8 @@ def submit(
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
     check_job(name)
+    _check_time(profile, profile_path, options)
+    _check_arguments(name, arguments, sweep)
     jobs = _pipeline(sweep) if name == "pipeline" else (name,)
     if arguments and len(jobs) > 1:
         raise UserError("arguments for a stage need one stage, not the pipeline")
@@ -92,9 +97,12 @@ def submit(
     if dry_run:
         say("\n".join(f"# {job}\n{text}" for job, _, text in texts))
         return []
-    _check(profile, profile_path)
+    _check(profile, profile_path, say)
     made = make(sweep, say) if sweep is not None else False
-    LOGS.mkdir(parents=True, exist_ok=True)
+    try:
+        LOGS.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{LOGS}: cannot be made: {error.strerror}; jobs write their logs there") from None
     ids: list[str] = []
     before = None
     for job, array, text in texts:
@@ -133,19 +141,66 @@ def _cancelled(ids: Sequence[str], error: UserError) -> UserError:
     return UserError(f"{error}; the jobs before it are {said}: {', '.join(ids)}")
 
 
-def _check(profile: Profile, path: Path) -> None:
+def minutes(limit: str) -> float | None:
+    """Of a time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for anything else."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if found is None:
+        return None
+    days, *rest = found.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, mins, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, mins, seconds = parts
+    else:
+        hours, mins, seconds = 0, *[*parts, 0][:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+def _check_time(profile: Profile, path: Path, options: Sequence[str]) -> None:
+    """A job is warned WARNING seconds before its end; a limit near that would send it back as soon as it starts."""
+    words = [word for option in options for word in option.split("=", 1)]
+    if "--signal" in words:
+        return
+    given = dict(pairwise(words))
+    limit = given.get("--time", given.get("-t", profile.time))
+    length = minutes(limit)
+    if length is not None and 0 < length * 60 < 2 * WARNING:
+        raise UserError(
+            f"{path}: TIME: {limit} is too short: jobs are told {WARNING // 60} minutes before their end to save and "
+            f"go back into the queue; at least {2 * WARNING // 60} minutes, or --option=--signal=B:USR2@SECONDS"
+        )
+
+
+def _check_arguments(job: str, arguments: Sequence[str], sweep: Sweep | None) -> None:
+    if sweep is not None and any(word.split("=")[0] == "--params" for word in arguments):
+        raise UserError("--params: a task of a sweep has its own params.yaml; put the values there")
+    if job == "pretrain_continue":
+        missing = [word for word in arguments if not word.startswith("-") and not Path(word).is_file()]
+        if missing:
+            raise UserError(f"{missing[0]}: checkpoint not found; without one the run of these settings continues")
+
+
+def _check(profile: Profile, path: Path, say: Say) -> None:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit from a login node of the cluster, outside of any container")
     if not Path("dvc.yaml").is_file():
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     for key, value in (("IMAGE", profile.image), ("DATASET", profile.dataset)):
-        if value and not Path(value).is_file():
-            raise UserError(f"{path}: {key}: {value} not found")
+        try:
+            if value and not stat.S_ISREG(Path(value).stat().st_mode):
+                raise UserError(f"{path}: {key}: {value} is no file")
+        except OSError as error:
+            reason = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise UserError(f"{path}: {key}: {value} {reason}") from None
+    if "gpu" in profile.gres and profile.image and not re.search(r"--(nv|nvccli|rocm)\b", profile.container_options):
+        say(f"warning: {path}: GRES asks for GPUs, and CONTAINER_OPTIONS has no --nv: the image would not see them")
 
 
 def _sbatch(arguments: list[str], text: str, job: str) -> str:
+    """The job's id, on the last line: some sites' sbatch says more before it."""
     done = subprocess.run(arguments, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{job}: Slurm refuses the job: {reason}")
-    return done.stdout.strip().split(";")[0]
+        reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise UserError(f"{job}: Slurm refuses the job: {reason or f'exit code {done.returncode}'}")
+    return done.stdout.strip().splitlines()[-1].split(";")[0]

@@ -1,0 +1,119 @@
+"""What the launcher does where others are in its way: DVC's lock, Slurm of other ages and rules, a signal too early."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
+
+LOCKED = 'echo "ERROR: Unable to acquire lock. Most likely another DVC process is running" >&2; exit 255'
+
+
+def start(project: Path, *arguments: str, work: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A start of job 7 with `work` in place of the image; waiting takes no time."""
+    fake(project, "recorder", f'#!/bin/sh\necho "$@" >>record\n{work}\n{STALE}')
+    fake(project, "sleep", "#!/bin/sh\necho slept >>record\n")
+    profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    environment = {"MOCO_PROFILE": profile, "PATH": path, "SLURM_JOB_ID": "7", **environment}
+    return launch(project, *arguments, **environment)
+
+
+def record(project: Path) -> str:
+    return (project / "record").read_text()
+
+
+def test_what_arguments_change_is_not_recorded_as_dvcs_own_command(project: Path) -> None:
+    assert start(project, "train", "--params", "other.yaml").returncode == 0
+    assert "moco train --params other.yaml" in record(project) and "dvc commit" not in record(project)
+
+
+def test_somebodys_dvc_is_waited_for_and_nothing_is_trained_twice(project: Path) -> None:
+    twice = "[ -e twice ] || { [ ! -e once ] || touch twice; touch once; " + LOCKED + "; }"
+    work = f'case "$*" in *"dvc commit"*) {twice};; esac'
+    done = start(project, "train", work=work)
+    assert done.returncode == 0 and done.stderr.count("another DVC is at work") == 1
+    assert record(project).count("moco train") == 1 and record(project).count("slept") == 2
+    assert record(project).count("dvc commit") == 3
+
+
+def test_a_stage_whose_state_dvc_cannot_tell_is_not_trained(project: Path) -> None:
+    broken = 'case "$*" in *"dvc status"*) echo "ERROR: dvc.lock is broken" >&2; exit 255;; esac'
+    done = start(project, "train", work=broken)
+    assert done.returncode == 1 and "dvc.lock is broken" in done.stderr
+    assert "moco train" not in record(project)
+
+
+def test_where_dvc_could_tell_again_the_job_goes_on(project: Path) -> None:
+    work = 'case "$*" in *"status --quiet"*) [ -e once ] || { touch once; exit 255; };; *"dvc status"*) exit 0;; esac'
+    assert start(project, "train", work=work).returncode == 0
+    assert "moco train" in record(project)
+
+
+def test_where_slurm_does_not_put_a_job_back_the_log_says_what_to_do(project: Path) -> None:
+    fake(project, "scontrol", "#!/bin/sh\necho 'Requeue is disabled' >&2; exit 1\n")
+    work = IN_MOCO + "touch runs/pretrain/k/checkpoint_001.pth; kill -USR2 $PPID; /bin/sleep 0.3; exit 140;; esac"
+    done = start(project, "pretrain", work=work)
+    assert done.returncode == 140 and "submit it again, it goes on from what is saved" in done.stdout
+
+
+def test_a_signal_while_the_dataset_is_copied_puts_the_job_back(project: Path) -> None:
+    (project / "d.sqsh").write_bytes(b"hsqs")
+    fake(project, "cp", "#!/bin/sh\nkill -USR2 $PPID; /bin/sleep 0.3\n")
+    fake(project, "scontrol", '#!/bin/sh\necho "scontrol $@" >>record\n')
+    fake(project, "recorder", "#!/bin/sh\necho never >>record\n")
+    fake(project, "sleep", "#!/bin/sh\n")
+    (project / "local").mkdir()
+    left = project / "local/moco-dataset-7-abcdef"
+    left.mkdir()
+    profile = write_profile(
+        project, IMAGE="dvc.yaml", CONTAINER="recorder", DATASET="d.sqsh", DATASET_COPY="yes", LOCAL_TMP="local"
+    )
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    done = launch(project, "pretrain", MOCO_PROFILE=profile, PATH=path, SLURM_JOB_ID="7")
+    assert record(project) == "scontrol requeue 7\n", done.stderr
+    assert list((project / "local").iterdir()) == [], "neither this copy nor that of a start that was killed"
+
+
+def test_a_preemption_is_heard_of_with_older_slurm_too(project: Path) -> None:
+    for known in ("", "--overlap"):
+        fake(project, "srun", f'#!/bin/sh\ncase "$*" in --help) echo "{known}"; exit;; esac\necho "$@" >>srun-record\n')
+        start(project, "train")
+        assert ("--overlap" in (project / "srun-record").read_text()) == bool(known)
+        (project / "srun-record").unlink()
+
+
+def test_gpus_are_counted_where_slurm_does_not_say_how_many(project: Path) -> None:
+    fake(project, "srun", '#!/bin/sh\ncase "$*" in *torchrun*) echo "$@" >>spread;; esac\n')
+    fake(project, "scontrol", "#!/bin/sh\necho first\n")
+    start(project, "pretrain", CUDA_VISIBLE_DEVICES="0,1", SLURM_JOB_NODELIST="first")
+    assert "--nproc-per-node 2" in (project / "spread").read_text()
+
+
+def test_a_profile_from_windows_reads_the_same(project: Path) -> None:
+    (project / "w.conf").write_bytes(b"IMAGE=dvc.yaml\r\nCONTAINER=true\r\n\r\n# x\r\n")
+    assert launch(project, "train", MOCO_PROFILE="w.conf").returncode == 0
+
+
+def test_a_path_that_no_container_can_mount_is_one_line(project: Path) -> None:
+    other = project.rename(project.with_name("a,b"))
+    done = launch(other, "train", MOCO_PROFILE=write_profile(other, IMAGE="dvc.yaml", CONTAINER="true"))
+    assert done.returncode == 1 and "comma or colon" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_modules_may_read_what_is_not_set(project: Path) -> None:
+    profile = write_profile(project, MODULES="apptainer/1.3", IMAGE="dvc.yaml", CONTAINER="true")
+    script = 'module() { echo "loads $2 $NEVER_SET"; }; export -f module; exec slurm/launch train'
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=project, env={**outside(), "MOCO_PROFILE": profile}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "loads apptainer/1.3" in done.stdout, done.stderr
+
+
+def test_a_gpu_that_plain_sbatch_did_not_ask_for_is_missed_aloud(project: Path) -> None:
+    profile = write_profile(project, GRES="gpu:1", IMAGE="dvc.yaml", CONTAINER="true")
+    assert "sbatch --gres=gpu:1" in launch(project, "train", MOCO_PROFILE=profile).stdout
+    assert "--gres" not in launch(project, "train", MOCO_PROFILE=profile, CUDA_VISIBLE_DEVICES="0").stdout

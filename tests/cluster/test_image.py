@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+import moco
 from conftest import ROOT, tiny_params, write_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.container, pytest.mark.timeout(1500)]
@@ -91,9 +93,13 @@ def test_it_runs_as_nobody_in_particular_and_says_what_it_is(engine: Any, image:
     found = engine.images.get(image).attrs
     assert found["Config"]["User"] == "moco"
     labels = found["Config"]["Labels"]
-    assert len(labels["org.opencontainers.image.revision"]) == 40
-    history = "\n".join(layer["CreatedBy"] for layer in engine.images.get(image).history())
-    assert "password" not in history.lower() and "token" not in history.lower()
+    assert labels["org.opencontainers.image.version"] == moco.__version__
+    commit, _, dirty = labels["org.opencontainers.image.revision"].partition("-")
+    assert len(commit) == 40 and dirty in ("", "dirty")
+    variables = dict(setting.split("=", 1) for setting in found["Config"]["Env"])
+    assert variables["SHELL"] == "/bin/bash" and variables["LC_ALL"] == "C.UTF-8"
+    assert variables["PYTHONNOUSERSITE"] == "1"
+    assert "doctor --step" in found["Config"]["Healthcheck"]["Test"][-1]
 
 
 def test_the_self_test_passes_and_versions_are_those_of_old_glibc(image: str, checkout: Path) -> None:
@@ -177,11 +183,11 @@ def test_what_ran_without_a_network_is_synced_from_outside(image: str, checkout:
 
 def test_without_git_inside_and_with_a_checkout_of_somebody_else(image: str, checkout: Path) -> None:
     hide = ("--volume", "/dev/null:/usr/bin/git:ro")
-    assert "up to date" in inside(image, checkout, "dvc", "repro", options=hide)
+    assert "Running stage 'data'" in inside(image, checkout, "dvc", "repro", "--force", "data", options=hide)
     # DVC's locks are the first user's. Sources keep their modes: the builds below hash them.
     subprocess.run(["chmod", "a+rwX", str(checkout)], check=True)
     subprocess.run(["chmod", "-R", "a+rwX", str(checkout / ".dvc")], check=True)
-    assert "up to date" in inside(image, checkout, "dvc", "status", user=4321)
+    assert "up to date" in inside(image, checkout, "dvc", "status", "data", user=4321)
 
 
 def test_building_again_takes_all_from_the_cache_and_a_changed_source_only_the_packages(
@@ -207,20 +213,49 @@ def test_a_base_that_is_gone_is_one_line(engine: Any, checkout: Path) -> None:
     assert line.startswith("error: the build failed") and "--base" in line
 
 
-def test_run_tells_which_image_it_is_and_passes_the_exit_code_on(engine: Any, image: str, checkout: Path) -> None:
-    command = [
-        shutil.which("moco") or "moco",
-        "image",
-        "run",
-        "--tag",
-        image,
-        "--",
-        "sh",
-        "-c",
-        "echo $MOCO_IMAGE_DIGEST; exit 7",
-    ]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (7, f"{engine.images.get(image).id}\n")
+def start(checkout: Path, image: str, *command: str, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    words = [shutil.which("moco") or "moco", "image", "run", "--tag", image, "--", *command]
+    return subprocess.Popen(words, cwd=checkout, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def test_run_tells_which_image_it_is_and_passes_output_and_exit_code_on(
+    engine: Any, image: str, checkout: Path
+) -> None:
+    script = "echo $MOCO_IMAGE_DIGEST; echo aside >&2; exit 7"
+    process = start(checkout, image, "sh", "-c", script)
+    assert process.communicate() == (f"{engine.images.get(image).id}\n", "aside\n")
+    assert process.returncode == 7
+
+
+def test_what_cannot_start_is_one_line_and_leaves_no_container(engine: Any, image: str, checkout: Path) -> None:
+    process = start(checkout, image, "no-such-command")
+    said = process.communicate()[1]
+    assert process.returncode == 127 and "no-such-command" in said and said.count("\n") == 1
+    assert engine.containers.list(all=True, filters={"ancestor": image}) == []
+
+
+def test_a_signal_reaches_the_stage_below_dvc_which_saves_its_state(
+    engine: Any, image: str, checkout: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "stopped"
+    shutil.copytree(checkout, project, symlinks=True, ignore=shutil.ignore_patterns("models", "runs", "mlflow.db"))
+    subprocess.run(["chown", "-R", f"{os.getuid()}:{os.getgid()}", str(project)], check=True)
+    params = tiny_params(tracking__uri="", pretrain__epochs=100_000)
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        process = start(project, image, "dvc", "repro", "pretrain", errors=subprocess.STDOUT)
+        assert process.stdout is not None
+        said = ""
+        while "images/s" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(number)
+        said += process.communicate(timeout=60)[0]
+        assert process.returncode == 128 + number, said
+        assert "the state is saved" in said
+    assert "continuing from" in said, "the second went on where the first was"
+    assert engine.containers.list(all=True, filters={"ancestor": image}) == []
 
 
 def test_a_shell_inside_has_a_terminal_and_passes_its_exit_code_on(image: str, checkout: Path) -> None:

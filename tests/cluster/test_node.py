@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import yaml
 from node_helpers import (
     BASE,
     DATASET,
+    FILES,
     HPC,
     PROJECT,
     SIF,
@@ -37,6 +40,7 @@ from node_helpers import (
     write,
 )  # fmt: skip
 
+from conftest import ROOT
 from moco.cluster.slurm import PIPELINE
 
 pytestmark = [
@@ -98,9 +102,50 @@ def test_from_a_docker_archive_and_again_from_the_result_with_other_sources(clus
 
 
 def test_exec_and_run_work_contained_and_with_an_overlay(cluster: None) -> None:
+    """The whole pipeline, then parts of it."""
     assert "usage" in node(f"apptainer run {SIF} --help").lower()
-    assert "2000 unlabeled, 500 train, 2000 val images of 32x32 pixels" in node(f"{BARE} {SIF} dvc repro data")
+    settings(epochs=1, uri="")
+    write("extra_labels.csv", extra_labels())
+    said = node(f"{BARE} {SIF} dvc repro")
+    assert "2000 unlabeled, 500 train, 2000 val images of 32x32 pixels" in said and "eval: top-1" in said
+    assert "up to date" in node(f"{BARE} {SIF} dvc status")
     assert "FAIL" not in node(f"{BARE} {SIF} moco doctor")
+    run = BARE.replace(" exec ", " run ")
+    assert "top-1" in node(f"{run} {SIF} eval --classifier models/finetuned")
+
+
+def test_nothing_of_the_login_shell_or_its_modules_leaks_in(cluster: None) -> None:
+    node("mkdir -p /scratch/hpc/leak && echo 'raise SystemExit(9)' >/scratch/hpc/leak/torch.py")
+    leaks = "SHELL=/bin/no-such-shell PYTHONPATH=/scratch/hpc/leak PYTHONHOME=/nowhere LC_ALL=xx_XX.latin1"
+    bare = BARE.replace(" --cleanenv", " --bind /scratch/hpc")
+    assert "Running stage 'data'" in node(f"{leaks} {bare} {SIF} dvc repro --force data")
+
+
+def test_an_image_is_carried_to_the_cluster_and_made_a_sif_there(cluster: None, tmp_path: Path) -> None:
+    """The base image, which is small; ssh and scp are stand-ins that reach the node as its user."""
+    for tool, script in {
+        "ssh": 'shift; exec "$HPC" exec bash -c "cd; $*"',
+        "scp": 'to="$FILES/home/hpc/${2#*:}"; cp "$1" "$to" && "$HPC" root chown hpc: "/home/hpc/${2#*:}"',
+    }.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\nset -eu\nHPC={shlex.quote(str(HPC))} FILES={FILES}\n{script}\n")
+        (tmp_path / tool).chmod(0o755)
+    moco = [shutil.which("moco") or "moco", "image", "push-sif", "--tag", BASE]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def push(target: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*moco, target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = push("me@login:~/carried one.sif")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exec moco" in node("apptainer inspect --runscript ~/'carried one.sif'")
+    assert "moco doctor --step" in node("apptainer inspect --test ~/'carried one.sif'")
+    assert node("cd; ls | grep carried").split("\n")[0] == "carried one.sif"
+    assert len(node("cd; ls | grep carried").splitlines()) == 1, "what was sent is gone"
+    node("rm ~/'carried one.sif'")
+    done = push("me@login:no/such/folder/x.sif")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "error: scp failed" in done.stderr
 
 
 def submit(*words: str) -> dict[str, str]:

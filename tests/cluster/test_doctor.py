@@ -105,3 +105,7 @@ def test_errors_become_findings() -> None:
     foreign = attempt("x", raising(ValueError("\n first\nsecond " + "long " * 200)))
     assert foreign.found == "the check could not be made (ValueError: first)"
     assert "\n" not in fail("x", "a\nb", "c\nd").line()
+
+
+def test_names_of_files_do_not_steer_the_terminal() -> None:
+    assert "\x1b" not in Finding("FAIL", "dataset", "a\x1b[2Jb: not found").line()

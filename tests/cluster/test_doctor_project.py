@@ -65,9 +65,12 @@ def test_dataset_image_or_the_folder_mounted_of_it(project: Path) -> None:
     (project / "x.sqsh").write_bytes(b"PK\3\4")
     found = look_at_data(project, source="squashfs", path="x.sqsh")
     assert found.status == "FAIL" and "not a squashfs image" in found.found and ".sqsh" in found.remedy
+    found = look_at_data(project, source="squashfs", path="x.sqsh", mounted="empty")
+    assert found.status == "FAIL" and "not a squashfs image" in found.found, "though it could be mounted, it is there"
     (project / "x.sqsh").write_bytes(b"hsqs" + bytes(1 << 20))
     assert look_at_data(project, source="squashfs", path="x.sqsh").found == "squashfs: x.sqsh, 1.0 MiB"
     assert look_at_data(project, source="squashfs", path="none", mounted="empty").status == "warn"
+    assert "data.path, which is empty" in look_at_data(project, source="squashfs", path="", mounted="empty").found
     assert look_at_data(project, source="squashfs", path="none", mounted="").status == "FAIL"
     found = look_at_data(project, source="squashfs", path="none", mounted="dataset")
     assert found == Finding("ok", "dataset", "squashfs: dataset is mounted already")

@@ -112,6 +112,7 @@ def test_exec_and_run_work_contained_and_with_an_overlay(cluster: None) -> None:
     assert "FAIL" not in node(f"{BARE} {SIF} moco doctor")
     run = BARE.replace(" exec ", " run ")
     assert "top-1" in node(f"{run} {SIF} eval --classifier models/finetuned")
+    node("rm -rf runs models reports dvc.lock")  # the jobs below begin anew
 
 
 def test_nothing_of_the_login_shell_or_its_modules_leaks_in(cluster: None) -> None:

@@ -22,6 +22,20 @@ def test_auto_takes_the_best_device_that_works() -> None:
     assert device.type == "cuda" if torch.cuda.is_available() else device.type in ("cpu", "mps")
 
 
+@NO_CUDA
+def test_a_job_whose_gpu_cannot_be_used_ends_instead_of_training_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for none in ("", "NoDevFiles", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert choose_device("auto").type in ("cpu", "mps")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match=r"given GPU 1, .* driver .* --nv.*moco doctor.*'cpu'"):
+        choose_device("auto")
+    assert choose_device("cpu") == CPU
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert choose_device("auto").type in ("cpu", "mps"), "somebody's own setting on a machine without a GPU"
+
+
 def test_a_named_device_is_taken() -> None:
     assert choose_device("cpu") == CPU
 

@@ -110,6 +110,7 @@ def test_a_server_needs_no_address_in_the_script(checkout: Path) -> None:
         ("train", "train.lr=2020-10-10,1", "a", ("KEY=VALUE",)),
         ("train", "train.lr=!!int x", "a", ("KEY=VALUE",)),
         ("train", "train.lr={[a]: 1}", "a", ("KEY=VALUE",)),
+        ("train", "train.lr=&a [*a]", "a", ("KEY=VALUE",)),
         ("finetune", "train.lr=1,2", "a", ("train depends on it too", "finetune needs", "pipeline")),
         ("train", "data.generated.seed=1,2", "a", ("pretrain depends on it too", "pipeline")),
         ("train_extra", "train_extra.labels=absent.csv", "a", ("train_extra.labels: absent.csv: not found",)),
@@ -161,6 +162,10 @@ def test_settings_that_say_no_sweep_or_say_it_twice_are_one_line(checkout: Path)
         plan_or_none("train", [], "lr")
     with pytest.raises(UserError, match=r"train\.lr is swept already"):
         plan("train", ["train.lr=1,2", "train.lr=3"], None)
+    for broken in ("", "stages: [", "stages:\n  data: moco data\n", "x: 1\n"):
+        (checkout / "dvc.yaml").write_text(broken)
+        with pytest.raises(UserError, match=r"dvc\.yaml: no stages can be read"):
+            plan("train", ["train.lr=1,2"], None)
     (checkout / "dvc.yaml").unlink()
     with pytest.raises(UserError, match=r"no dvc\.yaml here"):
         plan("train", ["train.lr=1,2"], None)

@@ -92,7 +92,8 @@ def _values(setting: str) -> tuple[str, list[Any]]:
         values = YAML(typ="safe").load(f"[{text}]")  # unlike PyYAML, it knows 1e-4 for a number
     except (YAMLError, ValueError, TypeError):  # not YAML, no such day, a list as a key
         values = []
-    if not equals or not values or not all(map(_plain, values)):
+    # An alias could hold itself; nobody needs one here.
+    if not equals or not values or re.search(r"(^|[\s\[,])[&*]\S", text) or not all(map(_plain, values)):
         raise UserError(f"--sweep {setting}: expected KEY=VALUE,VALUE, for example pretrain.temperature=0.1,0.2")
     return key.strip(), values
 
@@ -175,7 +176,12 @@ def _graph(path: Path, configs: Sequence[Config]) -> _Graph:
     tasks: a path may hold settings, `${SECTION.KEY}`."""
     if not path.is_file():
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
-    stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        if not all(isinstance(stage, dict) for stage in stages.values()):
+            raise TypeError
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: no stages can be read; `dvc status` says what is wrong with it") from None
     makers = {
         out if isinstance(out, str) else next(iter(out)): name
         for name, stage in stages.items()

@@ -160,7 +160,12 @@ def test_contrast_sees_the_last_stage_of_a_pyramid_alone(mlp: bool) -> None:
         theirs.data.copy_(ours.data)
     torch.testing.assert_close(pyramid(x), last(x), rtol=0, atol=0)
     assert last_width(pyramid) == last_width(last) == 32
-    assert last_width(strip_head(pyramid)) == 32
+    body = strip_head(pyramid)
+    assert last_width(body) == 32
+    assert body(x).shape == (4, 32), "in training, no step goes into what nothing is learnt from"
+    assert body.eval()(x).shape == (4, 32 + 4 * 16), "classifiers and monitoring see all"
+    supervised = build_encoder(Architecture("small_resnet", "small", 4, 3, "pyramid"), 5)
+    assert strip_head(supervised)(x).shape == (4, 32 + 4 * 16), "and learn through it"
 
 
 def test_stripped_network_returns_what_entered_the_head() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.model.encoder import feature_width, last_width
+from moco.model.small_resnet import SmallResNet
 
 
 class Contrast(NamedTuple):
@@ -65,11 +66,13 @@ def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
     linear = nn.Linear(width, dim)
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
     encoder.fc = head if width == feature_width(encoder) else nn.Sequential(LastFeatures(width), head)
+    if isinstance(encoder, SmallResNet):
+        encoder.trains_last_alone = True
     return encoder
 
 
 class LastFeatures(nn.Module):
-    """Of N x D features the last `width`."""
+    """Of N x D features the last `width`, which in training may be all there are."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

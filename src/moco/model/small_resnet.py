@@ -55,7 +55,7 @@ class SmallResNet(nn.Module):
     Features are the last stage's average over the image. With `pyramid` those of the stages between the first and the
     last stand before it, averaged over the quarters of the image: what a classifier wants and contrast does not keep.
     Input: N x 3 x H x W. Output: N x `num_classes`. `last_width` is the width of the last stage, `feature_width` that
-    before the linear layer.
+    before the linear layer; in training with `trains_last_alone` that layer gets the last stage's features only.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class SmallResNet(nn.Module):
         )
         self.last_width = width << stages
         self.between = range(1, stages - 1) if pyramid else range(0)  # places of the stages whose quarters are used
+        self.trains_last_alone = False  # as contrast does, which then need not wait for the quarters
         self.feature_width = self.last_width + sum(4 * width << (place + 1) for place in self.between)
         self.fc = nn.Linear(self.feature_width, num_classes)
         for module in self.modules():
@@ -82,6 +83,6 @@ class SmallResNet(nn.Module):
         features = []
         for place, layer in enumerate(self.layers):
             x = layer(x)
-            if place in self.between:
+            if place in self.between and not (self.training and self.trains_last_alone):
                 features.append(quarters(x))
         return self.fc(torch.cat([*features, x.mean((2, 3))], 1))  # type: ignore[no-any-return]

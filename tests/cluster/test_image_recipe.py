@@ -13,7 +13,7 @@ from docker.utils.build import exclude_paths
 
 import moco
 from conftest import ROOT
-from moco.cluster.carry import definition, push_sif
+from moco.cluster.carry import definition, make_sif, push_sif
 from moco.cluster.image import Build, build, commit_of, run
 from moco.errors import UserError
 
@@ -103,6 +103,21 @@ def test_what_cannot_be_carried_is_one_line(target: str, said: str, monkeypatch:
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
     with pytest.raises(UserError, match=said):
         push_sif("moco-pipeline", target, print, ROOT)
+
+
+@pytest.mark.parametrize("broken", ["scp", "ssh"])
+def test_what_was_sent_for_nothing_is_removed_over_there(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tool in ("scp", "ssh"):
+        ends = f'case "$*" in *build*|*.def) exit {int(tool == broken)};; esac'
+        (tmp_path / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >>{tmp_path}/record\n{ends}\n')
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "image.tar").touch()
+    with pytest.raises(UserError, match=f"{broken} failed with exit code 1"):
+        make_sif("login", "a b.sif", tmp_path / "image.tar", "apptainer", "", {}, print)
+    assert "rm -f" in (tmp_path / "record").read_text().splitlines()[-1]
 
 
 def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,20 +133,14 @@ def test_an_image_is_carried_to_the_cluster_and_made_a_sif_there(cluster: None, 
     moco = [shutil.which("moco") or "moco", "image", "push-sif", "--tag", BASE]
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def push(target: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*moco, target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )  # fmt: skip
-
-    done = push("me@login:~/carried one.sif")
+    target = "me@login:~/carried one.sif"
+    done = subprocess.run([*moco, target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exec moco" in node("apptainer inspect --runscript ~/'carried one.sif'")
     assert "moco doctor --step" in node("apptainer inspect --test ~/'carried one.sif'")
     assert node("cd; ls | grep carried").split("\n")[0] == "carried one.sif"
     assert len(node("cd; ls | grep carried").splitlines()) == 1, "what was sent is gone"
     node("rm ~/'carried one.sif'")
-    done = push("me@login:no/such/folder/x.sif")
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "error: scp failed" in done.stderr
 
 
 def submit(*words: str) -> dict[str, str]:

@@ -57,7 +57,7 @@ def push_sif(tag: str, target: str, say: Say, folder: Path = Path()) -> None:
         with tempfile.TemporaryDirectory(prefix="moco-sif-") as work:
             archive = Path(work) / "image.tar"
             _save(image, tag, archive, say)
-            _make(host, path, archive, builder, (folder / RECIPE).read_text(), image.labels, say)
+            make_sif(host, path, archive, builder, (folder / RECIPE).read_text(), image.labels, say)
     except OSError as error:
         raise UserError(
             f"{error.filename or tempfile.gettempdir()}: {error.strerror}; TMPDIR names another place"
@@ -83,8 +83,8 @@ def _save(image: Any, tag: str, archive: Path, say: Say) -> None:
         raise UserError(f"{tag} could not be saved: {reason(error)}") from None
 
 
-def _make(host: str, path: str, archive: Path, builder: str, recipe: str, labels: dict[str, str], say: Say) -> None:
-    """On the host, or here where it is empty."""
+def make_sif(host: str, path: str, archive: Path, builder: str, recipe: str, labels: dict[str, str], say: Say) -> None:
+    """On the host, or here where it is empty. Raises UserError where a step fails; what was sent is removed."""
     copied = f"{path}.tar" if host else str(archive)
     own = archive.with_suffix(".def")
     own.write_text(definition(recipe, copied, labels))

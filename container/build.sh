@@ -74,7 +74,8 @@ print("\n".join(r for r in requires("torch") if r.startswith(("nvidia-", "triton
 }
 
 project() {
-  find src -type f ! -name '*.py' ! -name '*.html' -delete # a recipe that copies whole folders may bring anything
+  # A recipe that copies whole folders may bring anything.
+  [ "$PWD" != /opt/moco-build ] || find src -type f ! -name '*.py' ! -name '*.html' -delete
   "$prefix/bin/uv" pip install --quiet --compile-bytecode --python "$prefix/bin/python" --no-deps --no-build-isolation --reinstall-package moco-pipeline .
   # In a checkout its own code runs, which is what DVC hashes; elsewhere the image's.
   cat >"$prefix/bin/moco" <<'SCRIPT'

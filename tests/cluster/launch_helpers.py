@@ -46,7 +46,9 @@ def fake(project: Path, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
-STALE = 'case "$*" in *"dvc status"*) exit 1;; esac\n'  # what DVC says of a stage that is not up to date
+# What DVC says of a stage that is not up to date, and of one that is.
+STALE = """case "$*" in *"dvc status"*) echo '{"stage": []}'; exit 0;; esac\n"""
+FRESH = 'case "$*" in *"dvc status"*) echo "{}"; exit 0;; esac\n'
 
 
 IN_MOCO = 'case "$*" in *"moco pretrain"*) mkdir -p runs/pretrain/k; '

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
+import docker
 import pytest
 from docker.utils.build import exclude_paths
 
@@ -64,7 +67,7 @@ def test_a_password_for_the_index_is_refused_as_it_would_stay_in_the_image() -> 
         build(Build(torch_index="https://me:secret@wheels.example.org/simple"), print, ROOT)
     environment = {**os.environ, "TORCH_INDEX": "https://me:secret@wheels.example.org/simple"}
     done = subprocess.run(
-        ["bash", ROOT / "container/build.sh", "packages"], env=environment, capture_output=True, text=True, check=False
+        ["bash", ROOT / "container/build.sh"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "secret" not in done.stderr
     (line,) = done.stderr.splitlines()
@@ -124,3 +127,42 @@ def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
     with pytest.raises(UserError, match=r"no Docker engine answers .* apptainer.def"):
         run("moco-pipeline", ["true"])
+
+
+class Container:
+    """One that is asked to end while the engine starts it, and that somebody removes meanwhile."""
+
+    def __init__(self) -> None:
+        self.running, self.told = False, list[str]()
+
+    def attach(self, **_: object) -> list[tuple[bytes, bytes]]:
+        return [(b"out", b"err")]
+
+    def start(self) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+        self.running = True
+
+    def kill(self, name: str) -> None:
+        if not self.running:
+            raise docker.errors.APIError("is not running")
+        self.told.append(name)
+
+    def wait(self) -> dict[str, int]:
+        return {"StatusCode": 130}
+
+    def remove(self, force: bool) -> None:
+        raise docker.errors.NotFound("no such container")
+
+
+def test_a_signal_while_a_container_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine is slow enough to be met in that moment."""
+    container, image = Container(), SimpleNamespace(tags=["x:latest"], id="sha256:0")
+    client = SimpleNamespace(
+        images=SimpleNamespace(get=lambda tag: image),
+        containers=SimpleNamespace(create=lambda *words, **options: container),
+    )
+    monkeypatch.setattr("moco.cluster.image.connect", lambda: client)
+    before = signal.getsignal(signal.SIGUSR2)
+    assert run("x", ["dvc", "repro"]) == 128 + signal.SIGUSR2
+    assert container.told == ["SIGINT"]
+    assert signal.getsignal(signal.SIGUSR2) is before

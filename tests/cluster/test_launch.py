@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
+from launch_helpers import FRESH, IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
 
 from moco.cluster.profile import read_profile
 from moco.errors import UserError
@@ -161,7 +161,7 @@ def test_a_copied_dataset_is_gone_afterwards(project: Path) -> None:
 
 
 def test_a_stage_that_is_up_to_date_is_not_done_again(project: Path) -> None:
-    fake(project, "recorder", '#!/bin/sh\necho "$@" >>record\n')
+    fake(project, "recorder", f'#!/bin/sh\necho "$@" >>record\n{FRESH}')
     profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER=str(project / "bin/recorder"))
     done = launch(project, "train", MOCO_PROFILE=profile)
     assert "train is up to date" in done.stdout and done.returncode == 0

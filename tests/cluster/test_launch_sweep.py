@@ -19,7 +19,7 @@ def task(project: Path, work: str, **environment: str) -> tuple[subprocess.Compl
         "recorder",
         """#!/bin/sh
 echo "$@" | tr '\\n' ' ' >>record; echo >>record
-case "$*" in *"dvc status --quiet $FRESH"*) exit 0;; *"dvc status"*) exit 1;; esac
+case "$*" in *"dvc status --json $FRESH"*) echo '{}'; exit 0;; *"dvc status"*) echo '{"x": []}'; exit 0;; esac
 eval "$WORK"
 """,
     )
@@ -50,8 +50,8 @@ def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project:
     assert [line.partition("dvc.yaml ")[2].rstrip() for line in lines[:-1]] == [
         "dvc checkout --allow-missing --force data pretrain",
         "dvc repro --single-item data",
-        "dvc status --quiet data pretrain",
-        "dvc status --quiet train",
+        "dvc status --json data pretrain",
+        "dvc status --json train",
         "moco train",
         "dvc commit --force train",
     ]
@@ -67,7 +67,7 @@ def test_a_task_of_a_sweep_works_in_its_folder_and_leaves_an_experiment(project:
 
 def test_without_an_image_a_task_has_the_name_of_its_experiment(project: Path) -> None:
     (project / "sweeps/lr/2").mkdir(parents=True)
-    fake(project, "dvc", "#!/bin/sh\n[ $1 != status ]\n")
+    fake(project, "dvc", '#!/bin/sh\n[ $1 != status ] || echo "{\\"train\\": []}"\n')
     fake(project, "git", "#!/bin/sh\n")
     fake(project, "moco", '#!/bin/sh\necho "$DVC_EXP_NAME" >>record\n')
     (project / "bare.conf").touch()

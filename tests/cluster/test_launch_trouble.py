@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
@@ -14,7 +15,7 @@ LOCKED = 'echo "ERROR: Unable to acquire lock. Most likely another DVC process i
 def start(project: Path, *arguments: str, work: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A start of job 7 with `work` in place of the image; waiting takes no time."""
     fake(project, "recorder", f'#!/bin/sh\necho "$@" >>record\n{work}\n{STALE}')
-    fake(project, "sleep", "#!/bin/sh\necho slept >>record\n")
+    fake(project, "sleep", '#!/bin/sh\n[ "$1" != 10 ] || echo slept >>record\n')
     profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
     path = f"{project / 'bin'}:{os.environ['PATH']}"
     environment = {"MOCO_PROFILE": profile, "PATH": path, "SLURM_JOB_ID": "7", **environment}
@@ -39,17 +40,41 @@ def test_somebodys_dvc_is_waited_for_and_nothing_is_trained_twice(project: Path)
     assert record(project).count("dvc commit") == 3
 
 
-def test_a_stage_whose_state_dvc_cannot_tell_is_not_trained(project: Path) -> None:
-    broken = 'case "$*" in *"dvc status"*) echo "ERROR: dvc.lock is broken" >&2; exit 255;; esac'
-    done = start(project, "train", work=broken)
-    assert done.returncode == 1 and "dvc.lock is broken" in done.stderr
-    assert "moco train" not in record(project)
+def test_dvc_that_stays_locked_ends_the_job_and_nothing_counts_as_done(project: Path) -> None:
+    for busy in ("dvc commit", " dvc "):
+        (project / "record").unlink(missing_ok=True)
+        done = start(project, "train", work=f'case "$*" in *"{busy}"*) {LOCKED};; esac')
+        assert done.returncode != 0 and record(project).count("slept") == 59, "between sixty attempts"
+        assert not (project / "slurm/logs/.job-7.committed").exists()
+        assert ("moco train" in record(project)) == (busy == "dvc commit")
+    assert not list((project / "slurm/logs").glob(".dvc-7")), "what DVC said is in the log, and nowhere else"
 
 
-def test_where_dvc_could_tell_again_the_job_goes_on(project: Path) -> None:
-    work = 'case "$*" in *"status --quiet"*) [ -e once ] || { touch once; exit 255; };; *"dvc status"*) exit 0;; esac'
+def test_a_stage_of_somebodys_dvc_that_is_at_work_is_waited_for_too(project: Path) -> None:
+    busy = "ERROR: 'data.txt' is busy, it is being blocked by: (PID 1): dvc repro"
+    done = start(project, "train", work=f'[ -e once ] || {{ touch once; echo "{busy}" >&2; exit 255; }}')
+    assert done.returncode == 0 and record(project).count("slept") == 1
+    assert busy in done.stderr, "as DVC says it, at once"
+
+
+def test_a_stage_that_real_dvc_cannot_judge_is_not_trained(project: Path) -> None:
+    """Its exit code is 1 then, as for one that is out of date where it is asked for codes."""
+    dvc = Path(sys.executable).with_name("dvc")
+    for command in (["git", "init", "--quiet"], [dvc, "init", "--quiet"]):
+        subprocess.run(command, cwd=project, check=True, capture_output=True)
+    work = f'case "$*" in *"dvc status"*) shift $(($# - 3)); exec {dvc} "$@";; esac'
+    (project / "dvc.yaml").write_text("stages: {train: {cmd: 'true', deps: [site.conf]}}\n")
     assert start(project, "train", work=work).returncode == 0
-    assert "moco train" in record(project)
+    assert "moco train" in record(project), "never run, so not up to date"
+    (project / "record").unlink()
+    subprocess.run([dvc, "commit", "--force", "--quiet", "train"], cwd=project, check=True)
+    done = start(project, "train", work=work)
+    assert "train is up to date" in done.stdout and "moco train" not in record(project)
+    (project / "record").unlink()
+    (project / "dvc.lock").write_text("schema: '2.0'\nstages: [broken\n")
+    done = start(project, "train", work=work)
+    assert done.returncode != 0 and "dvc.lock" in done.stderr
+    assert "moco train" not in record(project)
 
 
 def test_where_slurm_does_not_put_a_job_back_the_log_says_what_to_do(project: Path) -> None:
@@ -72,7 +97,7 @@ def test_a_signal_while_the_dataset_is_copied_puts_the_job_back(project: Path) -
         project, IMAGE="dvc.yaml", CONTAINER="recorder", DATASET="d.sqsh", DATASET_COPY="yes", LOCAL_TMP="local"
     )
     path = f"{project / 'bin'}:{os.environ['PATH']}"
-    done = launch(project, "pretrain", MOCO_PROFILE=profile, PATH=path, SLURM_JOB_ID="7")
+    done = launch(project, "pretrain", MOCO_PROFILE=profile, PATH=path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert record(project) == "scontrol requeue 7\n", done.stderr
     assert list((project / "local").iterdir()) == [], "neither this copy nor that of a start that was killed"
 
@@ -80,7 +105,7 @@ def test_a_signal_while_the_dataset_is_copied_puts_the_job_back(project: Path) -
 def test_a_preemption_is_heard_of_with_older_slurm_too(project: Path) -> None:
     for known in ("", "--overlap"):
         fake(project, "srun", f'#!/bin/sh\ncase "$*" in --help) echo "{known}"; exit;; esac\necho "$@" >>srun-record\n')
-        start(project, "train")
+        start(project, "train", work="while [ ! -e srun-record ]; do /bin/sleep 0.01; done")
         assert ("--overlap" in (project / "srun-record").read_text()) == bool(known)
         (project / "srun-record").unlink()
 
@@ -88,7 +113,7 @@ def test_a_preemption_is_heard_of_with_older_slurm_too(project: Path) -> None:
 def test_gpus_are_counted_where_slurm_does_not_say_how_many(project: Path) -> None:
     fake(project, "srun", '#!/bin/sh\ncase "$*" in *torchrun*) echo "$@" >>spread;; esac\n')
     fake(project, "scontrol", "#!/bin/sh\necho first\n")
-    start(project, "pretrain", CUDA_VISIBLE_DEVICES="0,1", SLURM_JOB_NODELIST="first")
+    start(project, "pretrain", SLURM_JOB_GPUS="0,1", SLURM_JOB_NODELIST="first")
     assert "--nproc-per-node 2" in (project / "spread").read_text()
 
 

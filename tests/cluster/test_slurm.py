@@ -144,7 +144,7 @@ def test_a_refusal_is_told_with_the_sites_own_reason(moco: Moco, sbatch: Path) -
         (("pretrain_continue", "absent.pth"), "absent.pth: checkpoint not found"),
         (("train", "--sweep", "train.lr=1,2", "--name", "x", "--", "--params=p.yaml"), "--params"),
         (("pretrain", "--option=--time=5:00"), "5:00 is too short"),
-        (("pretrain", "--option=-t=9"), "9 is too short"),
+        (("pretrain", "--option=-t=9"), "--time: 9 is too short"),
     ],
 )
 def test_what_was_not_meant_is_not_submitted(moco: Moco, sbatch: Path, words: tuple[str, ...], said: str) -> None:
@@ -153,6 +153,16 @@ def test_what_was_not_meant_is_not_submitted(moco: Moco, sbatch: Path, words: tu
     )  # fmt: skip
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (sbatch.parent / "called").exists()
+
+
+def test_a_stage_that_keeps_no_state_may_be_short(moco: Moco, sbatch: Path) -> None:
+    assert moco("slurm", "submit", "eval", "--option=--time=5:00", "--profile", str(sbatch)).returncode == 0
+
+
+def test_where_sbatch_submits_nothing_its_words_are_shown(moco: Moco, sbatch: Path) -> None:
+    (sbatch.parent / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: Job 5 to start tomorrow' >&2\n")
+    done = moco("slurm", "submit", "train", "--option=--test-only", "--profile", str(sbatch))
+    assert_one_line_error(done, "named no job", "to start tomorrow")
 
 
 def test_files_of_the_profile_are_looked_at_first(moco: Moco, sbatch: Path) -> None:

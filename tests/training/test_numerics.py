@@ -29,6 +29,8 @@ def test_a_job_whose_gpu_cannot_be_used_ends_instead_of_training_on_the_cpu(monk
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         assert choose_device("auto").type in ("cpu", "mps")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert choose_device("auto").type in ("cpu", "mps"), "the submitter's own, in a job without GPUs"
+    monkeypatch.setenv("SLURM_JOB_GPUS", "1")
     with pytest.raises(UserError, match=r"given GPU 1, .* driver .* --nv.*moco doctor.*'cpu'"):
         choose_device("auto")
     assert choose_device("cpu") == CPU

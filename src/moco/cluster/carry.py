@@ -10,14 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moco.cluster.image import connect, find, reason
+from moco.cluster.image import connect, engine_errors, find, reason
 from moco.errors import Say, UserError
 
 RECIPE = "apptainer.def"
 # What the image brings itself; the rest of the recipe says how it is used.
 BROUGHT = ("arguments", "setup", "files", "post")
+PLAIN = "the recipe is refused here; built without it: run `moco`, which the SIF does not do by itself"
 # Over there: by a login shell, as clusters have their tools in modules.
-BUILDER = "command -v apptainer || command -v singularity"
+BUILDER = "type -P apptainer || type -P singularity"
 
 
 def definition(recipe: str, archive: str, labels: dict[str, str]) -> str:
@@ -47,27 +48,20 @@ def push_sif(tag: str, target: str, say: Say, folder: Path = Path()) -> None:
     for tool in ("scp", "ssh") if colon else ():
         if shutil.which(tool) is None:
             raise UserError(f"{tool}: not found here; needed for {target}")
-    found = subprocess.run(_there(host, BUILDER), capture_output=True, text=True, check=False)
+    found = subprocess.run(_there(host, BUILDER), capture_output=True, text=True, errors="replace", check=False)
     if found.returncode == 255 and colon:
         raise UserError(f"{host}: ssh cannot log in: {' '.join(found.stderr.split())[-200:]}")
     if found.returncode != 0:
         raise UserError(f"{host or 'here'}: neither apptainer nor singularity is found; needed for {target}")
-    builder = found.stdout.split()[-1]
-    try:
-        with tempfile.TemporaryDirectory(prefix="moco-sif-") as work:
-            archive = Path(work) / "image.tar"
-            _save(image, tag, archive, say)
-            make_sif(host, path, archive, builder, (folder / RECIPE).read_text(), image.labels, say)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or tempfile.gettempdir()}: {error.strerror}; TMPDIR names another place"
-        ) from None
+    builder = found.stdout.strip().splitlines()[-1]
+    recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="moco-sif-") as work:
+        archive = Path(work) / "image.tar"
+        _save(image, tag, archive, say)
+        make_sif(host, path, archive, builder, recipe, image.labels, say)
 
 
 def _save(image: Any, tag: str, archive: Path, say: Say) -> None:
-    import docker
-    from requests import RequestException
-
     size, free = image.attrs["Size"], shutil.disk_usage(archive.parent).free
     if free < size:
         raise UserError(
@@ -79,8 +73,10 @@ def _save(image: Any, tag: str, archive: Path, say: Say) -> None:
         with archive.open("wb") as file:
             for chunk in image.save(named=image.tags[0] if image.tags else False):
                 file.write(chunk)
-    except (docker.errors.DockerException, RequestException) as error:
+    except engine_errors() as error:
         raise UserError(f"{tag} could not be saved: {reason(error)}") from None
+    except OSError as error:
+        raise UserError(f"{archive.parent}: {error.strerror}; set TMPDIR to another place") from None
 
 
 def make_sif(host: str, path: str, archive: Path, builder: str, recipe: str, labels: dict[str, str], say: Say) -> None:
@@ -89,16 +85,21 @@ def make_sif(host: str, path: str, archive: Path, builder: str, recipe: str, lab
     own = archive.with_suffix(".def")
     own.write_text(definition(recipe, copied, labels))
     used = f"{path}.def" if host else str(own)
-    words = [builder, "build", "--force", "--notest", path, used]
+    # A recipe, even one that installs nothing, needs rights that some sites do not give; an archive does not.
+    build = [builder, "build", "--force"]
+    script = (
+        f"{shlex.join([*build, '--notest', path, used])} || {{ echo {shlex.quote(PLAIN)}; "
+        f"{shlex.join([*build, path, f'docker-archive:{copied}'])}; }}"
+    )
     if not host:
-        _call(words, say)
+        _call(_there(host, script), say)
         return
     left = shlex.join(["rm", "-f", copied, used])
     try:
         _call(["scp", str(archive), f"{host}:{copied}"], say)
         _call(["scp", str(own), f"{host}:{used}"], say)
-        _call(_there(host, f"trap {shlex.quote(left)} EXIT; {shlex.join(words)}"), say)
-    except UserError:
+        _call(_there(host, f"trap {shlex.quote(left)} EXIT; {script}"), say)
+    except BaseException:  # an interruption as well
         subprocess.run(_there(host, left), capture_output=True, check=False)
         raise
 

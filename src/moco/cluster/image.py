@@ -50,6 +50,14 @@ def connect() -> Any:
     return client
 
 
+def engine_errors() -> tuple[type[Exception], ...]:
+    """What the SDK raises where the engine refuses, or ends."""
+    import docker
+    import requests
+
+    return docker.errors.DockerException, requests.RequestException
+
+
 def reason(error: Exception) -> str:
     """On one line: what the engine itself says, where it answered, else what went wrong with asking it."""
     text = " ".join(str(getattr(error, "explanation", None) or error).split())
@@ -61,8 +69,6 @@ def build(settings: Build, say: Say, folder: Path = Path()) -> str:
 
     Raises UserError with the last line of the step that failed.
     """
-    import docker
-
     if not (folder / "Dockerfile").is_file():
         raise UserError(f"{folder.absolute()}: no Dockerfile here; run this in the project's folder")
     if settings.torch_index and urlsplit(settings.torch_index).username is not None:
@@ -80,7 +86,7 @@ def build(settings: Build, say: Say, folder: Path = Path()) -> str:
         )  # fmt: skip
         _follow(lines, say)
         image = client.images.get(settings.tag)
-    except docker.errors.DockerException as error:
+    except engine_errors() as error:
         raise UserError(f"the build failed: {reason(error)}") from None
     say(f"{settings.tag}: {image.attrs['Size'] / 1e9:.2f} GB, {image.short_id}")
     return str(image.id)
@@ -133,13 +139,14 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
 
 
 def find(client: Any, tag: str) -> Any:
+    """The image. Raises UserError where there is none."""
     import docker
 
     try:
         return client.images.get(tag)
     except docker.errors.ImageNotFound:
         raise UserError(f"{tag}: no such image here; build it with `moco image build`") from None
-    except docker.errors.DockerException as error:
+    except engine_errors() as error:
         raise UserError(f"{tag!r} is no image: {reason(error)}") from None
 
 
@@ -152,9 +159,7 @@ def run(
     for it; the code is then 128 and the signal's number. Raises UserError where the image is missing or the engine
     refuses.
     """
-    import docker
-
-    client = connect()
+    client, errors = connect(), engine_errors()
     image = find(client, tag)
     options = _options(image, folder, dataset, gpus)
     told: list[int] = []
@@ -162,32 +167,35 @@ def run(
 
     def pass_on(number: int, _: object) -> None:
         told.append(number)
-        with contextlib.suppress(docker.errors.DockerException):  # not begun yet, or ended just now
-            container.kill("SIGINT")
+        with contextlib.suppress(*errors):  # not begun yet, or ended just now
+            if container is not None:
+                container.kill("SIGINT")
 
-    before: dict[signal.Signals, Any] = {}
+    before = {number: signal.signal(number, pass_on) for number in ENDINGS}
     try:
         container = client.containers.create(
             tag, list(command), init=True, working_dir=PROJECT, shm_size="1g", **options
         )
-        before = {number: signal.signal(number, pass_on) for number in ENDINGS}
         output = container.attach(stream=True, demux=True)
         if told:
             return 128 + told[0]
         container.start()
+        if told:  # while it was starting
+            pass_on(told.pop(), None)
         for parts in output:
             for chunk, stream in zip(parts, (sys.stdout, sys.stderr), strict=True):
                 with contextlib.suppress(OSError):  # a terminal that was closed: what is inside still saves its state
                     stream.buffer.write(chunk or b"")
                     stream.buffer.flush()
         code = int(container.wait()["StatusCode"])
-    except docker.errors.DockerException as error:
+    except errors as error:
         raise UserError(f"the engine refuses to run {tag}: {reason(error)}") from None
     finally:
+        with contextlib.suppress(*errors):  # removed by somebody else, or the engine has ended
+            if container is not None:
+                container.remove(force=True)
         for number, handler in before.items():
             signal.signal(number, handler)
-        if container is not None:
-            container.remove(force=True)
     return 128 + told[0] if told and code else code
 
 

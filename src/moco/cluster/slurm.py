@@ -85,7 +85,7 @@ def submit(
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
     check_job(name)
-    _check_time(profile, profile_path, options)
+    _check_time(name, profile, profile_path, options)
     _check_arguments(name, arguments, sweep)
     jobs = _pipeline(sweep) if name == "pipeline" else (name,)
     if arguments and len(jobs) > 1:
@@ -157,17 +157,19 @@ def minutes(limit: str) -> float | None:
     return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
 
 
-def _check_time(profile: Profile, path: Path, options: Sequence[str]) -> None:
-    """A job is warned WARNING seconds before its end; a limit near that would send it back as soon as it starts."""
+def _check_time(job: str, profile: Profile, path: Path, options: Sequence[str]) -> None:
+    """A job that keeps a state is warned WARNING seconds before its end; a limit near that would send it back as soon
+    as it starts."""
     words = [word for option in options for word in option.split("=", 1)]
-    if "--signal" in words:
+    if "--signal" in words or not job.startswith(("pretrain", "finetune", "pipeline")):
         return
     given = dict(pairwise(words))
-    limit = given.get("--time", given.get("-t", profile.time))
+    own = given.get("--time", given.get("-t"))
+    limit, place = (profile.time, f"{path}: TIME") if own is None else (own, "--time")
     length = minutes(limit)
     if length is not None and 0 < length * 60 < 2 * WARNING:
         raise UserError(
-            f"{path}: TIME: {limit} is too short: jobs are told {WARNING // 60} minutes before their end to save and "
+            f"{place}: {limit} is too short: jobs are told {WARNING // 60} minutes before their end to save and "
             f"go back into the queue; at least {2 * WARNING // 60} minutes, or --option=--signal=B:USR2@SECONDS"
         )
 
@@ -175,7 +177,7 @@ def _check_time(profile: Profile, path: Path, options: Sequence[str]) -> None:
 def _check_arguments(job: str, arguments: Sequence[str], sweep: Sweep | None) -> None:
     if sweep is not None and any(word.split("=")[0] == "--params" for word in arguments):
         raise UserError("--params: a task of a sweep has its own params.yaml; put the values there")
-    if job == "pretrain_continue":
+    if job == "pretrain_continue" and sweep is None:
         missing = [word for word in arguments if not word.startswith("-") and not Path(word).is_file()]
         if missing:
             raise UserError(f"{missing[0]}: checkpoint not found; without one the run of these settings continues")
@@ -198,9 +200,13 @@ def _check(profile: Profile, path: Path, say: Say) -> None:
 
 
 def _sbatch(arguments: list[str], text: str, job: str) -> str:
-    """The job's id, on the last line: some sites' sbatch says more before it."""
+    """The job's id, on a line of its own: some sites' sbatch says more."""
     done = subprocess.run(arguments, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise UserError(f"{job}: Slurm refuses the job: {reason or f'exit code {done.returncode}'}")
-    return done.stdout.strip().splitlines()[-1].split(";")[0]
+    found = [line.split(";")[0] for line in done.stdout.splitlines() if re.fullmatch(r"\d+(;\S+)?", line.strip())]
+    if not found:
+        said = " ".join((done.stdout + done.stderr).split())[:200]
+        raise UserError(f"{job}: sbatch named no job, so none waits; it said: {said or 'nothing'}")
+    return found[-1]

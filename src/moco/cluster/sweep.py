@@ -185,12 +185,12 @@ def _graph(path: Path, configs: Sequence[Config]) -> _Graph:
     makers = {
         out if isinstance(out, str) else next(iter(out)): name
         for name, stage in stages.items()
-        for out in stage.get("outs", [])
+        for out in stage.get("outs") or ()
     }
     found = {}
     for name, stage in stages.items():
-        read = {_filled_in(dep, config) for dep in stage.get("deps", []) for config in configs}
-        found[name] = tuple(stage.get("params", [])), frozenset(makers[path] for path in read if path in makers)
+        read = {_filled_in(dep, config) for dep in stage.get("deps") or () for config in configs}
+        found[name] = tuple(stage.get("params") or ()), frozenset(makers[path] for path in read if path in makers)
     return found
 
 

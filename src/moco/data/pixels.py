@@ -91,7 +91,7 @@ def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
 
 def images_at_once(images: Tensor) -> int:
     """How many images operations on single pixels should be done for together."""
-    return len(images) if images.is_cuda else max(1, CACHED // images[0, 0].numel())
+    return max(1, CACHED // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
 
 
 def gray(images: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class Views:
         if len(grayed := drawn.grayed.nonzero().squeeze(1)):
             chosen = move(grayed)
             images.index_copy_(0, chosen, gray(images.index_select(0, chosen)).expand(-1, 3, -1, -1))
-        for blurred in drawn.blurred.nonzero().squeeze(1).split(images_at_once(images)):
+        for blurred in drawn.blurred.nonzero().squeeze(1).split(images_at_once(images)) if drawn.blurred.any() else ():
             chosen, sigma = move(blurred), move(drawn.sigma[blurred])
             images.index_copy_(0, chosen, blur(images.index_select(0, chosen), sigma, self.reach))
         return images

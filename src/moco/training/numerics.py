@@ -24,7 +24,8 @@ def choose_device(wanted: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if "SLURM_JOB_ID" in os.environ and given not in ("", "-1", "NoDevFiles"):
+        lent = "SLURM_JOB_ID" in os.environ and (os.environ.keys() & {"SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"})
+        if lent and given not in ("", "-1", "NoDevFiles"):
             raise UserError(
                 f"runtime.device: this job was given GPU {given}, and torch cannot use it: the driver is too old, the "
                 "container was started without --nv, or torch is built without CUDA (`moco doctor` in the job says "

@@ -123,7 +123,7 @@ def test_the_suite_passes_inside_with_the_images_versions(image: str, checkout: 
     suite = os.environ.get("MOCO_IMAGE_TESTS", "tests")  # folders; by default all
     script = (
         "uv pip install --quiet --no-cache --target /tmp/dev --require-hashes -r requirements/image-test.txt && "
-        f"PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' --ignore tests/cluster {suite}"
+        f"PYTHONPATH=/tmp/dev:src python -m pytest -p no:cacheprovider -m 'not slow' {suite}"
     )
     output = inside(image, checkout, "bash", "-c", script, options=("--network", "host", "--env", "OMP_NUM_THREADS=1"))
     assert " passed" in output

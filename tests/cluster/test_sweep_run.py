@@ -166,6 +166,7 @@ def test_a_task_takes_no_results_of_other_settings(checkout: Path) -> None:
     assert set(experiments()) == {"changed-1"}
 
 
+@pytest.mark.long
 def test_a_pipeline_that_slurm_refuses_in_part_leaves_no_jobs_and_a_failed_task_can_be_sent_again(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def elsewhere(project: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.fault("two-jobs")
+@pytest.mark.long
 def test_a_job_that_died_on_another_machine_is_taken_over_and_a_living_one_is_not(
     project: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

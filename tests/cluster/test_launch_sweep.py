@@ -145,3 +145,11 @@ def test_a_task_that_is_out_of_time_goes_back_alone(project: Path) -> None:
 def test_a_sweep_without_an_array_is_one_line(project: Path) -> None:
     done = launch(project, "train", MOCO_SWEEP=str(project))
     assert done.returncode != 0 and "sbatch --array" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_listens_for_a_preemption_does_not_hold_the_workspace(project: Path) -> None:
+    """Else a job that was killed outright would keep its successor out for as long as the listener lives."""
+    hears = '#!/bin/sh\ncase "$*" in --help) exit;; esac\n[ ! -e /proc/$$/fd/8 ] || echo held >>held\ntouch heard\n'
+    fake(project, "srun", hears)
+    done, _ = task(project, "while [ ! -e heard ]; do sleep 0.01; done", FRESH="data pretrain")
+    assert done.returncode == 0 and not (project / "sweeps/lr/2/held").exists()

@@ -135,7 +135,9 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
     environment = [f"MOCO_IMAGE={(image.tags or [image.short_id])[0]}", f"MOCO_IMAGE_DIGEST={image.id}"]
     environment += [f"{name}={os.environ[name]}" for name in ACCESS if name in os.environ]
     user = f"{os.getuid()}:{os.getgid()}"
-    return {"user": user, "volumes": volumes, "device_requests": devices, "environment": environment}
+    return {
+        "user": user, "volumes": volumes, "device_requests": devices, "environment": environment, "shm_size": "1g",
+    }  # fmt: skip
 
 
 def find(client: Any, tag: str) -> Any:
@@ -173,9 +175,7 @@ def run(
 
     before = {number: signal.signal(number, pass_on) for number in ENDINGS}
     try:
-        container = client.containers.create(
-            tag, list(command), init=True, working_dir=PROJECT, shm_size="1g", **options
-        )
+        container = client.containers.create(tag, list(command), init=True, working_dir=PROJECT, **options)
         output = container.attach(stream=True, demux=True)
         if told:
             return 128 + told[0]
@@ -209,7 +209,7 @@ def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: 
     for setting in options["environment"]:  # a password is for the environment, not for the list of processes
         volumes += ["--env", setting if setting.startswith("MOCO_") else setting.partition("=")[0]]
     arguments = [
-        "docker", "run", "--rm", "--interactive", "--tty", "--init", "--shm-size", "1g",
+        "docker", "run", "--rm", "--interactive", "--tty", "--init", "--shm-size", options["shm_size"],
         "--user", options["user"], *volumes, *(["--gpus", "all"] if gpus else []), "--workdir", PROJECT, tag, "bash",
     ]  # fmt: skip
     return subprocess.run(arguments, check=False).returncode

@@ -10,6 +10,7 @@ GPU, and its loader in two workers are measured; a training runs at the slower o
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -20,14 +21,18 @@ import numpy as np
 import original
 import torch
 from speed import settings, write_images
+from torch.profiler import ProfilerActivity, profile
 
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
+from moco.model import split_batch_norm
 from moco.model.encoder import Architecture, build_encoder
 from moco.stages.contrast import ContrastStep, pass_flops
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 
 POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
+REPEATS = 16  # of the images that are written
+WARM_UP = 20  # steps, in which kernels are chosen, memory is page-locked and the GPU's clock rises
 
 
 def rate(call: Callable[[], object], images: int, device: torch.device, calls: int) -> float:
@@ -53,18 +58,35 @@ def ours(
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
     step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs)
     flops = pass_flops(step, args.size, args.batch)
-    sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=device.type == "cuda")
-    number, total = 0, args.calls + 3
-    while number < total:
-        for batch in fetcher.batches(sampler.epoch(number)):
-            if number == 3:  # warm
-                began, waited = clock(device), fetcher.waited
-            step(*batch, 0.0, number)
-            number += 1
-            if number == total:
-                break
+    repeated = np.concatenate([images] * REPEATS)  # epochs as long as a training's
+    sampler, fetcher = (
+        EpochSampler(np.arange(len(repeated)), args.batch, 0),
+        Fetcher(repeated, pin=device.type == "cuda"),
+    )
+    batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
+    start = clock(device)
+    for number in range(WARM_UP):
+        step(*next(batches), 0.0, number)
+    began, waited = clock(device), fetcher.waited
+    print(f"the first {WARM_UP} steps took {began - start:.1f} s")
+    for number in range(args.calls):
+        step(*next(batches), 0.0, number)
     spent = clock(device) - began
+    if args.kernels:
+        show_kernels(lambda: [step(*next(batches), 0.0, number) for number in range(4)])
     return args.calls * args.batch / spent, (fetcher.waited - waited) / spent, flops
+
+
+def show_kernels(call: Callable[[], object]) -> None:
+    """What the GPU is busy with, the 15 that take most of its time."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
+        call()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in kernels)
+    for event in kernels[:15]:
+        print(f"  {event.self_device_time_total / busy:5.1%} {event.count:5} {event.key[:90]}")
+    print(f"  busy for {busy / 1e3:.1f} ms")
 
 
 def options() -> argparse.Namespace:
@@ -77,7 +99,9 @@ def options() -> argparse.Namespace:
         "--deterministic", action="store_true", help="as runtime.deterministic; compare with a run without"
     )
     parser.add_argument("--no-graphs", action="store_true", help="as runtime.cuda_graphs: false")
-    for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 30)):
+    parser.add_argument("--kernels", action="store_true", help="which kernels take the time, once it is measured")
+    parser.add_argument("--torch-batch-norm", action="store_true", help="PyTorch's own; compare with a run without")
+    for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
 
@@ -97,6 +121,8 @@ def main() -> None:
     args = options()
     device = choose_device(args.device)
     set_up(device, 0, args.deterministic)
+    if args.torch_batch_norm:
+        split_batch_norm.kernels = lambda: "not wanted"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = choose_precision(args.precision, device)
     print(f"torch {torch.__version__}, {name}; {args.encoder}, {args.size} px, batch {args.batch}, {precision}")

@@ -39,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs, before triton is imported
 
 
 @pytest.fixture(autouse=True)

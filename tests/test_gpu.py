@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import Moco, write_dataset, write_params
 from moco import params
 from moco.config import PretrainConfig
 from moco.data.batches import Fetcher, step_generator
 from moco.data.views import Views, recipe
+from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.contrast import ContrastStep
 from moco.tracking.metric_log import metric_history
 from moco.training.numerics import choose_device, set_up
@@ -90,6 +91,27 @@ def test_views_are_those_of_the_processor(gpu: torch.device, name: str, size: in
     difference = (made[0] - made[1]).abs()
     assert difference.mean() < 1e-3
     assert (difference > 0.02).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(128, 64, 32, 32), (32, 96, 7, 7), (16, 512, 2, 2)])
+def test_batch_norm_is_that_of_the_processor(gpu: torch.device, shape: tuple[int, ...], precision: torch.dtype) -> None:
+    assert callable(kernels()), kernels()
+    own, right = (use_split_batch_norm(nn.Sequential(nn.BatchNorm2d(shape[1])), 8) for _ in range(2))
+    own.to(gpu)
+    right.double()
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1).to(precision)
+    weigh = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(precision)
+    there = x.to(gpu).contiguous(memory_format=torch.channels_last).requires_grad_()
+    here = x.double().requires_grad_()
+    for network, images in ((own, there), (right, here)):
+        (network(images) * weigh.to(images)).sum().backward()
+    tolerance = 1e-5 if precision is torch.float32 else 1e-2
+    pairs = [(there.grad, here.grad), *zip(own.state_dict().values(), right.state_dict().values(), strict=True)]
+    pairs += [(a.grad, b.grad) for a, b in zip(own.parameters(), right.parameters(), strict=True)]
+    for found, wanted in pairs:
+        assert found is not None and wanted is not None
+        assert (found.cpu().double() - wanted).norm() <= tolerance * wanted.double().norm()
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -80,6 +80,7 @@ def gpu(path: Path = DRIVER_VERSION) -> Finding:
     """What can compute here, and in which precision; a GPU really computes something."""
     import torch
 
+    from moco.model.split_batch_norm import kernels
     from moco.training.numerics import choose_device, choose_precision
 
     visible, said = gpu_visible()
@@ -98,7 +99,9 @@ def gpu(path: Path = DRIVER_VERSION) -> Finding:
     except (RuntimeError, AssertionError) as error:  # as choose_device finds them raised
         remedy = "install a torch built for this GPU, or wait until the other job has ended"
         return fail("gpu", f"{names} cannot compute: {reason(error)}", remedy)
-    return ok("gpu", f"{names}, precision {precision}")
+    found = kernels()
+    norm = f"BatchNorm by PyTorch, slower: {reason(found)}" if isinstance(found, str) else "BatchNorm by own kernels"
+    return ok("gpu", f"{names}, precision {precision}, {norm}")
 
 
 def _unseen(driver_found: str, said: str) -> Finding:

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.model.encoder import batch_norms
+
+
+@functools.cache
+def kernels() -> Callable[..., Tensor] | str:
+    """This project's BatchNorm for the GPU in use, or why there is none: PyTorch's then does its work, slower."""
+    try:
+        images = torch.zeros(4, 16, 2, 2, device="cuda").contiguous(memory_format=torch.channels_last)
+        ones = torch.ones(16, device="cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what triton says of its next version
+            from moco.model.batch_norm_kernels import batch_norm
+
+            batch_norm(images, ones, ones, ones.clone(), ones.clone(), parts=2, momentum=0.1, eps=1e-5)
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler, a driver or a GPU that it does not know: each fails in its own way
+        return (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return batch_norm
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -15,15 +36,21 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     While training, each part is normalised by its own mean and variance, and the running statistics move
     towards the mean of the parts' statistics. Buffers have the plain size, so weights load in any
     `nn.BatchNorm2d`. Parts are taken along the batch alone: any memory format works, and the last parts
-    are one image smaller where the batch does not divide evenly. In evaluation it is plain BatchNorm.
+    are one image smaller where the batch does not divide evenly. In evaluation it is plain BatchNorm. On a GPU
+    channels-last images go through kernels of this project's own, also in one part.
     """
 
     splits: int
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.splits == 1:
-            return super().forward(x)
         splits = min(self.splits, max(1, x.shape[0] // 2))
+        if self.training and self._suits_kernels(x, splits) and callable(quick := kernels()):
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            return quick(x, self.weight, self.bias, self.running_mean, self.running_var, parts=splits,
+                         momentum=self.momentum, eps=self.eps)  # fmt: skip
+        if not self.training or splits == 1:
+            return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         means = self.running_mean.repeat(splits, 1)  # S x C, one row a part
         variances = self.running_var.repeat(splits, 1)
@@ -42,11 +69,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             self.running_var.copy_(variances.mean(0))
         return torch.cat(parts)
 
+    def _suits_kernels(self, x: Tensor, splits: int) -> bool:
+        even = x.shape[0] % splits == 0 and x.numel() > splits * x.shape[1]  # in parts of more than one number
+        usual = x.is_cuda and x.dtype.itemsize <= 4 and self.momentum is not None
+        return usual and even and x.is_contiguous(memory_format=torch.channels_last)
+
 
 def use_split_batch_norm(network: nn.Module, splits: int) -> nn.Module:
     """Turns every BatchNorm2d of the network, in place, into one with `splits` parts. Names stay."""
-    if splits > 1:
-        for _, _, layer in list(batch_norms(network)):
-            layer.__class__ = SplitBatchNorm2d
-            layer.splits = splits  # type: ignore[assignment]
+    for _, _, layer in list(batch_norms(network)):
+        layer.__class__ = SplitBatchNorm2d
+        layer.splits = splits  # type: ignore[assignment]
     return network

@@ -17,7 +17,7 @@ from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import MomentumContrast
-from moco.model.split_batch_norm import use_split_batch_norm
+from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
@@ -48,10 +48,11 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_encoder(described(config), num_outputs=1)
-        if config.batch_norm == "split":
-            use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate))
-        elif config.batch_norm == "sync":
+        if config.batch_norm == "sync":
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        else:
+            split = config.batch_norm == "split"
+            use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate) if split else 1)
         return MomentumContrast(
             encoder,
             dim=config.dim,
@@ -62,6 +63,12 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
             shuffle=config.shuffle,
             peers=processes,
         )
+
+
+def batch_norm_note(device: torch.device, kind: str) -> str | None:
+    """One line where training on this GPU has to do without this project's BatchNorm."""
+    reason = kernels() if device.type == "cuda" and kind != "sync" else None
+    return f"note: BatchNorm is PyTorch's own, which is slower: {reason}" if isinstance(reason, str) else None
 
 
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]

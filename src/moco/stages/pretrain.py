@@ -27,7 +27,7 @@ from moco.files import sha256, write_text
 from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep, pool, pretraining_views
+from moco.stages.contrast import ContrastStep, batch_norm_note, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.pretrain_settings import check, check_shares
@@ -228,6 +228,8 @@ def _train(
         precision = str(step.precision).removeprefix("torch.")
         several = f" in {processes.size} processes" if processes.size > 1 else ""
         say(f"pretrain: {len(sampler.indices)} images on {step.device}{several}, {precision}; log: {record.path}")
+        if note := batch_norm_note(step.device, section.batch_norm):
+            say(note)
     fetcher = Fetcher(images, pin=step.device.type == "cuda")
     display = ProgressDisplay("pretrain", terminal=None if record is not None else False)
     with watch_signals() as stop, display:

@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
-from moco.model import split_batch_norm
 from moco.model.encoder import Architecture, build_encoder
 from moco.stages.contrast import ContrastStep, pass_flops
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
@@ -36,13 +35,13 @@ WARM_UP = 20  # steps, in which kernels are chosen, memory is page-locked and th
 
 
 def rate(call: Callable[[], object], images: int, device: torch.device, calls: int) -> float:
-    """Images a second, the median of `calls` after a warm-up of three."""
+    """Images a second, the median of `calls` after a warm-up."""
     spent = []
-    for _ in range(calls + 3):
+    for _ in range(calls + WARM_UP):
         began = clock(device)
         call()
         spent.append(clock(device) - began)
-    return images / statistics.median(spent[3:])
+    return images / statistics.median(spent[WARM_UP:])
 
 
 def ours(
@@ -56,7 +55,8 @@ def ours(
         batch_size=args.batch, weight_decay=1e-4, precision=args.precision, **split,
     )  # fmt: skip
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, device)
-    step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs)
+    step = ContrastStep(config, views, device, precision, cuda_graphs=not args.no_graphs,
+                        own_kernels=not args.torch_batch_norm)  # fmt: skip
     flops = pass_flops(step, args.size, args.batch)
     repeated = np.concatenate([images] * REPEATS)  # epochs as long as a training's
     sampler, fetcher = (
@@ -100,7 +100,7 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--no-graphs", action="store_true", help="as runtime.cuda_graphs: false")
     parser.add_argument("--kernels", action="store_true", help="which kernels take the time, once it is measured")
-    parser.add_argument("--torch-batch-norm", action="store_true", help="PyTorch's own; compare with a run without")
+    parser.add_argument("--torch-batch-norm", action="store_true", help="as runtime.gpu_kernels: false")
     for name, value in (("size", 96), ("batch", 512), ("queue", 2048), ("splits", 2), ("calls", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()
@@ -121,8 +121,6 @@ def main() -> None:
     args = options()
     device = choose_device(args.device)
     set_up(device, 0, args.deterministic)
-    if args.torch_batch_norm:
-        split_batch_norm.kernels = lambda: "not wanted"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = choose_precision(args.precision, device)
     print(f"torch {torch.__version__}, {name}; {args.encoder}, {args.size} px, batch {args.batch}, {precision}")

@@ -6,9 +6,9 @@ accuracy must agree epoch by epoch.
         --splits 8 --schedule 200
 
 FOLDER holds unlabeled/0.png, …, train/0.png, … and train_label_tensor.pt. The reference shares with this project the
-network's layers and the measure alone: PIL views by torchvision in worker processes, fp32, NCHW, BatchNorm that views
-splits as channels, a shuffled key batch, a loop that moves the key encoder. One of five labelled images is judged by
-its neighbours among the others.
+network's layers and the measure alone: PIL views by torchvision in worker processes, fp32 (on a GPU with
+TensorFloat-32), NCHW, BatchNorm that views splits as channels, a shuffled key batch, a loop that moves the key encoder,
+a rate that falls from epoch to epoch. One of five labelled images is judged by its neighbours among the others.
 """
 
 from __future__ import annotations
@@ -149,17 +149,23 @@ Epoch = tuple[float, nn.Module]  # the mean loss, and the network after it
 
 
 @torch.no_grad()
-def judged(trained: nn.Module, images: np.ndarray, labels: Tensor, device: torch.device) -> float:
-    """kNN accuracy of the features before the last layer."""
-    body = copy.deepcopy(trained).eval()
-    body.fc = nn.Identity()
+def judged(
+    args: argparse.Namespace, trained: nn.Module, images: np.ndarray, labels: Tensor, device: torch.device
+) -> tuple[float, float]:
+    """kNN accuracy of the features before the last layer, as `moco pretrain` monitors them, and of the last layer's
+    outputs, as the authors report it."""
+    network = copy.deepcopy(trained).eval()
     inputs = torch.stack([PLAIN(Image.fromarray(image)) for image in images])
-    features = torch.cat([body(part.to(device)).float() for part in inputs.split(500)])
-    labels = labels.to(device)
-    held = torch.arange(len(labels), device=device) % 5 == 0
-    return knn_accuracy(
-        features[~held], labels[~held], features[held], labels[held], neighbours=20, classes=int(labels.max()) + 1
-    )
+    outputs = torch.cat([network(part.to(device)).float().cpu() for part in inputs.split(500)])
+    network.fc = nn.Identity()
+    features = torch.cat([network(part.to(device)).float().cpu() for part in inputs.split(500)])
+    held = torch.arange(len(labels)) % 5 == 0
+
+    def accuracy(found: Tensor) -> float:
+        return knn_accuracy(found[~held], labels[~held], found[held], labels[held], neighbours=args.neighbours,
+                            classes=int(labels.max()) + 1)  # fmt: skip
+
+    return accuracy(features), accuracy(outputs)
 
 
 def read(folder: Path, count: int) -> np.ndarray:
@@ -174,7 +180,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="of ours")
     parser.add_argument("--schedule", type=int, help="epochs of the whole schedule, where it is not run to its end")
     for name, value in (("images", 10_000), ("labelled", 5000), ("epochs", 20), ("batch", 128), ("queue", 1024),
-                        ("splits", 2), ("width", 16), ("stages", 3), ("workers", 2), ("seeds", 1)):  # fmt: skip
+                        ("splits", 2), ("width", 16), ("stages", 3), ("workers", 2), ("neighbours", 20),
+                        ("seeds", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     args.schedule = args.schedule or args.epochs
@@ -193,9 +200,9 @@ def main() -> None:
             began = time.perf_counter()
             for epoch, (loss, trained) in enumerate(run(args, images, seed, device), 1):
                 if epoch % max(1, args.epochs // 10) == 0 or epoch == 1:
-                    accuracy = judged(trained, known, labels, device)
-                    print(f"seed {seed} {name:9} epoch {epoch:3} loss {loss:.3f} kNN {accuracy:.1%} "
-                          f"after {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+                    features, outputs = judged(args, trained, known, labels, device)
+                    print(f"seed {seed} {name:9} epoch {epoch:3} loss {loss:.3f} kNN {features:.1%}, of outputs "
+                          f"{outputs:.1%}, after {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -98,20 +98,28 @@ def test_views_are_those_of_the_processor(gpu: torch.device, name: str, size: in
 def test_batch_norm_is_that_of_the_processor(gpu: torch.device, shape: tuple[int, ...], precision: torch.dtype) -> None:
     assert callable(kernels()), kernels()
     own, right = (use_split_batch_norm(nn.Sequential(nn.BatchNorm2d(shape[1])), 8) for _ in range(2))
+    for name, values in own.named_parameters():
+        torch.nn.init.uniform_(values, 0.5, 2)
+        right.get_parameter(name).data.copy_(values)
     own.to(gpu)
     right.double()
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1).to(precision)
     weigh = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(precision)
     there = x.to(gpu).contiguous(memory_format=torch.channels_last).requires_grad_()
     here = x.double().requires_grad_()
-    for network, images in ((own, there), (right, here)):
-        (network(images) * weigh.to(images)).sum().backward()
+    outputs = own(there), right(here)
+    for output, images in zip(outputs, (there, here), strict=True):
+        (output * weigh.to(images)).sum().backward()
     tolerance = 1e-5 if precision is torch.float32 else 1e-2
-    pairs = [(there.grad, here.grad), *zip(own.state_dict().values(), right.state_dict().values(), strict=True)]
+    pairs = [
+        outputs,
+        (there.grad, here.grad),
+        *zip(own.state_dict().values(), right.state_dict().values(), strict=True),
+    ]
     pairs += [(a.grad, b.grad) for a, b in zip(own.parameters(), right.parameters(), strict=True)]
     for found, wanted in pairs:
         assert found is not None and wanted is not None
-        assert (found.cpu().double() - wanted).norm() <= tolerance * wanted.double().norm()
+        assert (found.detach().cpu().double() - wanted).norm() <= tolerance * wanted.double().norm()
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -211,6 +211,7 @@ class RuntimeConfig:
     threads: CountOrZero
     deterministic: bool
     cuda_graphs: bool
+    gpu_kernels: bool
     scratch: str
 
 

@@ -94,7 +94,9 @@ def test_generated_dataset(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def look_at_scratch(folder: Path | str, mounts: Path = doctor_project.MOUNTS) -> Finding:
-    config = RuntimeConfig(device="cpu", threads=1, deterministic=False, cuda_graphs=True, scratch=str(folder))
+    config = RuntimeConfig(
+        device="cpu", threads=1, deterministic=False, cuda_graphs=True, gpu_kernels=True, scratch=str(folder)
+    )
     return attempt("scratch", lambda: doctor_project.scratch(config, mounts=mounts))
 
 

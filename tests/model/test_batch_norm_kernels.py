@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import write_params
+from moco import params
 from moco.model import split_batch_norm
-from moco.stages.contrast import batch_norm_note
+from moco.stages.contrast import whose_batch_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(6, 5, 5, 4), (6, 70, 9, 8), (6, 48, 13, 11), (12, 3, 1, 1), (24, 16, 7, 7)]
@@ -46,7 +50,7 @@ def expected(plain: nn.BatchNorm2d, x: Tensor, parts: int) -> tuple[Tensor, Tens
 def test_equals_double_precision_on_every_part(
     shape: tuple[int, ...], parts: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Means are 30 times the deviations, where a difference of sums of squares would lose most digits."""
+    """Means are some ten times the deviations, where a difference of sums of squares loses digits."""
     kernels = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for CUDA alone")
     monkeypatch.setattr(kernels, "PROGRAMS", programs)  # 8: each program has several tiles
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 100
@@ -69,15 +73,17 @@ def test_equals_double_precision_on_every_part(
         torch.testing.assert_close(got.double(), right, rtol=1e-3, atol=2e-4)
 
 
-def test_where_there_are_no_kernels_one_line_says_why_and_that_it_is_slower() -> None:
+def test_where_there_are_no_kernels_one_line_says_why_and_that_it_is_slower(tmp_path: Path) -> None:
     split_batch_norm.kernels.cache_clear()
-    assert batch_norm_note(torch.device("cpu"), "split") is None, "they are for GPUs"
-    assert batch_norm_note(torch.device("cuda"), "sync") is None, "it is PyTorch's in any case"
+    write_params(tmp_path)
+    config = params.load(tmp_path / "params.yaml").pretrain
+    assert whose_batch_norm(config, torch.device("cpu"), True) == "PyTorch's", "they are for GPUs"
+    assert whose_batch_norm(config, torch.device("cuda"), False) == "PyTorch's", "they are not wanted"
+    assert whose_batch_norm(replace(config, batch_norm="sync"), torch.device("cuda"), True) == "PyTorch's"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a CUDA that finds no driver
-        note = batch_norm_note(torch.device("cuda"), "plain")
+        found = whose_batch_norm(config, torch.device("cuda"), True)
     if torch.cuda.is_available():
-        assert note is None
+        assert found == "own"
     else:
-        assert note is not None and note.startswith("note: BatchNorm is PyTorch's own, which is slower")
-        assert len(note) > 70 and "\n" not in note
+        assert found.startswith("PyTorch's, which is slower: ") and len(found) > 40 and "\n" not in found

@@ -9,11 +9,15 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
+from moco.model import split_batch_norm
 from moco.model.encoder import Architecture, build_encoder
 from moco.model.small_resnet import SmallResNet
 from moco.model.split_batch_norm import SplitBatchNorm2d, use_split_batch_norm
 
 CHANNELS = 3
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,24 @@ def run_parts(plain: nn.BatchNorm2d, x: Tensor, parts: list[int]) -> tuple[Tenso
     return torch.cat(outputs), used
 
 
+@pytest.fixture(params=[False, True], ids=["PyTorch's", "own kernels"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int] | None:
+    """None, or the parts of each call of the kernels, which Triton's interpreter then runs as if on a GPU."""
+    if not request.param:
+        return None
+    module = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
+    made: list[int] = []
+
+    def counted(*args: Tensor, parts: int, **options: float) -> Tensor:
+        made.append(parts)
+        found: Tensor = module.batch_norm(*args, parts=parts, **options)
+        return found
+
+    monkeypatch.setattr(split_batch_norm, "on_gpu", lambda x: True)
+    monkeypatch.setattr(split_batch_norm, "kernels", lambda: counted)
+    return made
+
+
 EVEN_AND_UNEVEN = [
     (8, 2, [4, 4]), (8, 4, [2, 2, 2, 2]), (9, 2, [5, 4]), (11, 4, [3, 3, 3, 2]), (6, 1, [6]),
     (5, 4, [3, 2]), (3, 2, [3]), (4, 100, [2, 2]),
@@ -62,13 +84,16 @@ EVEN_AND_UNEVEN = [
 
 
 @pytest.mark.parametrize(("size", "splits", "parts"), EVEN_AND_UNEVEN)
-def test_equals_plain_batch_norm_on_every_part(size: int, splits: int, parts: list[int]) -> None:
+def test_equals_plain_batch_norm_on_every_part(
+    size: int, splits: int, parts: list[int], calls: list[int] | None
+) -> None:
     plain, split = layers(splits)
     x = batch(size).requires_grad_()
-    y = batch(size).requires_grad_()
+    y = batch(size).to(memory_format=torch.channels_last).requires_grad_()
     expected, used = run_parts(plain, x, parts)
     found = split(y)
-    torch.testing.assert_close(found, expected)
+    assert calls in (None, [len(parts)] if len(set(parts)) == 1 else []), "equal parts only"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(9))
     (expected * weigh).sum().backward()
     (found * weigh).sum().backward()
@@ -91,13 +116,15 @@ def test_parts_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, 0.0, None])
-def test_running_statistics_over_several_batches_follow_the_mean_of_the_parts(momentum: float | None) -> None:
+def test_running_statistics_over_several_batches_follow_the_mean_of_the_parts(
+    momentum: float | None, calls: list[int] | None
+) -> None:
     plain, split = layers(2, momentum)
     assert plain.running_mean is not None and plain.running_var is not None
     expected_mean, expected_var = plain.running_mean.clone(), plain.running_var.clone()
     for number in range(3):
         x = batch(6, number)
-        split(x)
+        split(x.to(memory_format=torch.channels_last))
         share = 1 / (number + 1) if momentum is None else momentum
         means = torch.stack([part.mean((0, 2, 3)) for part in (x[:3], x[3:])]).mean(0)
         variances = torch.stack([part.var((0, 2, 3)) for part in (x[:3], x[3:])]).mean(0)  # unbiased
@@ -106,6 +133,7 @@ def test_running_statistics_over_several_batches_follow_the_mean_of_the_parts(mo
         torch.testing.assert_close(split.running_mean, expected_mean)
         torch.testing.assert_close(split.running_var, expected_var)
     assert int(split.num_batches_tracked) == 3  # type: ignore[arg-type]
+    assert calls in (None, [] if momentum is None else [2, 2, 2])
 
 
 def test_evaluation_is_plain_batch_norm_and_changes_no_statistics() -> None:

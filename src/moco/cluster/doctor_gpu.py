@@ -99,9 +99,11 @@ def gpu(path: Path = DRIVER_VERSION) -> Finding:
     except (RuntimeError, AssertionError) as error:  # as choose_device finds them raised
         remedy = "install a torch built for this GPU, or wait until the other job has ended"
         return fail("gpu", f"{names} cannot compute: {reason(error)}", remedy)
-    found = kernels()
-    norm = f"BatchNorm by PyTorch, slower: {reason(found)}" if isinstance(found, str) else "BatchNorm by own kernels"
-    return ok("gpu", f"{names}, precision {precision}, {norm}")
+    told = f"{names}, precision {precision}"
+    if isinstance(found := kernels(), str):
+        remedy = "install a C compiler and Python's headers, which triton needs, or set runtime.gpu_kernels to false"
+        return warn("gpu", f"{told}; pretraining is slower with PyTorch's BatchNorm, its own: {reason(found)}", remedy)
+    return ok("gpu", told)
 
 
 def _unseen(driver_found: str, said: str) -> Finding:
@@ -130,6 +132,7 @@ def step(wanted: str = "auto") -> Finding:
 
     from moco.model.momentum_contrast import MomentumContrast
     from moco.model.small_resnet import SmallResNet
+    from moco.model.split_batch_norm import use_split_batch_norm
     from moco.training.numerics import autocast, choose_device, choose_precision
 
     start = time.perf_counter()
@@ -137,7 +140,7 @@ def step(wanted: str = "auto") -> Finding:
     precision = choose_precision("auto", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = SmallResNet(1, width=4, stages=2)
+        encoder = use_split_batch_norm(SmallResNet(1, width=4, stages=2), 2)
         model = MomentumContrast(
             encoder, dim=16, queue_length=32, temperature=0.2, mlp=True, symmetric=False, shuffle=False
         )

@@ -6,7 +6,7 @@ twice and written once in the forward pass, images and gradients read twice in t
 order: the same bits each time. Statistics are sums around the mean of some first rows, so that nothing is lost where a
 mean is large beside its deviation (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
 
-This file imports triton, which comes with PyTorch for CUDA alone.
+This file imports triton, which comes with PyTorch's builds for GPUs alone.
 
 Shapes: S parts of R rows (an image has H x W of them) of C channels; K chunks of rows, each summed by one program.
 """
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE = 4096  # numbers that a program holds at once
 CHANNELS = 64  # of them side by side
@@ -224,6 +225,7 @@ class _BatchNorm(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         plan: _Plan = ctx.plan
@@ -250,5 +252,6 @@ def batch_norm(
     """Each of `parts` equal, consecutive parts of channels-last images x, N x C x H x W, normalised by its own mean and
     variance; C each: float32 weight, bias and running statistics, which move in place towards the parts' mean ones.
     Each part must have two rows or more."""
-    result: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, parts, momentum, eps)
+    with torch.cuda.device_of(x):  # triton takes the current one
+        result: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, parts, momentum, eps)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -15,19 +16,29 @@ from moco.model.encoder import batch_norms
 
 @functools.cache
 def kernels() -> Callable[..., Tensor] | str:
-    """This project's BatchNorm for the GPU in use, or why there is none: PyTorch's then does its work, slower."""
+    """This project's BatchNorm for the GPU in use, or why there is none: PyTorch's then does its work, slower. Tried
+    forward and backward, as both are compiled here for the first time."""
     try:
-        images = torch.zeros(4, 16, 2, 2, device="cuda").contiguous(memory_format=torch.channels_last)
-        ones = torch.ones(16, device="cuda")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what triton says of its next version
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # triton announces changes of its next version
             from moco.model.batch_norm_kernels import batch_norm
 
-            batch_norm(images, ones, ones, ones.clone(), ones.clone(), parts=2, momentum=0.1, eps=1e-5)
+            precisions = [torch.float32, torch.float16]
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                precisions.append(torch.bfloat16)
+            for precision, parts in itertools.product(precisions, (1, 2)):
+                images = torch.zeros(4, 16, 2, 2, device="cuda", dtype=precision, requires_grad=True)
+                ones = [torch.ones(16, device="cuda") for _ in range(4)]
+                rows = images.contiguous(memory_format=torch.channels_last)
+                batch_norm(rows, *ones, parts=parts, momentum=0.1, eps=1e-5).sum().backward()
         torch.cuda.synchronize()
     except Exception as error:  # a compiler, a driver or a GPU that it does not know: each fails in its own way
         return (str(error).strip() or type(error).__name__).partition("\n")[0]
     return batch_norm
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -36,11 +47,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     While training, each part is normalised by its own mean and variance, and the running statistics move
     towards the mean of the parts' statistics. Buffers have the plain size, so weights load in any
     `nn.BatchNorm2d`. Parts are taken along the batch alone: any memory format works, and the last parts
-    are one image smaller where the batch does not divide evenly. In evaluation it is plain BatchNorm. On a GPU
-    channels-last images go through kernels of this project's own, also in one part.
+    are one image smaller where the batch does not divide evenly. In evaluation it is plain BatchNorm. On a GPU, with
+    `own_kernels`, channels-last images in equal parts go through kernels of this project's own, also in one part.
     """
 
     splits: int
+    own_kernels: bool
 
     def forward(self, x: Tensor) -> Tensor:
         splits = min(self.splits, max(1, x.shape[0] // 2))
@@ -70,14 +82,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
     def _suits_kernels(self, x: Tensor, splits: int) -> bool:
-        even = x.shape[0] % splits == 0 and x.numel() > splits * x.shape[1]  # in parts of more than one number
-        usual = x.is_cuda and x.dtype.itemsize <= 4 and self.momentum is not None
-        return usual and even and x.is_contiguous(memory_format=torch.channels_last)
+        if not self.own_kernels or not on_gpu(x) or x.shape[0] % splits or self.momentum is None:
+            return False
+        several = x.numel() > splits * x.shape[1]  # numbers in each channel of a part: one has no variance
+        return several and x.dtype is not torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def use_split_batch_norm(network: nn.Module, splits: int) -> nn.Module:
+def use_split_batch_norm(network: nn.Module, splits: int, own_kernels: bool = True) -> nn.Module:
     """Turns every BatchNorm2d of the network, in place, into one with `splits` parts. Names stay."""
     for _, _, layer in list(batch_norms(network)):
         layer.__class__ = SplitBatchNorm2d
         layer.splits = splits  # type: ignore[assignment]
+        layer.own_kernels = own_kernels  # type: ignore[assignment]
     return network

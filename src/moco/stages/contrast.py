@@ -38,7 +38,7 @@ def pool(count: int, section: PretrainConfig) -> np.ndarray:
     return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
-def build_model(config: PretrainConfig, processes: Processes = SOLO) -> MomentumContrast:
+def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels: bool = True) -> MomentumContrast:
     """Weights are a function of config.seed.
 
     BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what
@@ -51,8 +51,8 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
         if config.batch_norm == "sync":
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         else:
-            split = config.batch_norm == "split"
-            use_split_batch_norm(encoder, config.splits // (processes.size * config.accumulate) if split else 1)
+            splits = config.splits // (processes.size * config.accumulate) if config.batch_norm == "split" else 1
+            use_split_batch_norm(encoder, splits, own_kernels)
         return MomentumContrast(
             encoder,
             dim=config.dim,
@@ -65,10 +65,11 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO) -> Momentum
         )
 
 
-def batch_norm_note(device: torch.device, kind: str) -> str | None:
-    """One line where training on this GPU has to do without this project's BatchNorm."""
-    reason = kernels() if device.type == "cuda" and kind != "sync" else None
-    return f"note: BatchNorm is PyTorch's own, which is slower: {reason}" if isinstance(reason, str) else None
+def whose_batch_norm(config: PretrainConfig, device: torch.device, own_kernels: bool) -> str:
+    """`own` or `PyTorch's`; and why, where a GPU has to do without this project's kernels."""
+    if device.type != "cuda" or config.batch_norm == "sync" or not own_kernels:
+        return "PyTorch's"
+    return "own" if callable(found := kernels()) else f"PyTorch's, which is slower: {found}"
 
 
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
@@ -91,10 +92,11 @@ class ContrastStep:
     def __init__(
         self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype,
         batch_size: int | None = None, processes: Processes = SOLO, cuda_graphs: bool = False,
+        own_kernels: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
         self.processes = processes
-        self.model = build_model(config, processes).to(device).to(memory_format=torch.channels_last)
+        self.model = build_model(config, processes, own_kernels).to(device).to(memory_format=torch.channels_last)
         self.make_view: Callable[..., Tensor] = Views.__call__
         if cuda_graphs and device.type == "cuda":
             self.make_view = ReplayedViews()

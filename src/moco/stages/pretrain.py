@@ -27,7 +27,7 @@ from moco.files import sha256, write_text
 from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep, batch_norm_note, pool, pretraining_views
+from moco.stages.contrast import ContrastStep, pool, pretraining_views, whose_batch_norm
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.pretrain_settings import check, check_shares
@@ -125,7 +125,10 @@ def run(config: Config, resume: Path | None = None) -> None:
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
     key = run_key(flatten(section, "pretrain"), manifest.digest)
     with processes.joined(device), contextlib.ExitStack() as stack:
-        processes.require_equal({"settings or data": key, "precision": str(precision)})
+        norm = whose_batch_norm(section, device, config.runtime.gpu_kernels)
+        processes.require_equal({"settings or data": key, "precision": str(precision), "BatchNorm (moco doctor)": norm})
+        if "slower" in norm:
+            _speaker(processes)(f"note: BatchNorm is {norm}")
         folder = processes.told(processes.alone(lambda: stack.enter_context(open_run_folder("pretrain", key))))
         assert folder is not None
         checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
@@ -158,8 +161,9 @@ def _run(
     saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
     slower = replace(section, lr=step_back.rate(section.lr, steps_back))
-    views, graphs = pretraining_views(section, manifest, device), config.runtime.cuda_graphs
-    step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, graphs)
+    views, runtime = pretraining_views(section, manifest, device), config.runtime
+    step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, runtime.cuda_graphs,
+                        runtime.gpu_kernels)  # fmt: skip
     state = LoopState()
     if saved is not None:
         step.load_state(saved)
@@ -228,8 +232,6 @@ def _train(
         precision = str(step.precision).removeprefix("torch.")
         several = f" in {processes.size} processes" if processes.size > 1 else ""
         say(f"pretrain: {len(sampler.indices)} images on {step.device}{several}, {precision}; log: {record.path}")
-        if note := batch_norm_note(step.device, section.batch_norm):
-            say(note)
     fetcher = Fetcher(images, pin=step.device.type == "cuda")
     display = ProgressDisplay("pretrain", terminal=None if record is not None else False)
     with watch_signals() as stop, display:

@@ -66,7 +66,7 @@ def run(config: Config, steps: int, tell: Say) -> None:
     sampler = EpochSampler(pool(len(images), section), section.batch_size, section.seed)
     check_shares(section, sampler.batch_size, 1)
     step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size,
-                        cuda_graphs=config.runtime.cuda_graphs)  # fmt: skip
+                        cuda_graphs=config.runtime.cuda_graphs, own_kernels=config.runtime.gpu_kernels)  # fmt: skip
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
     watch = Stopwatch(device)

@@ -31,17 +31,17 @@ from moco.training.numerics import choose_device, choose_precision, clock, matmu
 
 POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
 REPEATS = 16  # of the images that are written
-WARM_UP = 20  # steps, in which kernels are chosen, memory is page-locked and the GPU's clock rises
+WARM_UP = {"cuda": 20, "cpu": 3}  # steps, in which kernels are chosen, memory is page-locked and a GPU's clock rises
 
 
 def rate(call: Callable[[], object], images: int, device: torch.device, calls: int) -> float:
     """Images a second, the median of `calls` after a warm-up."""
     spent = []
-    for _ in range(calls + WARM_UP):
+    for _ in range(calls + WARM_UP[device.type]):
         began = clock(device)
         call()
         spent.append(clock(device) - began)
-    return images / statistics.median(spent[WARM_UP:])
+    return images / statistics.median(spent[WARM_UP[device.type] :])
 
 
 def ours(
@@ -65,10 +65,10 @@ def ours(
     )
     batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
     start = clock(device)
-    for number in range(WARM_UP):
+    for number in range(WARM_UP[device.type]):
         step(*next(batches), 0.0, number)
     began, waited = clock(device), fetcher.waited
-    print(f"the first {WARM_UP} steps took {began - start:.1f} s")
+    print(f"the first {WARM_UP[device.type]} steps took {began - start:.1f} s")
     for number in range(args.calls):
         step(*next(batches), 0.0, number)
     spent = clock(device) - began

@@ -7,8 +7,8 @@ accuracy must agree epoch by epoch.
 
 FOLDER holds unlabeled/0.png, …, train/0.png, … and train_label_tensor.pt. The reference shares with this project the
 network's layers and the measure alone: PIL views by torchvision in worker processes, fp32 (on a GPU with
-TensorFloat-32), NCHW, BatchNorm that views splits as channels, a shuffled key batch, a loop that moves the key encoder,
-a rate that falls from epoch to epoch. One of five labelled images is judged by its neighbours among the others.
+TensorFloat-32), NCHW, BatchNorm that views splits as channels, a shuffled key batch, a loop that moves the key encoder.
+One of five labelled images is judged by its neighbours among the others.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ def reference(args: argparse.Namespace, images: np.ndarray, seed: int, device: t
     )
     for epoch in range(args.epochs):
         query.train()
-        optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * epoch / args.schedule))
         total = 0.0
-        for pair in loader:
+        for number, pair in enumerate(loader):
+            done = (epoch + number / len(loader)) / args.schedule
+            optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * done))
             a, b = (view.to(device) for view in pair)
             with torch.no_grad():
                 for slow, fast in zip(key.parameters(), query.parameters(), strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT, Moco
 
@@ -88,6 +89,23 @@ def test_request_scale(pretrained: Path) -> None:
 def test_speed() -> None:
     lines = run("speed.py", "step", "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
     assert float(lines[1].split("ratio ")[1]) > 0
+
+
+@pytest.mark.long
+def test_reference_and_ours_have_the_same_losses(tmp_path: Path) -> None:
+    coarse = torch.rand(640, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
+    for name in ("unlabeled", "train"):
+        (tmp_path / name).mkdir()
+        for number, pixels in enumerate((smooth * 255).byte().permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    torch.save(torch.arange(640) % 5, tmp_path / "train_label_tensor.pt")
+    few = ("--images", 640, "--labelled", 100, "--batch", 64, "--queue", 256, "--epochs", 8, "--width", 8)
+    lines = run("reference.py", tmp_path, "--device", "cpu", "--precision", "fp32", *few).splitlines()
+    curves = {name: [float(line.split()[6]) for line in lines if name in line] for name in ("reference", "ours")}
+    assert curves["reference"] == pytest.approx(curves["ours"], rel=0.06)
+    # The second epoch is the first whose queue holds keys of images alone.
+    assert all(curve[-1] < curve[1] for curve in curves.values()), "both learn"
 
 
 def test_gpu_on_a_processor() -> None:

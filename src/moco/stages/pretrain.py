@@ -161,9 +161,8 @@ def _run(
     saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
     slower = replace(section, lr=step_back.rate(section.lr, steps_back))
-    views, runtime = pretraining_views(section, manifest, device), config.runtime
-    step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, runtime.cuda_graphs,
-                        runtime.gpu_kernels)  # fmt: skip
+    fast, views = (config.runtime.cuda_graphs, config.runtime.gpu_kernels), pretraining_views(section, manifest, device)
+    step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, *fast)
     state = LoopState()
     if saved is not None:
         step.load_state(saved)

@@ -65,11 +65,12 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels
         )
 
 
-def whose_batch_norm(config: PretrainConfig, device: torch.device, own_kernels: bool) -> str:
-    """`own` or `PyTorch's`; and why, where a GPU has to do without this project's kernels."""
-    if device.type != "cuda" or config.batch_norm == "sync" or not own_kernels:
-        return "PyTorch's"
-    return "own" if callable(found := kernels()) else f"PyTorch's, which is slower: {found}"
+def missing_kernels(config: PretrainConfig, device: torch.device, wanted: bool) -> str | None:
+    """Why BatchNorm is PyTorch's, which is slower, on a GPU that should have this project's kernels; None where it has
+    them, or should not."""
+    if device.type != "cuda" or config.batch_norm == "sync" or not wanted:
+        return None
+    return found if isinstance(found := kernels(), str) else None
 
 
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]

@@ -27,7 +27,7 @@ from moco.files import sha256, write_text
 from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep, pool, pretraining_views, whose_batch_norm
+from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.pretrain_settings import check, check_shares
@@ -125,10 +125,11 @@ def run(config: Config, resume: Path | None = None) -> None:
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
     key = run_key(flatten(section, "pretrain"), manifest.digest)
     with processes.joined(device), contextlib.ExitStack() as stack:
-        norm = whose_batch_norm(section, device, config.runtime.gpu_kernels)
-        processes.require_equal({"settings or data": key, "precision": str(precision), "BatchNorm (moco doctor)": norm})
-        if "slower" in norm:
-            _speaker(processes)(f"note: BatchNorm is {norm}")
+        missing = missing_kernels(section, device, config.runtime.gpu_kernels)
+        facts = {"settings or data": key, "precision": str(precision), "BatchNorm (moco doctor)": str(missing is None)}
+        processes.require_equal(facts)
+        if missing:
+            _speaker(processes)(f"note: BatchNorm is PyTorch's, which is slower: {missing}")
         folder = processes.told(processes.alone(lambda: stack.enter_context(open_run_folder("pretrain", key))))
         assert folder is not None
         checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)

@@ -18,7 +18,7 @@ from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Say
 from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep, pass_flops, pool, pretraining_views
+from moco.stages.contrast import ContrastStep, missing_kernels, pass_flops, pool, pretraining_views
 from moco.stages.pretrain_settings import check_alone, check_shares
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
@@ -67,6 +67,8 @@ def run(config: Config, steps: int, tell: Say) -> None:
     check_shares(section, sampler.batch_size, 1)
     step = ContrastStep(section, pretraining_views(section, manifest, device), device, precision, sampler.batch_size,
                         cuda_graphs=config.runtime.cuda_graphs, own_kernels=config.runtime.gpu_kernels)  # fmt: skip
+    if missing := missing_kernels(section, device, config.runtime.gpu_kernels):
+        tell(f"note: BatchNorm is PyTorch's, which is slower: {missing}")
     fetcher = Fetcher(images, pin=device.type == "cuda")
     flops = pass_flops(step, manifest.height, sampler.batch_size)
     watch = Stopwatch(device)

@@ -59,10 +59,8 @@ def ours(
                         own_kernels=not args.torch_batch_norm)  # fmt: skip
     flops = pass_flops(step, args.size, args.batch)
     repeated = np.concatenate([images] * REPEATS)  # epochs as long as a training's
-    sampler, fetcher = (
-        EpochSampler(np.arange(len(repeated)), args.batch, 0),
-        Fetcher(repeated, pin=device.type == "cuda"),
-    )
+    sampler = EpochSampler(np.arange(len(repeated)), args.batch, 0)
+    fetcher = Fetcher(repeated, pin=device.type == "cuda")
     batches = (batch for epoch in itertools.count() for batch in fetcher.batches(sampler.epoch(epoch)))
     start = clock(device)
     for number in range(WARM_UP[device.type]):

@@ -39,6 +39,7 @@ from moco.training.numerics import choose_device, choose_precision, set_up
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10
 DIM, MOMENTUM, TEMPERATURE, LR_OF_512, WEIGHT_DECAY = 128, 0.99, 0.1, 0.06, 5e-4
+Epoch = tuple[float, nn.Module]  # the mean loss, and the network after it
 PLAIN = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
@@ -133,10 +134,8 @@ def ours(args: argparse.Namespace, images: np.ndarray, seed: int, device: torch.
     )  # fmt: skip
     views = Views(recipe("v2_no_blur", (0.08, 1.0), (0.1, 2.0)), images.shape[1], MEAN, STD, device)
     step = ContrastStep(config, views, device, choose_precision(args.precision, device), cuda_graphs=True)
-    sampler, fetcher = (
-        EpochSampler(np.arange(len(images)), args.batch, seed),
-        Fetcher(images, pin=device.type == "cuda"),
-    )
+    sampler = EpochSampler(np.arange(len(images)), args.batch, seed)
+    fetcher = Fetcher(images, pin=device.type == "cuda")
     number, each = 0, len(images) // args.batch
     for epoch in range(args.epochs):
         losses = []
@@ -144,9 +143,6 @@ def ours(args: argparse.Namespace, images: np.ndarray, seed: int, device: torch.
             losses.append(step(*batch, number / (each * args.schedule), number)["loss"])
             number += 1
         yield float(torch.stack(losses).mean()), step.model.query_encoder
-
-
-Epoch = tuple[float, nn.Module]  # the mean loss, and the network after it
 
 
 @torch.no_grad()

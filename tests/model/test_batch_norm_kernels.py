@@ -50,7 +50,7 @@ def test_equals_double_precision_on_every_part(
     shape: tuple[int, ...], parts: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means are some ten times the deviations, where a difference of sums of squares loses digits."""
-    kernels = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for CUDA alone")
+    kernels = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
     monkeypatch.setattr(kernels, "PROGRAMS", programs)  # 8: each program has several tiles
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 100
     x = (x + 2 * torch.arange(shape[0])[:, None, None, None]).to(DEVICE).contiguous(memory_format=torch.channels_last)

@@ -77,6 +77,11 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     return made
 
 
+def layout(calls: list[int] | None) -> torch.memory_format:
+    """The kernels take channels-last images alone."""
+    return torch.contiguous_format if calls is None else torch.channels_last
+
+
 EVEN_AND_UNEVEN = [
     (8, 2, [4, 4]), (8, 4, [2, 2, 2, 2]), (9, 2, [5, 4]), (11, 4, [3, 3, 3, 2]), (6, 1, [6]),
     (5, 4, [3, 2]), (3, 2, [3]), (4, 100, [2, 2]),
@@ -89,11 +94,12 @@ def test_equals_plain_batch_norm_on_every_part(
 ) -> None:
     plain, split = layers(splits)
     x = batch(size).requires_grad_()
-    y = batch(size).to(memory_format=torch.channels_last).requires_grad_()
+    y = batch(size).to(memory_format=layout(calls)).requires_grad_()
     expected, used = run_parts(plain, x, parts)
     found = split(y)
     assert calls in (None, [len(parts)] if len(set(parts)) == 1 else []), "equal parts only"
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # The kernels add up in another order than PyTorch, which does as each part alone.
+    torch.testing.assert_close(found, expected, **({} if calls is None else {"rtol": 1e-5, "atol": 1e-5}))
     weigh = torch.randn(found.shape, generator=torch.Generator().manual_seed(9))
     (expected * weigh).sum().backward()
     (found * weigh).sum().backward()
@@ -124,7 +130,7 @@ def test_running_statistics_over_several_batches_follow_the_mean_of_the_parts(
     expected_mean, expected_var = plain.running_mean.clone(), plain.running_var.clone()
     for number in range(3):
         x = batch(6, number)
-        split(x.to(memory_format=torch.channels_last))
+        split(x.to(memory_format=layout(calls)))
         share = 1 / (number + 1) if momentum is None else momentum
         means = torch.stack([part.mean((0, 2, 3)) for part in (x[:3], x[3:])]).mean(0)
         variances = torch.stack([part.var((0, 2, 3)) for part in (x[:3], x[3:])]).mean(0)  # unbiased

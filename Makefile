@@ -6,6 +6,9 @@ VENV ?= .venv
 TORCH ?= cuda
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# The environment is the project's own, and takes bytecode: without it every process compiles what it imports anew, and
+# the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
 
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt

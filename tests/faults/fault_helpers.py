@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from moco.tracking.metric_log import metric_history
+from process_helpers import Started
 
 WORLD = Path(__file__).parent / "world"
 RESULTS = {
@@ -34,10 +35,12 @@ def start(project: Path, stage: str, *arguments: str, world: str = "", group: bo
     )  # fmt: skip
 
 
-def run(project: Path, stage: str, *arguments: str, world: str = "", timeout: float = 120) -> tuple[int, str]:
+def run(project: Path, stage: str, *arguments: str, world: str = "") -> tuple[int | None, str]:
     """Exit code and what was said."""
+    if not world:
+        return Started(project, stage, *arguments).finish()
     process = start(project, stage, *arguments, world=world)
-    _, said = process.communicate(timeout=timeout)
+    _, said = process.communicate(timeout=120)
     return process.returncode, said
 
 

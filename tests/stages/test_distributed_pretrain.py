@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,12 +14,11 @@ import torch
 
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.tracking.metric_log import metric_history, read_events
+from process_helpers import Started, wait_for_steps
 
 STEPS = 60
 SETTINGS = {"pretrain__epochs": 12, "pretrain__batch_norm": "split", "pretrain__shuffle": True}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moco.cli"]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["moco.cli", "moco.stages.pretrain"])
 
 
 def free_port() -> int:
@@ -31,47 +27,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class Started:
-    """One of the processes, without torchrun, and without the seconds that importing torch takes in each."""
-
-    def __init__(self, project: Path, variables: dict[str, str]) -> None:
-        self.errors = project / f"errors-{variables['RANK']}-{variables['MASTER_PORT']}"
-        self.process = SERVER.Process(target=_pretrain, args=(project, variables, self.errors))
-        self.process.start()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid or 0, number)
-
-
-def _pretrain(project: Path, variables: dict[str, str], errors: Path) -> None:
-    from moco.cli import main
-
-    os.chdir(project)
-    os.environ.update(variables)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    sys.argv = ["moco", "pretrain"]
-    main()
-
-
 def start(project: Path) -> list[Started]:
+    """The two processes, without torchrun."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Started(project, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    return [Started(project, "pretrain", **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
 
 
 def finish(processes: list[Started]) -> tuple[list[int | None], list[str]]:
-    for started in processes:
-        started.process.join(90)
-    return [started.process.exitcode for started in processes], [started.errors.read_text() for started in processes]
-
-
-def wait_for_steps(project: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        logs = list((project / "runs/pretrain").glob("*/metrics.jsonl"))
-        if logs and logs[0].read_text().count('"loss"') >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError("training did not start")
+    found = [started.finish() for started in processes]
+    return [code for code, _ in found], [errors for _, errors in found]
 
 
 def assert_whole(project: Path, undisturbed: Path) -> None:
@@ -132,7 +96,7 @@ def test_another_number_of_processes_is_told(moco: Moco, project: Path) -> None:
 @pytest.mark.fault("signal")
 def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undisturbed: Path) -> None:
     process = subprocess.Popen([*TORCHRUN, "pretrain"], cwd=again, stderr=subprocess.PIPE, text=True)
-    wait_for_steps(again, 17)
+    wait_for_steps(None, again, 17)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -146,7 +110,7 @@ def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undis
 @pytest.mark.fault("signal")
 def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbed: Path) -> None:
     processes = start(again)
-    wait_for_steps(again, 7)
+    wait_for_steps(processes[0], again, 7)
     processes[1].send_signal(signal.SIGUSR2)
     codes, errors = finish(processes)
     assert codes == [128 + signal.SIGUSR2] * 2, errors
@@ -160,7 +124,7 @@ def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbe
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_continues(again: Path, undisturbed: Path, killed: int) -> None:
     processes = start(again)
-    wait_for_steps(again, 18)
+    wait_for_steps(processes[0], again, 18)
     processes[killed].send_signal(signal.SIGKILL)
     codes, errors = finish(processes)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 1, errors

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from moco.stages import finetune as stage
 from moco.stages.supervised import SupervisedStep
 from moco.tracking.metric_log import read_events
 from moco.training.features import stratified_holdout
+from process_helpers import Started, wait_for_steps
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -223,16 +221,11 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(
         curve = [(row["step"], row["held_out_accuracy"]) for row in csv.DictReader(file)]
     (project / "runs").rename(project / "runs-undisturbed")
     (project / "models/finetuned").rename(project / "undisturbed")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moco.cli", "finetune"], cwd=project, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not any(log.read_text().count('"loss"') > 5 for log in (project / "runs/finetune").glob("*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    process = Started(project, "finetune")
+    wait_for_steps(process, project, 6, "finetune")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    code, errors = process.finish()
+    assert code == 128 + signal.SIGTERM, errors
     assert "the same command continues" in errors
     write_params(project, finetune__epochs=40, finetune__checkpoint_every=7, finetune__pool=pool)  # still the same run
     done = moco("finetune")

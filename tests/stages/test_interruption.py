@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,23 +13,7 @@ import torch
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.data.cache import SWEEPING, caches
 from moco.tracking.metric_log import metric_history
-
-
-def start(project: Path, *arguments: str, stage: str = "pretrain") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "moco.cli", stage, *arguments], cwd=project, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-
-
-def wait_for_steps(project: Path, count: int) -> None:
-    """Until the newest metric log has `count` lines of metrics."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        logs = sorted((project / "runs/pretrain").glob("*/metrics.jsonl"))
-        if logs and logs[-1].read_text().count('"loss"') >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError("training did not start")
+from process_helpers import Started, wait_for_steps
 
 
 def losses(log: Path) -> list[float]:
@@ -49,11 +31,11 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Mo
     (project / "runs").rename(project / "runs-undisturbed")
 
     number = getattr(signal, name)
-    process = start(project)
-    wait_for_steps(project, 7)
+    process = Started(project, "pretrain")
+    wait_for_steps(process, project, 7)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    code, errors = process.finish()
+    assert code == 128 + number, errors
     assert "the same command continues" in errors
     assert not (project / "models/encoder.pth").exists()
 
@@ -65,10 +47,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Mo
     steps = [line["step"] for line in metric_history(log) if "loss" in line["metrics"]]
     assert steps == list(range(1, 61)), "every step once"
     (whole,) = (project / "runs-undisturbed/pretrain").glob("*/metrics.jsonl")
-    losses = [
-        [line["metrics"]["loss"] for line in metric_history(path) if "loss" in line["metrics"]] for path in (log, whole)
-    ]
-    assert losses[0] == losses[1]
+    assert losses(log) == losses(whole)
 
 
 @pytest.mark.fault("kill")
@@ -78,10 +57,10 @@ def test_a_killed_run_continues_from_its_last_checkpoint(moco: Moco, project: Pa
     assert moco("pretrain").returncode == 0
     undisturbed = (project / "models/encoder.pth").read_bytes()
     (project / "runs").rename(project / "runs-undisturbed")
-    process = start(project)
-    wait_for_steps(project, 18)
-    process.kill()
-    process.communicate()
+    process = Started(project, "pretrain")
+    wait_for_steps(process, project, 18)
+    process.send_signal(signal.SIGKILL)
+    process.finish()
     done = moco("pretrain")
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stderr
@@ -127,13 +106,13 @@ def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, projec
     checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
     write_params(project, pretrain__epochs=30, pretrain__checkpoint_every=100)
     logs = set((project / "runs/pretrain").iterdir())
-    process = start(project, "--resume", str(checkpoint))
+    process = Started(project, "pretrain", "--resume", str(checkpoint))
     while not any('"loss"' in log.read_text() for log in (project / "runs/pretrain").glob("*/metrics.jsonl")
                   if log.parent not in logs):  # fmt: skip
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.finish()
     (folder,) = set((project / "runs/pretrain").iterdir()) - logs
     (stopped,) = folder.glob("checkpoint_*.pth")
     done = moco("pretrain", "--resume", str(checkpoint))
@@ -146,10 +125,10 @@ def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, projec
 def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, project: Path) -> None:
     write_params(project, pretrain__epochs=40, pretrain__keep_checkpoints=9)
     assert moco("data").returncode == 0
-    process = start(project)
-    wait_for_steps(project, 30)
+    process = Started(project, "pretrain")
+    wait_for_steps(process, project, 30)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.finish()
     (folder,) = (project / "runs/pretrain").iterdir()
     older = folder / "checkpoint_002.pth"
     last = sorted(folder.glob("checkpoint_*.pth"))[-1]
@@ -164,12 +143,12 @@ def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, p
 def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) -> None:
     write_params(project, pretrain__epochs=2000)
     assert moco("data").returncode == 0
-    process = start(project)
-    wait_for_steps(project, 2)
+    process = Started(project, "pretrain")
+    wait_for_steps(process, project, 2)
     assert_one_line_error(moco("pretrain"), "runs/pretrain/", "another process")
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    assert process.runs()
+    process.send_signal(signal.SIGKILL)
+    process.finish()
 
 
 @pytest.mark.fault("signal")
@@ -178,14 +157,14 @@ def test_decoding_that_is_stopped_leaves_neither_files_nor_processes(moco: Moco,
     write_dataset(project / "large", unlabeled=5000, size=64)
     text = (project / "params.yaml").read_text().replace("path: dataset", "path: large")
     (project / "params.yaml").write_text(text)
-    process = start(project, stage="data")
+    process = Started(project, "data")
     parent = caches(project / "scratch")
     while not any(path.stat().st_blocks for path in parent.glob(".building-*/unlabeled.u8")):  # workers are at it
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and errors.splitlines()[-1].startswith("stopped by SIGTERM")
+    code, errors = process.finish()
+    assert code == 128 + signal.SIGTERM and errors.splitlines()[-1].startswith("stopped by SIGTERM")
     assert [path.name for path in parent.iterdir()] == [SWEEPING]
     assert "Traceback" not in errors
 

@@ -25,6 +25,7 @@ ROWS = {
     "second-sigint": ("a second Ctrl-C", "stops at once; the run continues from its last checkpoint"),
     "full-disk": ("the disk is full at any byte of a checkpoint, log, cache or copy",
                   "one line; checkpoints of before stay sound; with room again the run continues to the same bits"),
+    "full-memory": ("the memory of the machine is full, or that of the GPU", "one line that says what to lower"),
     "read-only": ("a folder that cannot be written", "one line, exit code 1, nothing lost"),
     "file-size": ("a limit on the size of files, as a quota gives", "one line; the checkpoint before stays sound"),
     "vanished": ("the run's folder, or the dataset, is removed while the run works", "one line, exit code 1"),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Moco, write_dataset, write_params
+from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco import params
 from moco.config import PretrainConfig
 from moco.data.batches import Fetcher, step_generator
@@ -207,6 +207,20 @@ def test_every_stage_runs_and_tells_of_the_gpu(project: Path, moco: Moco) -> Non
     # The scorer reads the delivered model where there is no GPU.
     code = "import torch; torch.load('models/classifier/model_sub.pth', map_location='cpu', weights_only=True)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_memory_that_is_full_is_one_line(project: Path, moco: Moco, graphs: bool) -> None:
+    write_params(project, runtime__device="auto", runtime__cuda_graphs=graphs, pretrain__width=256)
+    assert moco("data").returncode == 0
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() + (96 << 20)  # the weights of two encoders and the optimizer need more
+    torch.cuda.set_per_process_memory_fraction(taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        done = moco("pretrain")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_one_line_error(done, "the GPU's memory is full", "pretrain.batch_size")
 
 
 def start(project: Path, stage: str) -> subprocess.Popen[str]:

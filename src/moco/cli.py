@@ -13,7 +13,7 @@ import typer
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
-from moco.errors import AloneError, Interrupted, UserError, one_line
+from moco.errors import AloneError, Interrupted, UserError, full_memory, one_line
 from moco.training.interrupt import raise_on_signals
 
 app = typer.Typer(
@@ -31,6 +31,15 @@ app.add_typer(image_app, name="image")
 PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
 IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
+
+# What to do where the memory is full.
+SMALLER = {
+    "pretrain": "lower pretrain.batch_size or raise pretrain.accumulate",
+    "profile": "lower pretrain.batch_size or raise pretrain.accumulate",
+    "baseline": "lower baseline.batch_size",
+    "finetune": "lower finetune.batch_size or finetune.pool",
+    "eval": "lower eval.batch_size",
+}
 
 
 @app.callback()
@@ -204,7 +213,11 @@ def main() -> None:
         _end(128 + error.signal)
     except SystemExit as end:
         _end(end.code)
-    except BaseException:
+    except BaseException as error:
+        if memory := full_memory(error):
+            less = "".join(f"{SMALLER[command]}, or " for command in sys.argv[1:2] if command in SMALLER)
+            typer.echo(f"error: {memory}: {less}run where there is more, or where others use less of it", err=True)
+            _end(1)  # in whatever process: the others may have had enough
         if _several():
             traceback.print_exc()
             _end(1)

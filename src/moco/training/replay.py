@@ -21,14 +21,18 @@ WARM_UP = 3  # calls before a capture, in which libraries choose their kernels
 
 
 def _warm_up(call: Callable[[], object]) -> None:
-    """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph."""
+    """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph. Raises
+    AloneError where the memory is full."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), warnings.catch_warnings():
         # The first that autograd's thread does on the GPU.
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-        for _ in range(WARM_UP):
-            call()
+        try:
+            for _ in range(WARM_UP):
+                call()
+        except torch.cuda.OutOfMemoryError as error:
+            raise _refusal(error) from error
     torch.cuda.current_stream().wait_stream(aside)
 
 

@@ -25,6 +25,7 @@ from fault_table import (
     pytest_terminal_summary,
     tries,
 )
+from process_helpers import running
 
 __all__ = [
     "pytest_addoption",
@@ -47,6 +48,14 @@ if not torch.cuda.is_available():
 def few_threads() -> None:
     """The suite runs beside other things; tiny tensors gain nothing from more threads."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    """Whatever a failed test has left: at its end Python would wait for them."""
+    yield
+    for started in list(running):
+        started.forget()
 
 
 def write_dataset(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import resource
+import signal
+import socket
 import sys
 import tempfile
 import time
@@ -12,20 +16,34 @@ from pathlib import Path
 # Processes are forked from one that has imported what takes long; torch.optim imports torch._dynamo when it is used.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["moco.cli", "moco.stages.pretrain", "torch._dynamo"])
+running: list[Started] = []
 
 
 class Started:
-    """`moco ARGS` in a project's folder, with environment variables of its own."""
+    """`moco ARGS` in a project's folder, with environment variables beside those of the test, as a group of its own.
 
-    def __init__(self, project: Path, *arguments: str, **variables: str) -> None:
+    room: so many bytes may be allocated after the imports, by a limit as `ulimit -v` sets it.
+    """
+
+    def __init__(self, project: Path, *arguments: str, room: int | None = None, **variables: str) -> None:
         descriptor, name = tempfile.mkstemp(prefix="moco-test-errors-")
         os.close(descriptor)
         self._errors = Path(name)
-        self._process = SERVER.Process(target=_moco, args=(project, arguments, variables, self._errors))
+        environment = {**os.environ, **variables}
+        self._process = SERVER.Process(target=_moco, args=(project, arguments, environment, self._errors, room))
         self._process.start()
+        running.append(self)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid or 0, number)
+        assert self._process.pid and self.runs()
+        os.kill(self._process.pid, number)
+
+    def kill_group(self) -> None:
+        """SIGKILL to the process and all that it has started."""
+        assert self._process.pid
+        with contextlib.suppress(ProcessLookupError):  # it has not become a group yet
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
 
     def runs(self) -> bool:
         return self._process.is_alive()
@@ -33,26 +51,47 @@ class Started:
     def finish(self) -> tuple[int | None, str]:
         """Its exit code, negative where a signal ended it, and what it wrote to stderr. Asked once."""
         self._process.join(90)
-        self._process.kill()  # one that has not ended
-        self._process.join()
+        assert not self.runs(), f"did not end: {self._errors.read_text()}"
         said = self._errors.read_text()
-        self._errors.unlink()
+        self.forget()
         return self._process.exitcode, said
 
+    def forget(self) -> None:
+        """Ends it if need be."""
+        if self.runs():
+            self.kill_group()
+        self._process.join()
+        self._errors.unlink()
+        running.remove(self)
 
-def _moco(project: Path, arguments: tuple[str, ...], variables: dict[str, str], errors: Path) -> None:
-    from moco.cli import main
 
+def _moco(
+    project: Path, arguments: tuple[str, ...], environment: dict[str, str], errors: Path, room: int | None
+) -> None:
+    os.setsid()
     os.chdir(project)
-    os.environ.update(variables)
+    os.environ.clear()
+    os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     sys.argv = ["moco", *arguments]
+    from moco.cli import main
+
+    if room is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + room, resource.RLIM_INFINITY))
     main()
 
 
+def make_ready() -> None:
+    """So that the first process begins as fast as the others."""
+    process = SERVER.Process(target=int)
+    process.start()
+    process.join()
+
+
 def wait_for_steps(process: Started | None, project: Path, count: int, stage: str = "pretrain") -> None:
-    """Until the newest metric log of the stage has `count` losses; at most for as long as the process runs."""
+    """Until the last metric log of the stage, by name, has `count` losses; at most for as long as the process runs."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         logs = sorted((project / "runs" / stage).glob("*/metrics.jsonl"))
@@ -61,3 +100,21 @@ def wait_for_steps(process: Started | None, project: Path, count: int, stage: st
         assert process is None or process.runs(), process.finish()
         time.sleep(0.01)
     raise AssertionError("training did not start")
+
+
+def start_two(project: Path, *, rooms: tuple[int | None, int | None] = (None, None)) -> list[Started]:
+    """Two processes of one pretraining, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Started(project, "pretrain", room=room, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, room in enumerate(rooms)
+    ]
+
+
+def finish(processes: list[Started]) -> tuple[list[int | None], list[str]]:
+    """Exit codes, and what each said."""
+    found = [started.finish() for started in processes]
+    return [code for code, _ in found], [errors for _, errors in found]

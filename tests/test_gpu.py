@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from moco import params
 from moco.config import PretrainConfig
 from moco.data.batches import Fetcher, step_generator
 from moco.data.views import Views, recipe
+from moco.memory import GPU
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.contrast import ContrastStep
 from moco.tracking.metric_log import metric_history
@@ -211,16 +213,20 @@ def test_every_stage_runs_and_tells_of_the_gpu(project: Path, moco: Moco) -> Non
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_memory_that_is_full_is_one_line(project: Path, moco: Moco, graphs: bool) -> None:
-    write_params(project, runtime__device="auto", runtime__cuda_graphs=graphs, pretrain__width=256)
+    """The weights fit, and the activations of a batch do not."""
+    shutil.rmtree(project / "dataset")
+    write_dataset(project / "dataset", unlabeled=512, size=64)
+    write_params(project, runtime__device="auto", runtime__cuda_graphs=graphs, pretrain__width=32,
+                 pretrain__batch_size=512)  # fmt: skip
     assert moco("data").returncode == 0
     torch.cuda.empty_cache()
-    taken = torch.cuda.memory_reserved() + (96 << 20)  # the weights of two encoders and the optimizer need more
-    torch.cuda.set_per_process_memory_fraction(taken / torch.cuda.get_device_properties(0).total_memory)
+    allowed = torch.cuda.memory_reserved() + (256 << 20)  # each of the first activations takes 268 MB
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     try:
         done = moco("pretrain")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_one_line_error(done, "the GPU's memory is full", "pretrain.batch_size")
+    assert_one_line_error(done, GPU, "asked for", "pretrain.batch_size", "runtime.cuda_graphs: false")
 
 
 def start(project: Path, stage: str) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ MODULES = {
 }
 # A module may import from its own level's package and from every level below.
 LEVELS = [
-    {"moco", "moco.errors"},
+    {"moco", "moco.errors", "moco.memory"},
     {"moco.files", "moco.config"},
     {"moco.params", "moco.holder"},
     {"moco.data", "moco.model", "moco.selection"},
@@ -35,7 +35,7 @@ LEVELS = [
 CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder",
+    "moco.training.interrupt", "moco.holder", "moco.memory",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.
 BEHIND_THE_MANIFEST = {

@@ -13,7 +13,8 @@ import typer
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
-from moco.errors import AloneError, Interrupted, UserError, full_memory, one_line
+from moco.errors import AloneError, Interrupted, UserError, one_line
+from moco.memory import FullMemory, full_memory
 from moco.training.interrupt import raise_on_signals
 
 app = typer.Typer(
@@ -32,12 +33,14 @@ PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
 IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
 
-# What to do where the memory is full.
+# What takes less memory.
 SMALLER = {
     "pretrain": "lower pretrain.batch_size or raise pretrain.accumulate",
     "profile": "lower pretrain.batch_size or raise pretrain.accumulate",
     "baseline": "lower baseline.batch_size",
     "finetune": "lower finetune.batch_size or finetune.pool",
+    "train": "lower train.views",
+    "train_extra": "lower train.views",
     "eval": "lower eval.batch_size",
 }
 
@@ -190,7 +193,8 @@ def doctor_command(
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 1, an interruption 128 plus the signal.
 
-    Of the processes of one run, the first of each node tells what all of them met.
+    Of the processes of one run, the first of each node tells what all of them met; each tells what it may have met
+    alone, as full memory.
     """
     tells = not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -214,14 +218,22 @@ def main() -> None:
     except SystemExit as end:
         _end(end.code)
     except BaseException as error:
-        if memory := full_memory(error):
-            less = "".join(f"{SMALLER[command]}, or " for command in sys.argv[1:2] if command in SMALLER)
-            typer.echo(f"error: {memory}: {less}run where there is more, or where others use less of it", err=True)
-            _end(1)  # in whatever process: the others may have had enough
+        if full := full_memory(error):
+            traceback.clear_frames(error.__traceback__)  # what they hold may be all that there is
+            typer.echo(f"error: {_advice(full)}", err=True)
+            _end(1)
         if _several():
             traceback.print_exc()
             _end(1)
         raise
+
+
+def _advice(full: FullMemory) -> str:
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    less = [SMALLER[command]] if command in SMALLER else []
+    if full.gpu and command in ("pretrain", "profile"):
+        less.append("set runtime.cuda_graphs: false")
+    return f"{full.what}: {', or '.join([*less, 'run where there is more, or where others use less of it'])}"
 
 
 def _end(code: str | int | None) -> NoReturn:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import re
 import signal
 from collections.abc import Callable
 
@@ -52,23 +50,3 @@ class Interrupted(BaseException):
         ending = "the state is saved, the same command continues" if saved else "the same command starts again"
         super().__init__(f"stopped by {signal.Signals(number).name}; {ending}")
         self.signal, self.saved = number, saved
-
-
-def full_memory(error: BaseException) -> str | None:
-    """Which memory was full when this was raised, and how much was asked for; None for an error of another kind.
-
-    Libraries have no type in common for it, and torch is not imported for an error alone.
-    """
-    text = str(error)
-    no_room = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, torch's CPU allocator, cuBLAS
-    if not no_room and not (isinstance(error, RuntimeError) and any(word in text for word in words)):
-        return None
-    gpu = isinstance(error, RuntimeError) and "can't allocate memory" not in text
-    memory = "the GPU's memory is full" if gpu else "the memory is full, or what this process may take of it"
-    if asked := re.search(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [KMGT]?i?B)", text):
-        size = asked[1]
-        if size.endswith("bytes"):
-            size = f"{int(size.split()[0]) / 2**20:.0f} MiB"
-        return f"{memory} (asked for {size} more)"
-    return memory

@@ -1,9 +1,8 @@
-"""The real program in processes of its own, and what a run leaves behind."""
+"""The program in processes of its own, and what a run leaves behind."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ RESULTS = {
 }
 
 
-def start(project: Path, stage: str, *arguments: str, world: str = "", group: bool = False) -> subprocess.Popen[str]:
-    """A stage's command; `world`: what is broken for it (world/sitecustomize.py); `group`: as a group of its own."""
+def start(project: Path, stage: str, *arguments: str, world: str = "") -> subprocess.Popen[str]:
+    """A stage's command in a process that begins by itself; `world`: what is broken for it (world/sitecustomize.py)."""
     environment = dict(os.environ)
     if world:
         before = environment.get("PYTHONPATH")
@@ -31,7 +30,7 @@ def start(project: Path, stage: str, *arguments: str, world: str = "", group: bo
         environment |= {"MOCO_WORLD": world, "MOCO_WORLD_SEEN": str(project / "world-seen")}
     return subprocess.Popen(
         [sys.executable, "-m", "moco.cli", stage, *arguments], cwd=project, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, env=environment, start_new_session=group,
+        stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -53,14 +52,14 @@ def must(project: Path, stage: str, *arguments: str, world: str = "") -> str:
 
 def kill_after(project: Path, stage: str, seconds: float) -> bool:
     """Whether the stage was still at work after so many seconds, when SIGKILL ended it with all that it started."""
-    process = start(project, stage, group=True)
+    process = Started(project, stage)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.runs():
         time.sleep(0.002)
-    alive = process.poll() is None
+    alive = process.runs()
     if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+        process.kill_group()
+    process.finish()
     return alive
 
 

@@ -13,6 +13,7 @@ import pytest
 from fault_helpers import history, kill_after, left_over, must, results, start
 
 from conftest import write_dataset, write_params
+from process_helpers import make_ready
 
 pytestmark = pytest.mark.slow
 STAGES = ("data", "pretrain", "train", "finetune", "request")
@@ -27,6 +28,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
         project, pretrain__epochs=3, pretrain__batch_size=32, pretrain__log_every=5, pretrain__checkpoint_every=1,
         finetune__epochs=60, finetune__checkpoint_every=4, train__epochs=60, request__budget=40,
     )  # fmt: skip
+    make_ready()
     for stage in STAGES:
         began = time.monotonic()
         must(project, stage)
@@ -37,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 def tried(
     undisturbed: tuple[Path, dict[str, float]], project: Path, stage: str, kills: int, chance: random.Random
 ) -> int:
-    """Kills the stage until it was at work so often, each time where the one before left it; then lets it end."""
+    """Kills the stage at work so often, each time where the one before left it; then lets it end."""
     whole, seconds = undisturbed
     shutil.copytree(whole, project, ignore=shutil.ignore_patterns("runs", "scratch"))
     if stage != "data":
@@ -47,7 +49,7 @@ def tried(
     done = 0
     while done < kills:
         alive = kill_after(project, stage, chance.uniform(0.1, 1.0) * seconds[stage])
-        done += alive
+        done += alive and bool(list(project.glob(f"runs/{stage}/*/*.jsonl")) or list(project.glob("scratch/*/.build*")))
         if not alive or list(project.glob("runs/*/*/done")):  # it had ended: from the beginning once more
             shutil.rmtree(project / "runs", ignore_errors=True)
     must(project, stage)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,28 +13,11 @@ import torch
 
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.tracking.metric_log import metric_history, read_events
-from process_helpers import Started, wait_for_steps
+from process_helpers import finish, start_two, wait_for_steps
 
 STEPS = 60
 SETTINGS = {"pretrain__epochs": 12, "pretrain__batch_norm": "split", "pretrain__shuffle": True}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moco.cli"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def start(project: Path) -> list[Started]:
-    """The two processes, without torchrun."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Started(project, "pretrain", **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
-
-
-def finish(processes: list[Started]) -> tuple[list[int | None], list[str]]:
-    found = [started.finish() for started in processes]
-    return [code for code, _ in found], [errors for _, errors in found]
 
 
 def assert_whole(project: Path, undisturbed: Path) -> None:
@@ -57,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_params(project, **SETTINGS)
     subprocess.run([sys.executable, "-m", "moco.cli", "data"], cwd=project, check=True, capture_output=True)
     shutil.rmtree(project / "scratch")
-    codes, errors = finish(start(project))
+    codes, errors = finish(start_two(project))
     assert codes == [0, 0], errors
     assert "in 2 processes" in errors[0] and errors[0].count("building it") + errors[1].count("building it") <= 1
     assert errors[1] == "", "rank 0 alone speaks"
@@ -102,20 +84,20 @@ def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undis
     assert process.returncode != 0
     assert errors.count("stopped by SIGTERM; the state is saved, the same command continues") == 1, errors
     assert not (again / "models/encoder.pth").exists()
-    codes, texts = finish(start(again))
+    codes, texts = finish(start_two(again))
     assert codes == [0, 0] and "continuing from" in texts[0], texts
     assert_whole(again, undisturbed)
 
 
 @pytest.mark.fault("signal")
 def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbed: Path) -> None:
-    processes = start(again)
+    processes = start_two(again)
     wait_for_steps(processes[0], again, 7)
     processes[1].send_signal(signal.SIGUSR2)
     codes, errors = finish(processes)
     assert codes == [128 + signal.SIGUSR2] * 2, errors
     assert "stopped by SIGUSR2; the state is saved" in errors[0] and errors[1] == ""
-    codes, errors = finish(start(again))
+    codes, errors = finish(start_two(again))
     assert codes == [0, 0], errors
     assert_whole(again, undisturbed)
 
@@ -123,14 +105,14 @@ def test_a_signal_to_one_process_ends_both_with_its_code(again: Path, undisturbe
 @pytest.mark.fault("kill-process")
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_continues(again: Path, undisturbed: Path, killed: int) -> None:
-    processes = start(again)
+    processes = start_two(again)
     wait_for_steps(processes[0], again, 18)
     processes[killed].send_signal(signal.SIGKILL)
     codes, errors = finish(processes)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] == 1, errors
     (line,) = [line for line in errors[1 - killed].splitlines() if line.startswith("error: ")]
     assert f"process {1 - killed} of 2 lost the others" in line and "Traceback" not in errors[1 - killed]
-    codes, errors = finish(start(again))
+    codes, errors = finish(start_two(again))
     assert codes == [0, 0] and "continuing from" in errors[0], errors
     assert_whole(again, undisturbed)
 
@@ -138,7 +120,7 @@ def test_a_killed_process_ends_the_other_and_the_run_continues(again: Path, undi
 @pytest.mark.fault("divergence")
 def test_a_collapse_ends_both_with_one_line(again: Path) -> None:
     write_params(again, **SETTINGS, pretrain__lr=3000.0)
-    codes, errors = finish(start(again))
+    codes, errors = finish(start_two(again))
     assert codes == [1, 1], errors
     (line,) = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
     assert "diverged" in line or "collapsed" in line
@@ -148,7 +130,7 @@ def test_a_collapse_ends_both_with_one_line(again: Path) -> None:
 @pytest.mark.fault("divergence")
 def test_both_step_back_together(again: Path) -> None:
     write_params(again, **SETTINGS, pretrain__lr=3000.0, pretrain__steps_back=20)
-    codes, errors = finish(start(again))
+    codes, errors = finish(start_two(again))
     assert codes == [0, 0], errors
     assert "(step back 1 of 20)" in errors[0] and errors[1] == "", "rank 0 alone speaks"
     (log,) = (again / "runs/pretrain").glob("*/metrics.jsonl")

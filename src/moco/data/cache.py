@@ -41,6 +41,7 @@ from moco.data.sources import Dataset, Split
 from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError
 from moco.files import own_folder
+from moco.memory import full_memory
 
 CHUNK = 1024  # images
 SWEEPING = ".sweep.lock"
@@ -128,13 +129,12 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadab
             raise UserError(f"{len(problems)} image(s) cannot be used: {_shown(problems)}")
         _write_index(built, dataset)
         return built
-    except (OSError, BrokenProcessPool) as error:  # the second: a worker was killed, for want of memory perhaps
+    except BaseException as error:
         _discard(folder, lock)
+        if not isinstance(error, (OSError, BrokenProcessPool)) or full_memory(error):  # the second: a worker was killed
+            raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: building the decoded cache failed: {reason}") from None
-    except BaseException:
-        _discard(folder, lock)
-        raise
 
 
 def _problems(split: Split, reports: list[ChunkReport]) -> list[str]:

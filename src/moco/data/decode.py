@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moco.data.squashfs_reader import SquashfsImage
+from moco.memory import full_memory
 
 DIGEST_BYTES = 16
 # Pillow knows more, by content whatever the name: one of them starts a PostScript interpreter.
@@ -93,11 +94,15 @@ def read_image(
     except Image.DecompressionBombError:
         raise ValueError("declares an absurd size") from None
     except (OSError, SyntaxError, EOFError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        if full_memory(error):
+            raise
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         raise ValueError(reason) from None
     except ValueError:
         raise
     except Exception as error:  # a damaged file can bring about anything in a decoder
+        if full_memory(error):
+            raise
         raise ValueError(f"cannot be decoded: {type(error).__name__} {error}") from None
 
 

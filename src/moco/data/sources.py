@@ -20,6 +20,7 @@ from moco.data.generated import generate
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError
 from moco.files import refuse_irregular, sha256
+from moco.memory import full_memory
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 Folder = Path | SquashfsPath
@@ -199,6 +200,8 @@ def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it holds the labels of {split}/") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        if full_memory(error):
+            raise
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be loaded as a plain tensor: {reason}") from None
     plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided

@@ -9,6 +9,7 @@ import torchvision.datasets
 
 from moco.data.sources import Dataset, Split
 from moco.errors import UserError
+from moco.memory import full_memory
 
 
 def load_torchvision_set(name: str, root: Path, download: bool) -> Dataset:
@@ -33,6 +34,8 @@ def load_torchvision_set(name: str, root: Path, download: bool) -> Dataset:
             train, labels = sets["train"], sets["train"].labels.astype(np.int64)
             val_labels = sets["test"].labels.astype(np.int64)
     except (RuntimeError, OSError) as error:
+        if full_memory(error):
+            raise
         hint = "" if download else "; set data.download to true"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{root}: {name} cannot be read ({reason}){hint}") from None

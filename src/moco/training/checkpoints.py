@@ -10,6 +10,7 @@ import torch
 
 from moco.errors import Say, UserError
 from moco.files import sha256, write_atomically, write_text
+from moco.memory import full_memory
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
 
@@ -18,6 +19,8 @@ def _write(content: Any, path: Path) -> None:
     try:
         torch.save(content, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk so
+        if full_memory(error):
+            raise
         raise OSError(None, f"{str(error).splitlines()[0]} (disk full?)") from None
 
 
@@ -34,6 +37,8 @@ def load_weights(path: Path, hint: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {hint}") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        if full_memory(error):
+            raise
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
 

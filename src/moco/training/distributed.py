@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco.errors import AloneError, Interrupted, ProcessLostError, UserError
+from moco.memory import full_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # waiting for the others: one node may have to decode the dataset, the next not
@@ -176,6 +177,8 @@ def _others(processes: Processes) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if full_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ProcessLostError(
             f"process {processes.rank} of {processes.size} lost the others: one has ended, or they cannot reach each "

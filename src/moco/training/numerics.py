@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moco.errors import DivergedError, UserError
+from moco.memory import full_memory
 from moco.model.processor import has_bf16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
@@ -36,6 +37,8 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.zeros(1, device=device).item()  # `meta` is a device too, but it computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if full_memory(error):  # the device is there
+            raise
         reason = str(error).splitlines()[0]
         raise UserError(f"runtime.device: '{wanted}' cannot be used here: {reason}; try 'auto'") from None
     return device

@@ -16,47 +16,42 @@ from torch.func import functional_call
 
 from moco.data.views import Views
 from moco.errors import AloneError
+from moco.memory import full_memory
 
 WARM_UP = 3  # calls before a capture, in which libraries choose their kernels
 
 
 def _warm_up(call: Callable[[], object]) -> None:
-    """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph. Raises
-    AloneError where the memory is full."""
+    """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), warnings.catch_warnings():
         # The first that autograd's thread does on the GPU.
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
-        try:
-            for _ in range(WARM_UP):
-                call()
-        except torch.cuda.OutOfMemoryError as error:
-            raise _refusal(error) from error
+        for _ in range(WARM_UP):
+            call()
     torch.cuda.current_stream().wait_stream(aside)
 
 
 def _capture(call: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of a call, and what it returned: tensors that every replay fills anew. Raises AloneError."""
+    """The graph of a call, and what it returned: tensors that every replay fills anew. Raises AloneError, or what says
+    that the memory is full."""
     graph = torch.cuda.CUDAGraph()
     try:
         # thread_local: other threads pin memory meanwhile, which would end a capture of any other kind.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = call()
     except RuntimeError as error:
-        raise _refusal(error) from error
+        raise _cause(error) from None
     return graph, result
 
 
-def _refusal(error: BaseException) -> AloneError:
+def _cause(error: BaseException) -> BaseException:
     """What ended a capture: the end of a broken one raises once more, and hides it."""
-    while not isinstance(error, torch.cuda.OutOfMemoryError) and error.__context__ is not None:
+    while not full_memory(error) and error.__context__ is not None:
         error = error.__context__
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return AloneError(
-            "the GPU's memory is full: lower pretrain.batch_size, raise pretrain.accumulate, or set "
-            "runtime.cuda_graphs: false, which takes less"
-        )
+    if full_memory(error):
+        return error
     reason = str(error).partition("\n")[0]
     return AloneError(f"a CUDA graph cannot be captured here: {reason}; set runtime.cuda_graphs: false")
 

@@ -1,0 +1,54 @@
+"""Which of the many errors of libraries mean that memory is full. torch is not imported for that."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import NamedTuple
+
+GPU = "the GPU's memory is full"
+MACHINE = "the memory is full, or what this process may take of it"
+# Words of errors, and what they mean. Without a type in common, words are all that there is.
+WORDS = {
+    "CUDA error: out of memory": f"{GPU}, or the machine's that is kept in place for it",
+    "out of memory": GPU,  # of CUDA, HIP and MPS
+    "ALLOC_FAILED": GPU,  # cuBLAS, cuDNN
+    "CUBLAS_STATUS_NOT_INITIALIZED": "cuBLAS could not begin, mostly as the GPU's memory is full",
+    "can't allocate memory": MACHINE,  # torch's allocator
+    "Cannot allocate memory": MACHINE,  # a file that is mapped
+    "std::bad_alloc": MACHINE,
+    "failed to map segment": MACHINE,  # a library that is loaded
+    "could not create a primitive": "oneDNN could not set up a layer, mostly as the memory is full",
+    "can't start new thread": "no thread can be started: memory, or the number of processes, is at its limit",
+}
+ASKED = re.compile(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [MGT]i?B)")
+
+
+class FullMemory(NamedTuple):
+    what: str
+    gpu: bool
+
+
+def full_memory(error: BaseException) -> FullMemory | None:
+    """What was full when this was raised; None for an error of another kind."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        what = MACHINE
+    elif not isinstance(error, (RuntimeError, ImportError)):
+        return None
+    else:
+        found = [meaning for words, meaning in WORDS.items() if words in text]
+        if not found:
+            return None
+        what = found[0]
+    return FullMemory(what + _asked(text), "GPU" in what)
+
+
+def _asked(text: str) -> str:
+    asked = ASKED.search(text)
+    if asked is None:
+        return ""
+    size = asked[1].replace(". ", " ")
+    if size.endswith("bytes"):
+        size = f"{int(size.split()[0]) >> 20} MiB"
+    return "" if size == "0 MiB" else f" (asked for {size} more)"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 GPU = "the GPU's memory is full"
 MACHINE = "the memory is full, or what this process may take of it"
-# Words of errors, and what they mean. Without a type in common, words are all that there is.
+# Words of errors, and what they mean; the first that are found count. Without a type in common, words are all there is.
 WORDS = {
     "CUDA error: out of memory": f"{GPU}, or the machine's that is kept in place for it",
     "out of memory": GPU,  # of CUDA, HIP and MPS
@@ -18,7 +18,8 @@ WORDS = {
     "Cannot allocate memory": MACHINE,  # a file that is mapped
     "std::bad_alloc": MACHINE,
     "failed to map segment": MACHINE,  # a library that is loaded
-    "could not create a primitive": "oneDNN could not set up a layer, mostly as the memory is full",
+    # With the end of the line: that no descriptor of one can be made means that it does not exist.
+    "could not create a primitive\n": "oneDNN could not set up a layer, mostly as the memory is full",
     "can't start new thread": "no thread can be started: memory, or the number of processes, is at its limit",
 }
 ASKED = re.compile(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [MGT]i?B)")
@@ -37,7 +38,7 @@ def full_memory(error: BaseException) -> FullMemory | None:
     elif not isinstance(error, (RuntimeError, ImportError)):
         return None
     else:
-        found = [meaning for words, meaning in WORDS.items() if words in text]
+        found = [meaning for words, meaning in WORDS.items() if words in f"{text}\n"]
         if not found:
             return None
         what = found[0]

@@ -84,6 +84,7 @@ def test_of_two_processes_the_one_whose_memory_is_full_says_so(large: Path, tmp_
         (RuntimeError("CUDA error: out of memory"), f"{GPU}, or the machine's that is kept in place for it: lower"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), f"{GPU}: lower"),
         (MemoryError("Unable to allocate 100. MiB for an array"), f"{MACHINE} (asked for 100 MiB more): lower"),
+        (RuntimeError("could not create a primitive"), "mostly as the memory is full: lower"),
         (RuntimeError("std::bad_alloc"), f"{MACHINE}: lower"),
         (RuntimeError("can't start new thread"), "at its limit: lower"),
     ],
@@ -112,7 +113,13 @@ def test_what_is_to_be_lowered_are_settings_of_commands() -> None:
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
-    for other in (RuntimeError("shapes do not fit"), ValueError("out of memory"), OSError(28, "No space left")):
+    unsupported = RuntimeError("could not create a primitive descriptor for a convolution")
+    for other in (
+        unsupported,
+        RuntimeError("shapes do not fit"),
+        ValueError("out of memory"),
+        OSError(28, "No space left"),
+    ):
         assert full_memory(other) is None
     assert full_memory(OSError(12, "Cannot allocate memory")) == (MACHINE, False)
     assert full_memory(ImportError("libx.so: failed to map segment from shared object")) == (MACHINE, False)

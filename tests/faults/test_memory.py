@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from PIL import Image
 
 from conftest import Moco, assert_one_line, assert_one_line_error, tiny_params, write_dataset, write_params
 from moco.cli import SMALLER, app
@@ -140,13 +139,19 @@ def test_no_sound_file_is_called_damaged(tmp_path: Path, monkeypatch: pytest.Mon
     """Whoever followed the advice, or had data.unreadable, would lose it."""
     full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(torch, "load", Full(full))
-    with pytest.raises(RuntimeError, match="can't allocate"):
+    with pytest.raises(UserError, match=f"a.pth: cannot be loaded: {MACHINE}; where there is enough") as refusal:
         load_weights(tmp_path / "a.pth", "delete it to start again")
-    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    for error in (MemoryError(), OSError(12, "Cannot allocate memory")):
-        monkeypatch.setattr(decode, "resize_and_crop", Full(error))
-        with pytest.raises(type(error)):
-            decode.read_image(tmp_path / "0.png", None, 4)
+    assert "delete" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])
+def test_no_image_is_left_out_for_want_of_memory(
+    moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    write_params(project, data__unreadable=40, data__resize=16)
+    monkeypatch.setattr(decode, "resize_and_crop", Full(error))
+    assert_one_line_error(moco("data"), "image 0 of unlabeled: cannot be decoded", MACHINE)
+    assert not (project / "models/manifest.json").exists()
 
 
 def test_neither_the_device_nor_the_others_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

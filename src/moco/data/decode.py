@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moco.data.squashfs_reader import SquashfsImage
+from moco.errors import UserError
 from moco.memory import full_memory
 
 DIGEST_BYTES = 16
@@ -117,7 +118,8 @@ def summarise(report: ChunkReport, images: np.ndarray) -> None:
 
 
 def decode_chunk(chunk: Chunk) -> ChunkReport:
-    """Decodes a chunk and writes it at its place in the output file, which must exist."""
+    """Decodes a chunk and writes it at its place in the output file, which must exist. Raises UserError where there is
+    no memory for an image."""
     report = ChunkReport(chunk.index, chunk.first)
     images = np.zeros((len(chunk.files), *chunk.size, 3), np.uint8)
     with SquashfsImage(chunk.image) if chunk.image else contextlib.nullcontext() as packed:
@@ -126,6 +128,14 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
                 images[i] = read_image(file, chunk.size, chunk.resize, packed)
             except ValueError as error:
                 report.problems.append((chunk.first + i, str(error)))
+            except (MemoryError, OSError, RuntimeError) as error:
+                full = full_memory(error)
+                if full is None:
+                    raise
+                place = f"image {chunk.first + i} of {Path(chunk.output).stem}"
+                raise UserError(
+                    f"{place}: cannot be decoded: {full.what}; where there is enough, it is damaged"
+                ) from None
     summarise(report, images)
     write_at(chunk.output, chunk.first * images[0].nbytes, images)
     return report

@@ -22,17 +22,16 @@ from moco.training.distributed import Processes
 from moco.training.numerics import choose_device
 from process_helpers import Started, finish, start_two, wait_for_steps
 
-ROOM = 256 << 20  # threads reserve some; the activations of a batch take more than twice as much
+LARGE = {"pretrain__width": 8, "pretrain__batch_size": 128, "pretrain__epochs": 2}
+ROOM = 256 << 20  # threads reserve some of it; a batch takes more than twice as much
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose batches are large, before its pretraining."""
     project = tmp_path_factory.mktemp("large")
-    write_dataset(project / "dataset", unlabeled=512, size=96)
-    write_params(
-        project, pretrain__width=8, pretrain__batch_size=256, pretrain__epochs=2, pretrain__checkpoint_every=1
-    )  # fmt: skip
+    write_dataset(project / "dataset", unlabeled=256, size=96)
+    write_params(project, **LARGE)
     assert Started(project, "data").finish()[0] == 0
     return project
 
@@ -53,7 +52,8 @@ def test_a_run_that_memory_does_not_hold_says_so_and_goes_on_where_there_is_more
     before = {path: path.read_bytes() for path in project.glob("runs/pretrain/*/checkpoint_*")}
     code, said = Started(project, "pretrain", room=ROOM).finish()
     assert code == 1 and "continuing from" in said, said
-    assert_one_line(said, MACHINE, "asked for", "MiB more", "lower pretrain.batch_size or raise pretrain.accumulate")
+    # Which library is refused first is chance.
+    assert_one_line(said, "memory", "lower pretrain.batch_size or raise pretrain.accumulate")
     assert before and {path: path.read_bytes() for path in before} == before
     code, said = Started(project, "pretrain").finish()
     assert code == 0 and "continuing from" in said, said
@@ -66,9 +66,10 @@ def test_a_run_that_memory_does_not_hold_says_so_and_goes_on_where_there_is_more
 @pytest.mark.fault("full-memory")
 def test_of_two_processes_the_one_whose_memory_is_full_says_so(large: Path, tmp_path: Path) -> None:
     project = copied(large, tmp_path / "project")
+    write_params(project, **{**LARGE, "pretrain__batch_size": 256})
     codes, said = finish(start_two(project, rooms=(None, ROOM)))
     assert codes == [1, 1], said
-    assert_one_line(said[1], "memory", "lower pretrain.batch_size")  # gloo may want a thread first
+    assert_one_line(said[1], "memory", "lower pretrain.batch_size")
     assert_one_line(said[0], "process 0 of 2 lost the others")
 
 

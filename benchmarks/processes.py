@@ -2,7 +2,8 @@
 
     python benchmarks/processes.py [--encoder small_resnet --size 32 --batch 128]
 
-Each count is started anew by torchrun, in turns.
+Each count is started anew by torchrun, in turns, and with them two processes apart: half of the batch each, at the same
+time, without a word to each other. That is the most that this machine could give two.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moco.training.numerics import choose_precision, set_up
 
 STEPS, WARM_UP, ROUNDS = 25, 5, 3
 CPU = torch.device("cpu")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def work(args: argparse.Namespace) -> None:
@@ -60,24 +62,39 @@ def main() -> None:
     if args.result:
         work(args)
         return
-    ratios = []
+    ratios: dict[str, list[float]] = {"together": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(ROUNDS):
-            seconds = {}
-            for count in (1, 2):
-                result = Path(folder) / str(count)
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-                subprocess.run(
-                    [*torchrun, __file__, *sys.argv[1:], "--result", str(result)], check=True,
-                    stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )  # fmt: skip
-                seconds[count] = float(result.read_text())
-            ratios.append(seconds[1] / seconds[2])
-            rates = ", ".join(f"{count}: {args.batch / each:.0f} images/s" for count, each in seconds.items())
-            print(f"processes {rates}; ratio {ratios[-1]:.2f}")
-    print(
-        f"{args.encoder}, {args.size} px, batch {args.batch}: two processes {statistics.median(ratios):.2f} times one"
-    )
+            one = together(args, 1, Path(folder) / "one")
+            ratios["together"].append(one / together(args, 2, Path(folder) / "two"))
+            ratios["apart"].append(one / apart(args, Path(folder)))
+            print(f"one process {args.batch / one:.0f} images/s; two", *(
+                f"{name} {found[-1]:.2f} times that" for name, found in ratios.items()))  # fmt: skip
+    print(f"{args.encoder}, {args.size} px, batch {args.batch}: two processes", ", ".join(
+        f"{name} {statistics.median(found):.2f} times one" for name, found in ratios.items()))  # fmt: skip
+
+
+def together(args: argparse.Namespace, count: int, result: Path) -> float:
+    """Seconds of a step in so many processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), __file__]
+    subprocess.run([*torchrun, *words(args, args.batch, result)], check=True, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    return float(result.read_text())
+
+
+def apart(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds of a step of the slower of two that know nothing of each other."""
+    results = [folder / "left", folder / "right"]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, *words(args, args.batch // 2, result)], env=ONE_THREAD)
+        for result in results
+    ]
+    if any([process.wait() for process in processes]):  # noqa: C419 (all are waited for)
+        raise SystemExit("a process failed")
+    return max(float(result.read_text()) for result in results)
+
+
+def words(args: argparse.Namespace, batch: int, result: Path) -> list[str]:
+    return ["--encoder", args.encoder, "--size", str(args.size), "--batch", str(batch), "--result", str(result)]
 
 
 if __name__ == "__main__":

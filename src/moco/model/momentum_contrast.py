@@ -20,8 +20,8 @@ from moco.model.small_resnet import SmallResNet
 
 class Contrast(NamedTuple):
     """What one forward pass gives: the loss (scalar) and the accuracy of picking the positive (scalar, no
-    gradient), both of this process's images, and the keys of all (G or 2 G x D, unit length) that are to be enqueued
-    once the step has been taken."""
+    gradient), and the keys (B or 2 B x D, unit length) that are to be enqueued once the step has been taken; all of this
+    process's images."""
 
     loss: Tensor
     accuracy: Tensor
@@ -111,15 +111,14 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, generator: torch.Generator | None, parts: int = 1) -> Tensor:
-        """Keys of the whole batch, G x D. The order is shuffled on the way in and restored on the way out, over all
+        """Keys, B x D. With `shuffle` the order is shuffled on the way in and restored on the way out, over all
         processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
         parts: in which they go through the encoder, each with statistics of its own."""
 
         encoder = self.key_encoder if self.replays is None else self.replays[1]
 
         def encode(x: Tensor) -> Tensor:
-            keys = torch.cat([F.normalize(encoder(part).float(), dim=1) for part in x.tensor_split(parts)])
-            return self._gather(keys)
+            return torch.cat([F.normalize(encoder(part).float(), dim=1) for part in x.tensor_split(parts)])
 
         def move(places: Tensor) -> Tensor:
             return places.to(images.device, non_blocking=True)
@@ -130,12 +129,13 @@ class MomentumContrast(nn.Module):
         # Drawn on the CPU: the same order on every device and in every process, and no wait for the device.
         order = torch.randperm(len(everything), generator=generator)
         back = torch.argsort(order)
-        return encode(everything[move(order[self.own(len(images))])])[move(back)]
+        own = self._own(len(images))
+        return self._gather(encode(everything[move(order[own])]))[move(back[own])]
 
     def _gather(self, part: Tensor) -> Tensor:
         return part if self.peers is None else self.peers.gather(part)
 
-    def own(self, count: int) -> slice:
+    def _own(self, count: int) -> slice:
         """Where this process's `count` images stand in the whole batch."""
         first = 0 if self.peers is None else self.peers.rank * count
         return slice(first, first + count)
@@ -151,11 +151,11 @@ class MomentumContrast(nn.Module):
         Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
         """
         keys = self.keys(a, b, generator)
-        loss, accuracy = self.loss(a, b, [key[self.own(len(a))] for key in keys])
+        loss, accuracy = self.loss(a, b, keys)
         return Contrast(loss, accuracy, torch.cat(keys))
 
     def keys(self, a: Tensor, b: Tensor, generator: torch.Generator | None, parts: int = 1) -> list[Tensor]:
-        """Those of b, and for a symmetric loss those of a, each of the whole batch."""
+        """Those of b, and for a symmetric loss those of a."""
         return [self.encode_keys(view, generator, parts) for view in ((b, a) if self.symmetric else (b,))]
 
     def loss(self, a: Tensor, b: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,9 +168,15 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update(self, keys: Tensor, momentum: float) -> None:
-        """Moves the key encoder towards the query encoder (equation 2) and enqueues the keys."""
+        """Moves the key encoder towards the query encoder (equation 2) and enqueues the keys of all peers.
+
+        They are exchanged here, where the gradients just were, and not when they are made: peers wait for the slowest
+        once a step. The queue is that of one process: all keys of b, then all of a.
+        """
         torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
-        self.enqueue(keys)
+        everyones = self._gather(keys)
+        views = 2 if self.symmetric else 1
+        self.enqueue(everyones.view(-1, views, len(keys) // views, keys.shape[1]).transpose(0, 1).flatten(0, 2))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

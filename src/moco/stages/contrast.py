@@ -132,11 +132,10 @@ class ContrastStep:
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         with self.phase("keys"), autocast(self.device, self.precision):
             keys = self.model.keys(a, b, generator, config.accumulate)
-        own = [key[self.model.own(len(a))] for key in keys]
         for part in np.array_split(np.arange(len(a)), config.accumulate):
             rows, share = slice(int(part[0]), int(part[-1]) + 1), len(part) / len(a)
             with self.phase("queries"), autocast(self.device, self.precision):
-                part_loss, part_accuracy = self.model.loss(a[rows], b[rows], [key[rows] for key in own])
+                part_loss, part_accuracy = self.model.loss(a[rows], b[rows], [key[rows] for key in keys])
             with self.phase("backward"):
                 self.scaler.scale(part_loss * share).backward()
             loss += part_loss.detach() * share

@@ -19,9 +19,8 @@ from moco.model.small_resnet import SmallResNet
 
 
 class Contrast(NamedTuple):
-    """What one forward pass gives: the loss (scalar) and the accuracy of picking the positive (scalar, no
-    gradient), and the keys (B or 2 B x D, unit length) that are to be enqueued once the step has been taken; all of this
-    process's images."""
+    """What one forward pass gives for this process's images: the loss (scalar), the accuracy of picking the positive
+    (scalar, no gradient), and the keys (B or 2 B x D, unit length) that are to be enqueued once the step is taken."""
 
     loss: Tensor
     accuracy: Tensor

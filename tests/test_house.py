@@ -19,8 +19,8 @@ MODULES = {
 }
 # A module may import from its own level's package and from every level below.
 LEVELS = [
-    {"moco", "moco.errors", "moco.memory"},
-    {"moco.files", "moco.config"},
+    {"moco", "moco.errors"},
+    {"moco.files", "moco.config", "moco.memory"},
     {"moco.params", "moco.holder"},
     {"moco.data", "moco.model", "moco.selection"},
     {"moco.training", "moco.submission", "moco.presets"},

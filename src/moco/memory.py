@@ -6,6 +6,8 @@ import errno
 import re
 from typing import NamedTuple
 
+from moco.errors import UserError
+
 GPU = "the GPU's memory is full"
 MACHINE = "the memory is full, or what this process may take of it"
 # Words of errors, and what they mean; the first that are found count. Without a type in common, words are all there is.
@@ -28,6 +30,10 @@ ASKED = re.compile(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [MGT]i?B
 class FullMemory(NamedTuple):
     what: str
     gpu: bool
+
+    def reading(self, place: object, done: str) -> UserError:
+        """Of a file that was to be loaded or decoded: a damaged one may ask for any amount."""
+        return UserError(f"{place}: cannot be {done}: {self.what}; where there is enough, it is damaged")
 
 
 def full_memory(error: BaseException) -> FullMemory | None:

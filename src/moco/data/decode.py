@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moco.data.squashfs_reader import SquashfsImage
-from moco.errors import UserError
 from moco.memory import full_memory
 
 DIGEST_BYTES = 16
@@ -129,13 +128,9 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
             except ValueError as error:
                 report.problems.append((chunk.first + i, str(error)))
             except (MemoryError, OSError, RuntimeError) as error:
-                full = full_memory(error)
-                if full is None:
-                    raise
-                place = f"image {chunk.first + i} of {Path(chunk.output).stem}"
-                raise UserError(
-                    f"{place}: cannot be decoded: {full.what}; where there is enough, it is damaged"
-                ) from None
+                if full := full_memory(error):
+                    raise full.reading(f"image {chunk.first + i} of {Path(chunk.output).stem}", "decoded") from None
+                raise
     summarise(report, images)
     write_at(chunk.output, chunk.first * images[0].nbytes, images)
     return report

@@ -200,8 +200,8 @@ def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it holds the labels of {split}/") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        if full := full_memory(error):  # a damaged file may ask for any amount
-            raise UserError(f"{path}: cannot be loaded: {full.what}; where there is enough, it is damaged") from None
+        if full := full_memory(error):
+            raise full.reading(path, "loaded") from None
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be loaded as a plain tensor: {reason}") from None
     plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided

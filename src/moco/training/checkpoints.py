@@ -37,8 +37,8 @@ def load_weights(path: Path, hint: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {hint}") from None
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
-        if full := full_memory(error):  # a damaged file may ask for any amount
-            raise UserError(f"{path}: cannot be loaded: {full.what}; where there is enough, it is damaged") from None
+        if full := full_memory(error):
+            raise full.reading(path, "loaded") from None
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
 

@@ -109,6 +109,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+    except FileNotFoundError:  # the folder was just made: somebody removes what is there
+        raise UserError(f"{path}: cannot be written: a file or folder that it needs was removed meanwhile") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 

@@ -10,17 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from fault_helpers import history, left_over, must, results, run, start
 
 from conftest import assert_one_line, write_dataset, write_params
 from moco import holder
 from moco.errors import UserError
+from moco.training import checkpoints
 
 pytestmark = pytest.mark.slow
 EPOCHS = 8
@@ -115,6 +119,27 @@ def test_a_run_whose_folder_is_removed_says_so(project: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert_one_line(said, "runs/pretrain/", "removed")
+
+
+@pytest.mark.fault("vanished")
+@pytest.mark.parametrize("call", [(tempfile, "mkstemp"), (torch, "save"), (checkpoints, "sha256"), (os, "fsync")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_that_is_removed_in_the_midst_of_saving_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[Any, str], first: bool
+) -> None:
+    module, name = call
+    work = getattr(module, name)
+
+    def removing(*given: Any, **named: Any) -> Any:
+        if first:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        result = work(*given, **named)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return result
+
+    monkeypatch.setattr(module, name, removing)
+    with pytest.raises(UserError, match=r"checkpoint_001\.pth.*: cannot be written: .* was removed meanwhile$"):
+        checkpoints.CheckpointFolder(tmp_path / "run", keep=1).save(1, {"weights": torch.ones(2)})
 
 
 @pytest.mark.fault("slow-rename")

@@ -21,6 +21,8 @@ def _write(content: Any, path: Path) -> None:
     except RuntimeError as error:  # torch's zip writer reports a full disk so
         if full_memory(error):
             raise
+        if not path.parent.exists():
+            raise FileNotFoundError(path) from None
         raise OSError(None, f"{str(error).splitlines()[0]} (disk full?)") from None
 
 

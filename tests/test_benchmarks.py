@@ -91,6 +91,12 @@ def test_speed() -> None:
     assert float(lines[1].split("ratio ")[1]) > 0
 
 
+def test_processes() -> None:
+    lines = run("processes.py", "--size", 32, "--batch", 16, "--steps", 1, "--rounds", 2).splitlines()
+    assert [line.count(" together ") for line in lines] == [1, 1, 1]
+    assert all(float(line.split(" times")[0].split()[-1]) > 0 for line in lines[2].split(", ")[-2:])
+
+
 @pytest.mark.long
 def test_reference_and_ours_have_the_same_losses(tmp_path: Path) -> None:
     coarse = torch.rand(640, 3, 4, 4, generator=torch.Generator().manual_seed(0))

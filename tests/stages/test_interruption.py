@@ -112,7 +112,7 @@ def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, projec
         assert process.runs()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.finish()
+    assert process.finish()[0] == 128 + signal.SIGTERM
     (folder,) = set((project / "runs/pretrain").iterdir()) - logs
     (stopped,) = folder.glob("checkpoint_*.pth")
     done = moco("pretrain", "--resume", str(checkpoint))
@@ -128,7 +128,7 @@ def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, p
     process = Started(project, "pretrain")
     wait_for_steps(process, project, 30)
     process.send_signal(signal.SIGTERM)
-    process.finish()
+    assert process.finish()[0] == 128 + signal.SIGTERM
     (folder,) = (project / "runs/pretrain").iterdir()
     older = folder / "checkpoint_002.pth"
     last = sorted(folder.glob("checkpoint_*.pth"))[-1]

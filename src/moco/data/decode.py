@@ -93,17 +93,15 @@ def read_image(
         raise ValueError("not an image") from None
     except Image.DecompressionBombError:
         raise ValueError("declares an absurd size") from None
-    except (OSError, SyntaxError, EOFError) as error:  # PIL raises SyntaxError for broken PNG chunks
-        if full_memory(error):
-            raise
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise ValueError(reason) from None
     except ValueError:
         raise
     except Exception as error:  # a damaged file can bring about anything in a decoder
         if full_memory(error):
             raise
-        raise ValueError(f"cannot be decoded: {type(error).__name__} {error}") from None
+        reason = f"cannot be decoded: {type(error).__name__} {error}"
+        if isinstance(error, (OSError, SyntaxError, EOFError)):  # the second is PIL's for broken PNG chunks
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ValueError(reason) from None
 
 
 def summarise(report: ChunkReport, images: np.ndarray) -> None:

@@ -14,7 +14,6 @@ together. What paid is in the presets; README.md has the whole table.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,8 @@ class Options:
     sizes: tuple[tuple[float, int], ...] = ()  # (progress, pixels of the views until then), then as the images
     predictor: bool = False  # two more layers on the queries' side (BYOL, arXiv 2006.07733)
     neighbours: bool = False  # the queue's key nearest to the positive stands for it (NNCLR, arXiv 2104.14548)
+    patches: int = 0  # so many small views in place of everything else, no keys (EMP-SSL, arXiv 2304.03977)
+    pull: float = 200.0  # weight of the patches' distance to their mean; the paper's
     one_encoder: bool = False  # keys with gradients from the query encoder; the queue stays
     optimizer: str = "sgd"  # or adamw
     network: str = "small_resnet"
@@ -85,8 +86,13 @@ class Idea:
     options: Options = Options()
 
 
+TCR_EPSILON = 0.2  # squared; EMP-SSL's
+
 # What the CIFAR-10 preset had before it took what was found here; the images that are drawn have their own.
 BASE = {"width": 24, "convolutions": 2}
+
+# A quarter of the area, at the scale of the image. Their losses are large: AdamW does not mind, as LARS there.
+PATCHES = Options(small_size=16, small_scale=(0.25, 0.25), optimizer="adamw")
 
 IDEAS = {
     "preset": Idea("the preset as it is, but for BASE"),
@@ -134,6 +140,9 @@ IDEAS = {
     "recalibrated": Idea("BatchNorm's statistics over images as they are", options=Options(recalibrate=True)),
     "averaged": Idea("the key encoder's weights for the classifier", options=Options(averaged=True)),
     "adamw": Idea("AdamW at 0.001 per 256 images", {"lr": 0.001, "weight_decay": 0.05}, Options(optimizer="adamw")),
+    "emp_8": Idea("eight patches of 16 pixels", {"lr": 0.001, "weight_decay": 0.05}, replace(PATCHES, patches=8)),
+    "emp_20": Idea("twenty patches of 16 pixels", {"lr": 0.001, "weight_decay": 0.05}, replace(PATCHES, patches=20)),
+    "pull_50": Idea("patches pulled less to their mean", options=Options(pull=50.0)),
 }  # fmt: skip
 
 
@@ -169,8 +178,8 @@ class Step:
         self.precision = choose_precision(section.precision, CPU)
         chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
         colours = ("brightness", "contrast", "saturation", "hue")
-        chosen = dataclasses.replace(chosen, **{c: getattr(chosen, c) * options.strength for c in colours})
-        small = dataclasses.replace(chosen, crop_scale=options.small_scale)
+        chosen = replace(chosen, **{c: getattr(chosen, c) * options.strength for c in colours})
+        small = replace(chosen, crop_scale=options.small_scale)
         sizes = {size, *(pixels for _, pixels in options.sizes)}
         self.views = {pixels: Views(chosen, pixels, mean, std, CPU) for pixels in sizes}
         self.small = Views(small, options.small_size, mean, std, CPU)
@@ -181,6 +190,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * lr_factor(section.schedule, fraction, section.warmup, section.milestones)
         model.train()
+        if options.patches:
+            return self._take(self._patch_loss(images, generator))
         views = self.views[next((pixels for until, pixels in options.sizes if fraction < until), self.size)]
         unit = views.to_unit(images)
         a, b = views(unit, generator), views(unit, generator)
@@ -198,12 +209,29 @@ class Step:
         loss = torch.stack(losses).mean()
         if options.one_encoder:  # the other way round too, as both have their gradients
             loss = (loss + loss_of(keys[0], found[0][0])) / 2
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._take(loss)
         momentum = key_momentum(section.momentum, section.momentum_schedule, fraction)
         model.update(torch.cat(keys).detach(), momentum)
         return loss.detach()
+
+    def _take(self, loss: Tensor) -> Tensor:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _patch_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The negative total coding rate of each patch over the batch, and its cosine to the mean of its image's."""
+        count = self.options.patches
+        unit = self.small.to_unit(images)
+        patches = torch.cat([self.small(unit, generator) for _ in range(count)])
+        with autocast(CPU, self.precision):
+            embedded = self.model.encode_queries(patches).view(count, len(images), -1)  # n x B x D
+        batch, dim = embedded.shape[1:]
+        gram = embedded.transpose(1, 2) @ embedded * (dim / (batch * TCR_EPSILON))
+        rate = torch.logdet(torch.eye(dim) + gram).mean() / 2
+        towards = F.cosine_similarity(embedded, embedded.mean(0, keepdim=True), dim=2).mean()
+        return -rate - self.options.pull * towards
 
     def _queries(self, images: Tensor) -> Tensor:
         return F.normalize(self.predictor(self.model.query_encoder(images)).float(), dim=1)

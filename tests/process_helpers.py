@@ -50,7 +50,7 @@ class Started:
 
     def finish(self) -> tuple[int | None, str]:
         """Its exit code, negative where a signal ended it, and what it wrote to stderr. Asked once."""
-        self._process.join(90)
+        self._process.join(120)
         assert not self.runs(), f"did not end: {self._errors.read_text()}"
         said = self._errors.read_text()
         self.forget()
@@ -92,7 +92,7 @@ def make_ready() -> None:
 
 def wait_for_steps(process: Started | None, project: Path, count: int, stage: str = "pretrain") -> None:
     """Until the last metric log of the stage, by name, has `count` losses; at most for as long as the process runs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         logs = sorted((project / "runs" / stage).glob("*/metrics.jsonl"))
         if logs and logs[-1].read_text().count('"loss"') >= count:

@@ -194,7 +194,7 @@ def test_interrupted_pretraining_continues_on_the_next_repro(workspace: Path) ->
     while not (new := set((workspace / "runs/pretrain").iterdir()) - before) or not list(new.pop().glob("*.sha256")):
         assert process.poll() is None, "pretraining ended too early"
     os.killpg(process.pid, 15)
-    process.wait(timeout=60)
+    process.wait(timeout=120)
     edit(workspace, "pretrain", "checkpoint_every", 100)  # housekeeping: still the same run
     output = run(workspace, "dvc", "repro", "pretrain")
     assert "continuing from" in output

@@ -94,7 +94,7 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.seen.append((self.path, self.headers.get("Authorization")))
         if self.path == "/slow/health":
-            for _ in range(6):  # never silent for long, and never done
+            for _ in range(100):  # never silent for long, and never done
                 self.wfile.write(b"H")
                 time.sleep(0.1)
         self.send_response(200 if self.path == "/health" else 404)
@@ -130,7 +130,7 @@ def test_mlflow_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_tracking, "SERVER_SECONDS", 0.2)
     start = time.perf_counter()
     assert look_at_store(f"http://{server}/slow").status == "warn"
-    assert time.perf_counter() - start < 0.45
+    assert time.perf_counter() - start < 5
 
 
 def test_mlflow_server_that_is_away() -> None:

@@ -110,7 +110,7 @@ def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(dataset: 
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
     prepare(data_config(dataset), scratch, silent)
     assert sorted(path.name for path in parent.glob(".building-*")) == [".building-alive", ".building-alive.lock"]
-    holder.communicate(b"\n", timeout=30)
+    holder.communicate(b"\n", timeout=120)
 
 
 def test_a_node_without_the_cache_builds_it(dataset: Path, tmp_path: Path, manifest: Manifest) -> None:

@@ -100,7 +100,7 @@ def test_a_limit_on_files_is_one_line_and_the_run_continues_without_it(project: 
         assert process.poll() is None
         time.sleep(0.002)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert_one_line(said, "cannot be written")
     assert "continuing from" in must(project, "pretrain")
@@ -116,7 +116,7 @@ def test_a_run_whose_folder_is_removed_says_so(project: Path) -> None:
         time.sleep(0.01)
     shutil.rmtree(project / "runs", ignore_errors=True)
     shutil.rmtree(project / "runs", ignore_errors=True)  # what was written meanwhile
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert_one_line(said, "runs/pretrain/", "removed")
 
@@ -195,7 +195,7 @@ def test_a_job_that_died_on_another_machine_is_taken_over_and_a_living_one_is_no
     assert code == 1
     assert_one_line(said, "another process runs `moco pretrain`")
     os.killpg(first.pid, signal.SIGKILL)
-    first.communicate(timeout=30)
+    first.communicate(timeout=120)
     (sign,) = project.glob("runs/pretrain/*/holder")
     assert '"host": "elsewhere"' in sign.read_text()
     said = must(project, "pretrain")
@@ -240,7 +240,7 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
         (folder / "stand-still").unlink()
         with holder.held(folder, "moco pretrain", said.append):
             os.killpg(other.pid, signal.SIGCONT)
-            rest, _ = other.communicate(timeout=30)
+            rest, _ = other.communicate(timeout=120)
             assert other.returncode == 1 and "taken over by" in rest, rest
             _, sign = holder._read(folder / holder.NAME)
             assert sign["pid"] == os.getpid(), "it did not touch the sign of its successor"

@@ -80,7 +80,7 @@ def test_torchrun_ended_by_sigterm_continues_to_the_same_bits(again: Path, undis
     process = subprocess.Popen([*TORCHRUN, "pretrain"], cwd=again, stderr=subprocess.PIPE, text=True)
     wait_for_steps(None, again, 17)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("stopped by SIGTERM; the state is saved, the same command continues") == 1, errors
     assert not (again / "models/encoder.pth").exists()

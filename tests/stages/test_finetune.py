@@ -248,7 +248,7 @@ def test_another_classifier_of_the_same_settings_is_another_run(moco: Moco, proj
 def test_minutes_end_the_run(moco: Moco, project: Path, classifier: Path) -> None:
     write_params(project, finetune__epochs=100000, finetune__minutes=0.01)
     run_all(moco, "finetune")
-    assert 0.01 <= metrics(project)["minutes"] < 0.2
+    assert 0.01 <= metrics(project)["minutes"] < 1
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(moco: Moco, project: Path) -> None:

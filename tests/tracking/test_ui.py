@@ -40,7 +40,7 @@ def test_the_address_that_is_printed_answers_and_ctrl_c_ends_it(project: Path) -
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 0
     time.sleep(0.5)
     with socket.socket() as probe:

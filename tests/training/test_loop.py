@@ -4,82 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from loop_helpers import PER_EPOCH, Recorder
 
-from moco.data.batches import EpochSampler, Fetcher
 from moco.errors import Interrupted, UserError
-from moco.training import loop
-from moco.training.interrupt import StopFlag
-from moco.training.loop import Hooks, Length, LoopState, run_loop
-
-POOL, BATCH, PER_EPOCH = 11, 4, 2  # three images are left out of each epoch
-
-
-@dataclass
-class Recorder:
-    """A run with everything it did written down."""
-
-    stop_at: int | None = None  # a signal arrives during this step
-    stop: StopFlag = field(default_factory=StopFlag)
-    batches: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    fractions: list[float] = field(default_factory=list)
-    logs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    events: list[tuple[str, int]] = field(default_factory=list)
-    saved: dict[str, Any] = field(default_factory=dict)
-    updates: list[float] = field(default_factory=list)
-    metrics: Callable[[int], dict[str, Any]] = lambda number: {"loss": torch.tensor(float(number))}
-    pause: float = 0.0
-    save_pause: float = 0.0
-
-    def step(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
-        assert images[:, 0, 0, 0].tolist() == indices.tolist(), "images belong to their indices"
-        assert images.dtype is torch.uint8
-        self.batches.append((number, tuple(indices.tolist())))
-        self.fractions.append(fraction)
-        time.sleep(self.pause)
-        if number == self.stop_at:
-            self.stop.signal = signal.SIGTERM
-        return self.metrics(number)
-
-    def save(self, state: LoopState) -> None:
-        time.sleep(self.save_pause)
-        self.events.append(("save", state.step))
-        self.saved = dict(state.as_dict())
-
-    def monitor(self) -> dict[str, float]:
-        self.events.append(("monitor", len(self.batches)))
-        return {"knn_accuracy": 0.5}
-
-    def update(self, fraction: float, rate: float, words: str) -> None:
-        assert rate > 0
-        self.updates.append(fraction)
-
-    def run(
-        self, length: Length, state: LoopState | None = None, *, every: tuple[int, int, int] = (1, 1, 1),
-        pool: int = POOL,
-    ) -> LoopState:  # fmt: skip
-        """every: steps between logs, epochs between monitoring, epochs between saving."""
-        state = state or LoopState()
-        images = np.arange(pool, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
-        hooks = Hooks(
-            lambda metrics, step: self.logs.append((step, metrics)), every[0], self, self.stop,
-            self.monitor, every[1], self.save, every[2],
-        )  # fmt: skip
-        sampler = EpochSampler(np.arange(pool), BATCH, seed=3)
-        run_loop(self.step, sampler, Fetcher(images, pin=False), length, state, hooks)
-        return state
-
-    def metric(self, name: str) -> list[tuple[int, float]]:
-        return [(step, metrics[name]) for step, metrics in self.logs if name in metrics]
-
+from moco.training.loop import Length, LoopState
 
 EPOCHS = Length(4, None)
 STEPS = 4 * PER_EPOCH
@@ -188,68 +120,6 @@ def test_metrics_are_means_over_the_steps_since_the_last_log(tensors: bool) -> N
     assert whole.updates == [3 / 8, 6 / 8, 1.0]
     shares = [value for _, value in whole.metric("data_wait_share")]
     assert all(0 <= share <= 1 for share in shares)
-
-
-def test_the_rate_counts_images_and_leaves_saving_out() -> None:
-    whole = Recorder(pause=0.02, save_pause=0.2)
-    whole.run(Length(2, None), every=(2, 99, 1))
-    rates = [rate for _, rate in whole.metric("images_per_second")]
-    assert len(rates) == 2
-    assert all(60 < rate <= BATCH / 0.02 for rate in rates), rates  # 4 images in 0.02 s and a little
-    minutes = [value for _, value in whole.metric("minutes")]
-    assert minutes[1] * 60 > 0.2, "saving counts as time of the run"
-
-
-def test_the_rate_does_not_gain_from_metrics_that_are_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    mean, pauses = loop._mean, iter((0.2,))
-    monkeypatch.setattr(loop, "_mean", lambda values: (time.sleep(next(pauses, 0)), mean(values))[1])
-    whole = Recorder(pause=0.02)
-    whole.run(Length(3, None), every=(2, 99, 1))
-    assert all(0 < rate <= BATCH / 0.02 for _, rate in whole.metric("images_per_second"))
-
-
-def test_a_run_of_minutes_ends_near_its_time_with_a_full_schedule() -> None:
-    seconds = 0.6
-    whole = Recorder(pause=0.01)
-    began = time.perf_counter()
-    state = whole.run(Length(10**6, seconds / 60), every=(5, 10, 10))
-    assert seconds <= time.perf_counter() - began < seconds + 1
-    assert state.seconds >= seconds
-    assert whole.fractions == sorted(whole.fractions) and whole.fractions[0] == 0
-    assert 0.8 < whole.fractions[-1] <= 1, "the schedule reaches its end"
-    assert whole.updates[-1] == 1
-    assert whole.events[-2:] == [("monitor", state.step), ("save", state.step)]
-    assert whole.logs[-2][0] == whole.logs[-1][0] == state.step
-
-
-def test_time_spent_before_an_interruption_counts() -> None:
-    later = Recorder(pause=0.01)
-    began = time.perf_counter()
-    later.run(Length(10**6, 1.0), LoopState(seconds=59.8))
-    assert time.perf_counter() - began < 2
-    assert later.fractions[0] == pytest.approx(59.8 / 60)
-
-
-def test_a_run_whose_time_runs_out_while_saving_still_ends_with_monitoring() -> None:
-    whole = Recorder(save_pause=0.3)
-    state = whole.run(Length(10**6, 0.25 / 60), every=(100, 100, 1))
-    assert whole.events[-2:] == [("monitor", state.step), ("save", state.step)]
-    assert whole.logs[-1][1] == {"knn_accuracy": 0.5}
-    assert "loss" in whole.logs[-2][1]
-
-
-def test_interrupted_as_its_time_runs_out_it_still_ends_with_monitoring() -> None:
-    length = Length(10**6, 0.01 / 60)
-    first = Recorder(stop_at=0, pause=0.02)
-    with pytest.raises(Interrupted):
-        first.run(length)
-    assert [name for name, _ in first.events] == ["save"]
-    later = Recorder()
-    state = later.run(length, LoopState(**first.saved))
-    assert (later.batches, later.events) == ([], [("monitor", 0), ("save", 1)])
-    again = Recorder()
-    again.run(length, state)
-    assert again.events == [], "it is over"
 
 
 @pytest.mark.parametrize(("length", "steps"), [(Length(1, 10.0), 2), (Length(3, None), 6)])

@@ -60,6 +60,14 @@ def test_epoch_choice(pretrained: Path) -> None:
 
 
 @pytest.mark.long
+def test_probe(pretrained: Path) -> None:
+    settings = "train.epochs=2", "train.epochs=2 train.weight_decay=0.1"
+    lines = run("probe.py", pretrained, "oracle.pt", "--seeds", 2, "--settings", *settings).splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == [f"| {setting}" for setting in settings]
+    assert all(line.count(" to ") == 2 for line in lines[-2:])
+
+
+@pytest.mark.long
 def test_finetuning(pretrained: Path) -> None:
     before = (pretrained / "params.yaml").read_bytes()
     lines = run(

@@ -68,7 +68,7 @@ class Options:
     predictor: bool = False  # two more layers on the queries' side (BYOL, arXiv 2006.07733)
     neighbours: bool = False  # the queue's key nearest to the positive stands for it (NNCLR, arXiv 2104.14548)
     patches: int = 0  # so many small views in place of everything else, no keys (EMP-SSL, arXiv 2304.03977)
-    pull: float = 200.0  # weight of the patches' distance to their mean; the paper's
+    pull: float = 200.0  # weight of the patches' cosine similarity to their mean; the paper's
     one_encoder: bool = False  # keys with gradients from the query encoder; the queue stays
     optimizer: str = "sgd"  # or adamw
     network: str = "small_resnet"
@@ -86,13 +86,16 @@ class Idea:
     options: Options = Options()
 
 
-TCR_EPSILON = 0.2  # squared; EMP-SSL's
+RATE_EPSILON_SQUARED = 0.2  # of the coding rate; EMP-SSL's
 
 # What the CIFAR-10 preset had before it took what was found here; the images that are drawn have their own.
 BASE = {"width": 24, "convolutions": 2}
 
-# A quarter of the area, at the scale of the image. Their losses are large: AdamW does not mind, as LARS there.
+# EMP-SSL's objective on a quarter of the area, near the image's own scale. The loss is large; AdamW, like the paper's
+# LARS, does not depend on its scale. Other than there, patches are not enlarged to the size of the image, and what is
+# judged are features of whole images, not means over those of patches.
 PATCHES = Options(small_size=16, small_scale=(0.25, 0.25), optimizer="adamw")
+ADAMW = {"lr": 0.001, "weight_decay": 0.05}
 
 IDEAS = {
     "preset": Idea("the preset as it is, but for BASE"),
@@ -139,10 +142,10 @@ IDEAS = {
     "one_encoder": Idea("gradients through both views, no key encoder", options=Options(one_encoder=True)),
     "recalibrated": Idea("BatchNorm's statistics over images as they are", options=Options(recalibrate=True)),
     "averaged": Idea("the key encoder's weights for the classifier", options=Options(averaged=True)),
-    "adamw": Idea("AdamW at 0.001 per 256 images", {"lr": 0.001, "weight_decay": 0.05}, Options(optimizer="adamw")),
-    "emp_8": Idea("eight patches of 16 pixels", {"lr": 0.001, "weight_decay": 0.05}, replace(PATCHES, patches=8)),
-    "emp_20": Idea("twenty patches of 16 pixels", {"lr": 0.001, "weight_decay": 0.05}, replace(PATCHES, patches=20)),
-    "pull_50": Idea("patches pulled less to their mean", options=Options(pull=50.0)),
+    "adamw": Idea("AdamW at 0.001 per 256 images", ADAMW, Options(optimizer="adamw")),
+    "emp_8": Idea("eight patches of 16 pixels", ADAMW, replace(PATCHES, patches=8)),
+    "emp_20": Idea("twenty patches of 16 pixels", ADAMW, replace(PATCHES, patches=20)),
+    "emp_8_pull_50": Idea("eight, pulled less to their mean", ADAMW, replace(PATCHES, patches=8, pull=50.0)),
 }  # fmt: skip
 
 
@@ -150,6 +153,8 @@ class Step:
     """As `stages.contrast.ContrastStep` takes it, in one process, with the options above."""
 
     def __init__(self, config: Config, options: Options, mean: Any, std: Any, size: int) -> None:
+        if options.patches and (options.averaged or options.predictor or options.sizes or options.small):
+            raise SystemExit("patches stand in place of everything else: only `recalibrated` goes with them")
         self.config, self.options, self.size = config.pretrain, options, size
         section = config.pretrain
         torch.manual_seed(section.seed)
@@ -221,14 +226,15 @@ class Step:
         return loss.detach()
 
     def _patch_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The negative total coding rate of each patch over the batch, and its cosine to the mean of its image's."""
+        """Minus the coding rate of each patch's embeddings over the batch, minus `pull` times their mean cosine to the
+        mean of their image."""
         count = self.options.patches
         unit = self.small.to_unit(images)
         patches = torch.cat([self.small(unit, generator) for _ in range(count)])
         with autocast(CPU, self.precision):
             embedded = self.model.encode_queries(patches).view(count, len(images), -1)  # n x B x D
         batch, dim = embedded.shape[1:]
-        gram = embedded.transpose(1, 2) @ embedded * (dim / (batch * TCR_EPSILON))
+        gram = embedded.transpose(1, 2) @ embedded * (dim / (batch * RATE_EPSILON_SQUARED))
         rate = torch.logdet(torch.eye(dim) + gram).mean() / 2
         towards = F.cosine_similarity(embedded, embedded.mean(0, keepdim=True), dim=2).mean()
         return -rate - self.options.pull * towards

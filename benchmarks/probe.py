@@ -2,9 +2,9 @@
 
     python benchmarks/probe.py PROJECT [ORACLE] --settings train.weight_decay=0.01 "train.views=8 train.epochs=200"
 
-PROJECT and ORACLE as for extra_labels.py. Every setting gets a classifier per seed, fitted on all of train for all of
-its epochs; printed is its mean accuracy on images of the pool, lowest and highest, and beside it that on features which
-were brought to unit length first. val is not looked at.
+PROJECT and ORACLE as for extra_labels.py; of the settings those of section `train` count. Every setting gets a
+classifier per seed, fitted on all of train for all of its epochs. Printed are the mean, lowest and highest accuracy on
+images of the pool, for the features as they are and for features scaled to unit length first. val is not looked at.
 """
 
 from __future__ import annotations

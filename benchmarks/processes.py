@@ -24,7 +24,7 @@ from speed import settings
 
 from moco.data.views import Views, recipe
 from moco.stages.contrast import ContrastStep
-from moco.training.distributed import SOLO, Processes, from_environment
+from moco.training.distributed import SOLO, Processes, end_process, from_environment
 from moco.training.numerics import choose_precision, set_up
 
 CPU = torch.device("cpu")
@@ -64,13 +64,13 @@ def work(args: argparse.Namespace) -> None:
         for turn in turns.values():
             turn(2)  # memory is given out
         rounds = [{name: turn(args.steps) for name, turn in turns.items()} for _ in range(args.rounds)]
-    if processes.rank:
-        return
-    for seconds in rounds:
-        print("ms a step:", ", ".join(f"{name} {1000 * spent:.0f}" for name, spent in seconds.items()))
-    print(f"{args.encoder}, {args.size} px, batch {args.batch}: two processes", ", ".join(
-        f"{name} {statistics.median(each['one'] / each[name] for each in rounds):.2f} times one"
-        for name in ("together", "apart")))  # fmt: skip
+    if processes.rank == 0:
+        for seconds in rounds:
+            print("ms a step:", ", ".join(f"{name} {1000 * spent:.0f}" for name, spent in seconds.items()))
+        print(f"{args.encoder}, {args.size} px, batch {args.batch}: two processes", ", ".join(
+            f"{name} {statistics.median(each['one'] / each[name] for each in rounds):.2f} times one"
+            for name in ("together", "apart")))  # fmt: skip
+    end_process(0)
 
 
 def main() -> None:

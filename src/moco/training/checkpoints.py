@@ -70,6 +70,8 @@ class CheckpointFolder:
 
         write_atomically(path, write)
         write_text(record, line)
+        if not path.exists():  # and the record's folder was made anew
+            raise UserError(f"{path}: was removed while it was being saved")
         for old in self.paths()[: -self.keep]:
             self._drop(old)
         return path

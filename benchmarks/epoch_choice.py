@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from extra_labels import CPU, Opened, open_project
+from extra_labels import CPU, Opened, accuracy, open_project
 from torch import Tensor
 
 from moco.data.batches import gather
@@ -50,9 +50,7 @@ def one_fit(opened: Opened, rows: np.ndarray, features: Tensor, right: Tensor, s
         back = clearly_better(best, measured[-1], len(held), errors)
         epoch = measured.index(best) + 1 if back else section.epochs
         if epoch not in known:
-            nothing = stack[0, :0], labels[:0]
-            fit = fit_linear(stack, labels, *nothing, classes, section, lambda *_: None, stop_after=epoch)
-            known[epoch] = 100 * float(((features @ fit.weight.T + fit.bias).argmax(1) == right).float().mean())
+            known[epoch] = accuracy(stack, labels, features, right, classes, section, epoch)
         found[rule] = known[epoch]
     return found
 

@@ -22,7 +22,7 @@ import torch
 from label_requests import interval
 from torch import Tensor, nn
 
-from moco.config import Config
+from moco.config import Config, TrainConfig
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
@@ -35,6 +35,7 @@ from moco.stages.encoder_file import load_encoder
 from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder
 from moco.training.label_check import check_labels
+from moco.training.linear import fit_linear
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,16 @@ def open_project(project: Path, oracle: Path | None) -> Opened:
     network = build_encoder(encoder.architecture, len(manifest.classes))
     load_body(network, encoder.weights)
     return Opened(config, manifest, splits, truth, usable, strip_head(network), linear_views(manifest, CPU))
+
+
+def accuracy(
+    stack: Tensor, labels: Tensor, test: Tensor, right: Tensor, classes: int, config: TrainConfig, epochs: int
+) -> float:
+    """In per cent, of a classifier fitted on all labels for so many epochs of the schedule. stack: V x N x D, of the
+    labelled images; test: M x D."""
+    nothing = stack[0, :0], labels[:0]
+    fit = fit_linear(stack, labels, *nothing, classes, config, lambda *_: None, stop_after=epochs)
+    return 100 * float(((test @ fit.weight.T + fit.bias).argmax(1) == right).float().mean())
 
 
 def main() -> None:

@@ -40,6 +40,11 @@ HELD = 10_000
 PARAMS = Path("params.yaml")
 
 
+def changes(setting: str) -> dict[str, Any]:
+    """By key, of a list of KEY=VALUE, separated by spaces."""
+    return {key: yaml.safe_load(value) for key, value in (each.split("=") for each in setting.split())}
+
+
 def run(stage: str) -> dict[str, Any]:
     """The report of a stage that has run."""
     with contextlib.suppress(FileNotFoundError):
@@ -79,7 +84,7 @@ def main() -> None:
         else:
             print(f"linear: {pool_accuracy(Path('models/classifier'), oracle):.2%} on images of the pool", flush=True)
         for setting in args.settings:
-            values = {key: yaml.safe_load(value) for key, value in (each.split("=") for each in setting.split())}
+            values = changes(setting)
             for seed in range(args.seeds):
                 PARAMS.write_text(edit(text, {**values, "finetune.seed": seed}, "finetuning"))
                 found = run("finetune")

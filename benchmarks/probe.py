@@ -17,32 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
-from extra_labels import CPU, open_project
-from torch import Tensor
+from extra_labels import CPU, accuracy, open_project
+from finetuning import PARAMS, changes
 
-from moco.config import TrainConfig
 from moco.data.batches import gather
 from moco.params import parse
 from moco.presets import edit
 from moco.stages.train import feature_sets
 from moco.training.features import extract
-from moco.training.linear import fit_linear
 
 TEST = 10_000  # images of the pool
-PARAMS = Path("params.yaml")
-
-
-def section(text: str, setting: str) -> TrainConfig:
-    values = {key: yaml.safe_load(value) for key, value in (each.split("=") for each in setting.split())}
-    return parse(edit(text, values, "probe"), PARAMS).train
-
-
-def accuracy(stack: Tensor, labels: Tensor, test: Tensor, right: Tensor, classes: int, config: TrainConfig) -> float:
-    """In per cent. stack: V x N x D, of the labelled images; test: M x D."""
-    nothing = stack[0, :0], labels[:0]
-    fit = fit_linear(stack, labels, *nothing, classes, config, lambda *_: None, stop_after=config.epochs)
-    return 100 * float(((test @ fit.weight.T + fit.bias).argmax(1) == right).float().mean())
 
 
 def main() -> None:
@@ -62,14 +46,14 @@ def main() -> None:
     right = torch.from_numpy(opened.truth[chosen])
     print("| setting | as they are | of unit length |\n|---|---|---|", flush=True)
     for setting in args.settings:
-        config = section(PARAMS.read_text(), setting)
+        config = parse(edit(PARAMS.read_text(), changes(setting), "probe"), PARAMS).train
         found: dict[str, list[float]] = {"as they are": [], "of unit length": []}
         for seed in range(args.seeds):
             seeded = dataclasses.replace(config, seed=seed)
             stack = feature_sets(opened.body, [train], opened.views, seeded, CPU)
-            found["as they are"].append(accuracy(stack, labels, test, right, classes, seeded))
+            found["as they are"].append(accuracy(stack, labels, test, right, classes, seeded, seeded.epochs))
             unit = F.normalize(stack, dim=2), labels, F.normalize(test, dim=1)
-            found["of unit length"].append(accuracy(*unit, right, classes, seeded))
+            found["of unit length"].append(accuracy(*unit, right, classes, seeded, seeded.epochs))
         cells = [f"{statistics.mean(row):.2f} ({min(row):.2f} to {max(row):.2f})" for row in found.values()]
         print(f"| {setting or 'as params.yaml has it'} | {' | '.join(cells)} |", flush=True)
 

@@ -50,11 +50,13 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
     Returns the mean loss and the share of queries whose positive has the largest logit.
     """
     with torch.autocast(queries.device.type, enabled=False):  # similarities are divided by a small temperature
+        queries = queries / temperature  # of B x D numbers, where the logits are B x K
         positive = (queries * keys).sum(1, keepdim=True)  # B x 1
         negative = queries @ queue.T  # B x K
-        logits = torch.cat([positive, negative], 1) / temperature
+        logits = torch.cat([positive, negative], 1)
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    accuracy = (logits.detach().argmax(1) == 0).float().mean()
+    with torch.no_grad():
+        accuracy = (positive >= negative.amax(1, keepdim=True)).float().mean()
     return F.cross_entropy(logits, target), accuracy
 
 

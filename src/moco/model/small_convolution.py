@@ -7,6 +7,8 @@ up to six times as long as the matrix product that they amount to, above all in 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,14 +33,39 @@ class SmallConv2d(nn.Conv2d):
         if self.kernel_size == (1, 1) and height * width <= POINTS:
             rows = rows[:, ::stride, ::stride]
         elif self.kernel_size == (3, 3) and -(-height // stride) * -(-width // stride) <= WINDOWS and _in_tiles(x):
-            padded = F.pad(rows, (0, 0, 1, 1, 1, 1))
-            shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
-            rows = torch.cat(shifted, 3)
+            rows = _Windows.apply(rows, stride)
         else:
             return super().forward(x)
         # As a matrix: of a batch of strided rows `linear` would make one product for each image.
         product = F.linear(rows.flatten(0, 2), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return product.view(*rows.shape[:3], self.out_channels).permute(0, 3, 1, 2)
+
+
+class _Windows(torch.autograd.Function):
+    """N x H x W x C, padded by a pixel -> N x H' x W' x 9 C: what each output pixel of a 3x3 convolution sees.
+
+    Its gradient is summed into one tensor; left to autograd, every shift would fill one of its own (2 to 4 times as
+    long, benchmarks/README.md)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, stride: int) -> Tensor:
+        ctx.stride, ctx.shape = stride, rows.shape
+        return torch.cat(_shifted(F.pad(rows, (0, 0, 1, 1, 1, 1)), stride), 3)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        n, height, width, channels = ctx.shape
+        padded = gradient.new_zeros(n, height + 2, width + 2, channels)
+        for place, part in zip(_shifted(padded, ctx.stride), gradient.split(channels, 3), strict=True):
+            place.add_(part)
+        return padded[:, 1:-1, 1:-1], None
+
+
+def _shifted(padded: Tensor, stride: int) -> list[Tensor]:
+    """The nine views of N x H + 2 x W + 2 x C that the weights of a 3x3 convolution meet, each N x H' x W' x C."""
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
 
 
 def _in_tiles(x: Tensor) -> bool:

@@ -99,6 +99,12 @@ def test_speed() -> None:
     assert float(lines[1].split("ratio ")[1]) > 0
 
 
+def test_sharing() -> None:
+    lines = run("sharing.py", "--size", 16, "--batch", 8, "--seconds", 0.2, "--rounds", 1).splitlines()
+    assert [line.split(" images/s")[0].count(" and ") for line in lines[1:]] == [0, 0, 1, 1, 1]
+    assert lines[1].endswith("1.00 of one alone, awake")
+
+
 def test_processes() -> None:
     lines = run("processes.py", "--size", 32, "--batch", 16, "--steps", 1, "--rounds", 2).splitlines()
     assert [line.count(" together ") for line in lines] == [1, 1, 1]

@@ -20,7 +20,7 @@ MODULES = {
 # A module may import from its own level's package and from every level below.
 LEVELS = [
     {"moco", "moco.errors"},
-    {"moco.files", "moco.config", "moco.memory"},
+    {"moco.files", "moco.config", "moco.memory", "moco.cores"},
     {"moco.params", "moco.holder"},
     {"moco.data", "moco.model", "moco.selection"},
     {"moco.training", "moco.submission", "moco.presets"},

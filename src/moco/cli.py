@@ -13,6 +13,7 @@ import typer
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
+from moco.cores import wait_asleep_where_shared
 from moco.errors import AloneError, Interrupted, UserError, one_line
 from moco.memory import FullMemory, full_memory
 from moco.training.interrupt import raise_on_signals
@@ -33,6 +34,8 @@ PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
 IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
 
+COMPUTES = ("pretrain", "profile", "train", "train_extra", "baseline", "finetune", "request", "eval")
+
 # What takes less memory.
 SMALLER = {
     "pretrain": "lower pretrain.batch_size or raise pretrain.accumulate",
@@ -51,6 +54,8 @@ def _every_command(context: typer.Context) -> None:
         from moco.training.distributed import refuse_several
 
         refuse_several(str(context.invoked_subcommand))
+    if context.invoked_subcommand in COMPUTES and not _several() and wait_asleep_where_shared():
+        typer.echo("note: others use these cores as well; threads wait for each other asleep", err=True)
 
 
 def _several() -> bool:

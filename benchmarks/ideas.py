@@ -155,7 +155,9 @@ class Step:
     """As `stages.contrast.ContrastStep` takes it, in one process, with the options above."""
 
     def __init__(self, config: Config, options: Options, mean: Any, std: Any, size: int) -> None:
-        if options.patches and (options.averaged or options.predictor or options.sizes or options.small):
+        others = (options.averaged, options.predictor, options.sizes, options.small, options.neighbours,
+                  options.one_encoder, config.pretrain.loss == "symmetric")  # fmt: skip
+        if options.patches and any(others):
             raise SystemExit("patches stand in place of everything else: only `recalibrated` goes with them")
         self.config, self.options, self.size = config.pretrain, options, size
         section = config.pretrain

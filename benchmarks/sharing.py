@@ -20,7 +20,7 @@ import original
 import torch
 from speed import settings
 
-from moco.cores import SPINS
+from moco.cores import SETTINGS, SPINS
 from moco.data.views import Views, recipe
 from moco.stages.contrast import ContrastStep
 from moco.training.numerics import choose_precision, set_up
@@ -50,9 +50,7 @@ def work(args: argparse.Namespace) -> None:
 
 def measure(way: tuple[str, ...]) -> list[float]:
     """Images a second of each process."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in {*SETTINGS, "OMP_NUM_THREADS"}}
     ours = [
         subprocess.Popen(
             [sys.executable, *sys.argv, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -62,7 +60,8 @@ def measure(way: tuple[str, ...]) -> list[float]:
     ]  # fmt: skip
     for process in ours:
         assert process.stdout
-        process.stdout.readline()
+        if process.stdout.readline() != "ready\n":
+            raise SystemExit("a process ended before it began")
     for process in ours:
         assert process.stdin
         print(file=process.stdin, flush=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from moco.cores import used
+from conftest import Moco, write_params
+from moco import cli, cores
 
 STAT = """cpu  999 999 999 999 999 999 999 999 999 999
 cpu0 100 5 50 1000 10 1 1 {steal} 40 0
@@ -18,62 +19,139 @@ cpu1 {user} 5 50 {idle} {iowait} 1 1 0 0 0
 cpu10 700 700 700 700 700 700 700 700 0 0
 intr 5
 """
-ALONE = "import os; os.sched_setaffinity(0, {{{core}}}); from moco.cli import main; main()"
+BEFORE = {"user": 200, "idle": 500, "iowait": 5, "steal": 0}
+OURS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 NOTE = "note: others use these cores as well; threads wait for each other asleep"
 
 
 @pytest.mark.parametrize(
-    ("changes", "cores", "expected"),
+    ("changes", "ours", "expected"),
     [
         ({"user": 210}, {1}, 1.0),
-        ({"user": 210}, {0, 1}, 1.0),  # nothing passed on the other
+        ({"user": 210}, {0, 1}, 1.0),
         ({"user": 205, "idle": 505}, {1}, 0.5),
         ({"user": 205, "iowait": 25}, {1}, 0.2),  # who waits for a disk leaves the core
-        ({"steal": 4, "idle": 512}, {0, 1}, 0.25),  # time that the host gave to other machines
+        ({"user": 210, "steal": 4}, {0, 1}, 2.0),  # time that the host gave to other machines
+        ({"user": 205, "idle": 505, "iowait": 1}, {1}, 0.5),  # counted backwards
         ({"user": 210}, {0}, 0.0),
         ({"user": 210}, {7}, 0.0),  # a core that is off
         ({}, {0, 1}, 0.0),
     ],
 )
-def test_share_of_the_cores_that_others_use(changes: dict[str, int], cores: set[int], expected: float) -> None:
-    before = {"user": 200, "idle": 500, "iowait": 5, "steal": 0}
-    assert used(STAT.format(**before), STAT.format(**before | changes), cores) == expected
+def test_how_many_cores_are_at_work(changes: dict[str, int], ours: set[int], expected: float) -> None:
+    assert cores.busy_cores(STAT.format(**BEFORE), STAT.format(**BEFORE | changes), ours) == expected
+
+
+def test_a_core_that_comes_on_between_the_looks_is_left_out() -> None:
+    before, after = STAT.format(**BEFORE), STAT.format(**BEFORE | {"user": 210})
+    without = "\n".join(line for line in before.splitlines() if not line.startswith("cpu0 "))
+    assert cores.busy_cores(without, after, {0, 1}) == 1.0
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[float]]:
+    """As a process before torch is there and whose environment says nothing; what each look finds can be set."""
+    for name in OURS:
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch")
+
+    def finds(looks: list[float]) -> list[float]:
+        monkeypatch.setattr(cores, "_busy", lambda: looks.pop(0))
+        return looks
+
+    return finds
+
+
+Finds = Callable[[list[float]], list[float]]
+
+
+@pytest.mark.parametrize(("looks", "asleep", "left"), [
+    ([0.5, 2.0, 0.5], True, 0), ([0.4, 1, 1], False, 2), ([1, 0.4, 1], False, 1), ([1, 1, 0.4], False, 0),
+])  # fmt: skip
+def test_others_have_to_be_at_work_for_more_than_a_moment(
+    looks: list[float], asleep: bool, left: int, free: Finds
+) -> None:
+    found = free(looks)
+    assert cores.wait_asleep_where_shared() is asleep
+    assert os.environ.get("GOMP_SPINCOUNT") == (cores.SPINS if asleep else None)
+    assert len(found) == left
+
+
+@pytest.mark.parametrize("said", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}, {"OMP_NUM_THREADS": "1"}])
+def test_what_the_environment_says_stays(said: dict[str, str], free: Finds, monkeypatch: pytest.MonkeyPatch) -> None:
+    free([])
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert not cores.wait_asleep_where_shared()
+    assert {name: os.environ[name] for name in OURS if name in os.environ} == said
+
+
+def test_nothing_is_set_once_torch_has_read_it(free: Finds, monkeypatch: pytest.MonkeyPatch) -> None:
+    free([])
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    assert not cores.wait_asleep_where_shared()
+
+
+@pytest.mark.parametrize("text", [None, "cpu0 1 2 three 4 5 6 7 8\ncpu1 a\n"])
+def test_a_system_that_does_not_tell_changes_nothing(
+    text: str | None, free: Finds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "COUNTERS", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    if text:
+        (tmp_path / "stat").write_text(text)
+    assert not cores.wait_asleep_where_shared()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert not cores.wait_asleep_where_shared()
+
+
+@pytest.mark.parametrize(("threads", "device", "world", "looked"), [
+    (0, "auto", "1", True), (2, "cpu", "1", True), (1, "cpu", "1", False), (0, "cuda:1", "1", False),
+    (0, "auto", "2", False),
+])  # fmt: skip
+def test_commands_look_where_threads_will_wait(
+    threads: int, device: str, world: str, looked: bool, project: Path, moco: Moco,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write_params(project, runtime__threads=threads, runtime__device=device)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(cli, "wait_asleep_where_shared", lambda: True)
+    cli._load(project / "params.yaml")
+    assert (NOTE in capsys.readouterr().err) is looked
 
 
 @pytest.fixture
 def busy_core() -> Iterator[int]:
-    """The last core of this process, on which another is at work."""
+    """The last core of this process, on which another is at work for at most two minutes."""
+    if not hasattr(os, "sched_setaffinity") or not cores.COUNTERS.exists():
+        pytest.skip("needs Linux, where libgomp computes for torch")
     core = max(os.sched_getaffinity(0))
-    program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+    program = f"""
+import os, time
+os.sched_setaffinity(0, {{{core}}})
+print(flush=True)
+while time.monotonic() < {os.times().elapsed} + 120: pass
+"""
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
         assert other.stdout
         other.stdout.readline()
         yield core
+    finally:
         other.kill()
+        other.communicate()
 
 
-def said(core: int, command: str, folder: Path, **variables: str) -> str:
-    """What the command, which finds no params.yaml, writes to stderr on that core alone."""
-    ours = {"GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
-    program = [sys.executable, "-c", ALONE.format(core=core), command]
+def test_libgomp_hears_of_it(busy_core: int, project: Path) -> None:
+    write_params(project, runtime__threads=0)
+    program = f"import os; os.sched_setaffinity(0, {{{busy_core}}}); from moco.cli import main; main()"
+    environment = {name: value for name, value in os.environ.items() if name not in OURS}
+    command, show = [sys.executable, "-c", program, "train"], {"OMP_DISPLAY_ENV": "VERBOSE"}
     done = subprocess.run(
-        program, check=False, env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+        command, check=False, env=environment | show, cwd=project, capture_output=True, text=True, timeout=120
     )
-    return done.stderr
-
-
-def test_commands_that_compute_wait_asleep_where_a_core_is_used(busy_core: int, tmp_path: Path) -> None:
-    lines = said(busy_core, "train", tmp_path, OMP_DISPLAY_ENV="VERBOSE").splitlines()
+    lines = done.stderr.splitlines()
     assert lines[0] == NOTE
-    assert any("GOMP_SPINCOUNT = '1000'" in line for line in lines)  # libgomp's own word, when torch loads it
-
-
-@pytest.mark.parametrize(("command", "variables"), [
-    ("train", {"OMP_WAIT_POLICY": "active"}), ("train", {"GOMP_SPINCOUNT": "5"}), ("train", {"OMP_NUM_THREADS": "1"}),
-    ("data", {}),
-])  # fmt: skip
-def test_what_the_environment_says_stays_and_other_commands_do_not_look(
-    command: str, variables: dict[str, str], busy_core: int, tmp_path: Path
-) -> None:
-    assert NOTE not in said(busy_core, command, tmp_path, **variables)
+    assert any("GOMP_SPINCOUNT = '1000'" in line for line in lines), "libgomp's own word, when torch loads it"
+    assert lines[-1].startswith("error: models/manifest.json"), "the stage has begun"

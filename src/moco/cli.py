@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +17,9 @@ from moco.cores import wait_asleep_where_shared
 from moco.errors import AloneError, Interrupted, UserError, one_line
 from moco.memory import FullMemory, full_memory
 from moco.training.interrupt import raise_on_signals
+
+if TYPE_CHECKING:
+    from moco.config import Config
 
 app = typer.Typer(
     name="moco",
@@ -33,8 +36,6 @@ app.add_typer(image_app, name="image")
 PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
 IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
-
-COMPUTES = ("pretrain", "profile", "train", "train_extra", "baseline", "finetune", "request", "eval")
 
 # What takes less memory.
 SMALLER = {
@@ -54,12 +55,20 @@ def _every_command(context: typer.Context) -> None:
         from moco.training.distributed import refuse_several
 
         refuse_several(str(context.invoked_subcommand))
-    if context.invoked_subcommand in COMPUTES and not _several() and wait_asleep_where_shared():
-        typer.echo("note: others use these cores as well; threads wait for each other asleep", err=True)
 
 
 def _several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
+    """`load`, for a command that computes, which imports torch after it."""
+    config = load(params, changes)
+    # One thread waits for none; processes of one run have a share of the cores each; a GPU computes by itself.
+    needless = config.runtime.threads == 1 or _several() or config.runtime.device.startswith("cuda")
+    if not needless and wait_asleep_where_shared():
+        typer.echo("note: others use these cores as well; threads wait for each other asleep", err=True)
+    return config
 
 
 @app.command()
@@ -81,9 +90,10 @@ def pretrain(
     ] = None,
 ) -> None:  # fmt: skip
     """Train the encoder by momentum contrast on the unlabelled images; writes models/encoder.pth."""
+    config = _load(params)
     from moco.stages import pretrain as stage
 
-    stage.run(load(params), resume)
+    stage.run(config, resume)
 
 
 @app.command()
@@ -92,17 +102,19 @@ def profile(
     steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after a warm-up.")] = 20,
 ) -> None:
     """Tell where the time of a pretraining step goes on this machine. Trains nothing and writes nothing."""
+    config = _load(params)
     from moco.stages import profile as stage
 
-    stage.run(load(params), steps, typer.echo)
+    stage.run(config, steps, typer.echo)
 
 
 @app.command()
 def train(params: Params = PARAMS) -> None:
     """Train a linear classifier on the frozen encoder; writes models/classifier/."""
+    config = _load(params)
     from moco.stages import train as stage
 
-    stage.run(load(params))
+    stage.run(config)
 
 
 @app.command()
@@ -112,9 +124,10 @@ def request(
     strategy: Annotated[str | None, typer.Option(help="In place of request.strategy.")] = None,
 ) -> None:
     """Choose images of the pool to have labelled; writes models/request/: a form to fill in, and pictures."""
+    config = _load(params, {"request.budget": budget, "request.strategy": strategy})
     from moco.stages import request as stage
 
-    stage.run(load(params, {"request.budget": budget, "request.strategy": strategy}))
+    stage.run(config)
 
 
 @app.command()
@@ -134,25 +147,28 @@ def label(
 @app.command("train_extra")
 def train_extra(params: Params = PARAMS) -> None:
     """Train a linear classifier with extra labels; writes models/classifier_extra/."""
+    config = _load(params)
     from moco.stages import train_extra as stage
 
-    stage.run(load(params))
+    stage.run(config)
 
 
 @app.command()
 def baseline(params: Params = PARAMS) -> None:
     """Measure random weights, and supervised training on the labels alone, for comparison."""
+    config = _load(params)
     from moco.stages import baseline as stage
 
-    stage.run(load(params))
+    stage.run(config)
 
 
 @app.command()
 def finetune(params: Params = PARAMS) -> None:
     """Train all weights of the linear classifier further; writes models/finetuned/. Continues after an interruption."""
+    config = _load(params)
     from moco.stages import finetune as stage
 
-    stage.run(load(params))
+    stage.run(config)
 
 
 @app.command("eval")
@@ -163,9 +179,10 @@ def evaluate(
     ] = Path("models/classifier"),
 ) -> None:
     """Score a classifier on val, through its submission.py and model_sub.pth alone."""
+    config = _load(params)
     from moco.stages import eval as stage
 
-    stage.run(load(params), classifier)
+    stage.run(config, classifier)
 
 
 @app.command()

@@ -1,9 +1,9 @@
 """How the threads of this process wait for each other on cores that others use as well.
 
 Between two operations the threads that compute for torch on Linux (libgomp's) wait awake, for some milliseconds. On
-cores of their own that is a tenth to a fifth faster. Where two such processes share cores, each keeps awake what the
-other waits for, and both fall to a tenth of their rate and less (benchmarks/README.md); one that waits asleep is enough
-for both to have their share.
+cores of their own that is faster than to sleep and be woken. Where two such processes share cores, each keeps awake
+what the other waits for, and both fall to a fraction of their rate; one that waits asleep is enough for both to have
+their share (benchmarks/README.md, sharing.py).
 """
 
 from __future__ import annotations
@@ -14,35 +14,50 @@ import time
 from pathlib import Path
 
 COUNTERS = Path("/proc/stat")
-SECONDS = 0.1  # to look at the cores: ten of the kernel's ticks
-SHARED = 0.25  # of these cores' time: below, others are but the small things that every machine does
+LOOKS = 3  # what a machine does for a moment is none of ours
+SECONDS = 0.1  # of each: ten of the kernel's ticks
+SHARED = 0.5  # cores; one thread that is late makes all others wait, however many there are
 SPINS = "1000"  # some 50 microseconds awake, then asleep
+SETTINGS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}  # the user's own word on it
 
 
 def wait_asleep_where_shared() -> bool:
     """Where others are at work on this process's cores, sets GOMP_SPINCOUNT for it and those that it starts. Returns
     whether it did.
 
-    It has to come before torch, as libgomp reads the variable once. What the environment says already stays, and on
-    systems without /proc/stat nothing happens.
+    It has to come before torch, as libgomp reads the variable once. What the environment says already stays, and where
+    the system does not tell what its cores do nothing happens.
     """
-    decided = os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} or os.environ.get("OMP_NUM_THREADS") == "1"
-    if decided or "torch" in sys.modules or not COUNTERS.exists():
+    if os.environ.keys() & SETTINGS or os.environ.get("OMP_NUM_THREADS") == "1" or "torch" in sys.modules:
         return False
-    before = COUNTERS.read_text(encoding="utf-8")
-    time.sleep(SECONDS)
-    if used(before, COUNTERS.read_text(encoding="utf-8"), os.sched_getaffinity(0)) < SHARED:
+    if not all(_busy() >= SHARED for _ in range(LOOKS)):  # ends with the first that finds them free
         return False
     os.environ["GOMP_SPINCOUNT"] = SPINS
     return True
 
 
-def used(before: str, after: str, cores: set[int]) -> float:
-    """Share of these cores' time, 0 to 1, in which they were at work between two texts of /proc/stat."""
-    passed = {core: (_ticks(before, core), _ticks(after, core)) for core in cores}
-    total = sum(sum(late) - sum(early) for early, late in passed.values())
-    idle = sum(sum(late[3:5]) - sum(early[3:5]) for early, late in passed.values())  # idle, and waiting for a disk
-    return (total - idle) / total if total > 0 else 0.0
+def _busy() -> float:
+    """How many of this process's cores are at work while it waits; 0 where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0.0
+    try:
+        before = COUNTERS.read_text(encoding="utf-8")
+        time.sleep(SECONDS)
+        return busy_cores(before, COUNTERS.read_text(encoding="utf-8"), os.sched_getaffinity(0))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def busy_cores(before: str, after: str, cores: set[int]) -> float:
+    """How many of `cores` were at work between two texts of /proc/stat."""
+    busy = 0.0
+    for core in cores:
+        early, late = _ticks(before, core), _ticks(after, core)
+        if early and late:  # neither was the core off
+            passed = [max(0, now - then) for then, now in zip(early, late, strict=True)]
+            idle = passed[3] + passed[4]  # idle, and waiting for a disk, which the kernel may count backwards
+            busy += (sum(passed) - idle) / max(1, sum(passed))
+    return busy
 
 
 def _ticks(text: str, core: int) -> list[int]:

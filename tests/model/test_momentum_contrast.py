@@ -167,6 +167,14 @@ def train(model: MomentumContrast, batches: list[int]) -> None:
         model.update(contrast.keys, KEY_MOMENTUM)
 
 
+def test_a_positive_as_near_as_the_nearest_negative_is_picked() -> None:
+    query = torch.tensor([[1.0, 0.0]])
+    near, nearer = torch.tensor([[0.5, 0.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.0], [0.75, 0.0]])
+    found = [info_nce(query, torch.tensor([[0.5, 0.0]]), queue, 0.5)[1].item() for queue in (near, nearer)]
+    assert found == [1.0, 0.0]
+    assert info_nce(query * torch.nan, torch.tensor([[0.5, 0.0]]), near, 0.5)[1].item() == 0, "a broken one is not"
+
+
 def test_queue_and_key_encoder_change_in_place_and_never_get_a_gradient() -> None:
     """Fault 3."""
     model = make_model(symmetric=True, shuffle=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moco.model.processor import has_bf16_tiles
 
@@ -53,6 +54,7 @@ class _Windows(torch.autograd.Function):
         return torch.cat(_shifted(F.pad(rows, (0, 0, 1, 1, 1, 1)), stride), 3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         n, height, width, channels = ctx.shape

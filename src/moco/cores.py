@@ -1,9 +1,9 @@
 """How the threads of this process wait for each other on cores that others use as well.
 
 Between two operations the threads that compute for torch on Linux (libgomp's) wait awake, for some milliseconds. On
-cores of their own that is faster than to sleep and be woken. Where two such processes share cores, each keeps awake
-what the other waits for, and both fall to a fraction of their rate; one that waits asleep is enough for both to have
-their share (benchmarks/README.md, sharing.py).
+cores of their own that is a little faster than to sleep and be woken. Where two such processes share cores, each keeps
+awake what the other waits for, and together they do half of what one does alone, or far less; where both wait asleep,
+as much as one alone, and where one does, something between (benchmarks/README.md, sharing.py).
 """
 
 from __future__ import annotations

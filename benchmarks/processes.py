@@ -17,15 +17,12 @@ import sys
 import time
 
 import numpy as np
-import original
 import torch
 import torch.distributed as dist
-from speed import settings
+from speed import contrast_step
 
-from moco.data.views import Views, recipe
-from moco.stages.contrast import ContrastStep
 from moco.training.distributed import SOLO, Processes, end_process, from_environment
-from moco.training.numerics import choose_precision, set_up
+from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")
 
@@ -34,12 +31,7 @@ class Turn:
     """Some steps of a process in one of the ways that are compared. images: of this process; 0 waits for the others."""
 
     def __init__(self, args: argparse.Namespace, processes: Processes, images: int) -> None:
-        stem = "small" if args.size <= 40 else "imagenet"
-        views = Views(recipe("v2_no_blur", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
-        config = settings(encoder=args.encoder, stem=stem, batch_size=args.batch)
-        precision = choose_precision("auto", CPU)
-        self.step = ContrastStep(config, views, CPU, precision, images * processes.size, processes)
-        self.images = torch.randint(0, 256, (images, args.size, args.size, 3), dtype=torch.uint8)
+        self.step, self.images = contrast_step(args.encoder, args.size, args.batch, images, processes)
 
     def __call__(self, steps: int) -> float:
         """Seconds of a step: all begin together, and the last to end counts."""

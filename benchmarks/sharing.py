@@ -16,14 +16,11 @@ import sys
 import time
 
 import numpy as np
-import original
 import torch
-from speed import settings
+from speed import contrast_step
 
 from moco.cores import SETTINGS, SPINS
-from moco.data.views import Views, recipe
-from moco.stages.contrast import ContrastStep
-from moco.training.numerics import choose_precision, set_up
+from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")
 AWAKE, ASLEEP = "awake", "asleep"
@@ -33,10 +30,7 @@ WAYS = ((AWAKE,), (ASLEEP,), (AWAKE, AWAKE), (AWAKE, ASLEEP), (ASLEEP, ASLEEP))
 def work(args: argparse.Namespace) -> None:
     """One of the processes: gets ready, begins with the others, prints images a second."""
     set_up(CPU, 0)
-    views = Views(recipe("v2_no_blur", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
-    config = settings(encoder="small_resnet", stem="small", batch_size=args.batch)
-    step = ContrastStep(config, views, CPU, choose_precision("auto", CPU), args.batch)
-    images = torch.randint(0, 256, (args.batch, args.size, args.size, 3), dtype=torch.uint8)
+    step, images = contrast_step("small_resnet", args.size, args.batch, args.batch)
     order = np.arange(args.batch)
     step(order, images, 0.0, 0)
     print("ready", flush=True)

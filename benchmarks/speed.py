@@ -34,7 +34,9 @@ from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
 from moco.model.momentum_contrast import MomentumContrast
+from moco.stages.contrast import ContrastStep
 from moco.training import features
+from moco.training.distributed import SOLO, Processes
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, matmul_rate, set_up
 
@@ -56,6 +58,17 @@ def settings(**changes: Any) -> PretrainConfig:
         "knn_neighbours": 20, "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 20, "steps_back": 0, "seed": 0,
     }  # fmt: skip
     return PretrainConfig(**values | changes)
+
+
+def contrast_step(
+    encoder: str, size: int, batch: int, images: int, processes: Processes = SOLO
+) -> tuple[ContrastStep, Tensor]:
+    """`moco pretrain`'s own step on the CPU with its views, and images to call it with. batch: of the settings, of all
+    processes; images: of this one, B x H x W x 3 bytes."""
+    views = Views(recipe("v2_no_blur", (0.2, 1.0), (0.1, 2.0)), size, original.MEAN, original.STD, CPU)
+    config = settings(encoder=encoder, stem="small" if size <= 40 else "imagenet", batch_size=batch)
+    step = ContrastStep(config, views, CPU, choose_precision("auto", CPU), images * processes.size, processes)
+    return step, torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
 
 
 class OurStep:

@@ -25,6 +25,7 @@ from fault_table import (
     pytest_terminal_summary,
     tries,
 )
+from moco.cores import SPINS
 from process_helpers import running
 
 __all__ = [
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of pytest's workers and of what tests start: they share the cores
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # of pytest's workers and of what tests start: they share the cores
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs, before triton is imported
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Moco, write_params
+from conftest import write_params
 from moco import cli, cores
 
 STAT = """cpu  999 999 999 999 999 999 999 999 999 999
@@ -21,6 +21,7 @@ intr 5
 """
 BEFORE = {"user": 200, "idle": 500, "iowait": 5, "steal": 0}
 OURS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+Finds = Callable[[list[float]], list[float]]
 NOTE = "note: others use these cores as well; threads wait for each other asleep"
 
 
@@ -49,7 +50,7 @@ def test_a_core_that_comes_on_between_the_looks_is_left_out() -> None:
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[float]]:
+def free(monkeypatch: pytest.MonkeyPatch) -> Finds:
     """As a process before torch is there and whose environment says nothing; what each look finds can be set."""
     for name in OURS:
         monkeypatch.setenv(name, "")  # so that what a test sets is taken back
@@ -61,9 +62,6 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], list[float]
         return looks
 
     return finds
-
-
-Finds = Callable[[list[float]], list[float]]
 
 
 @pytest.mark.parametrize(("looks", "asleep", "left"), [
@@ -111,8 +109,8 @@ def test_a_system_that_does_not_tell_changes_nothing(
     (0, "auto", "2", False),
 ])  # fmt: skip
 def test_commands_look_where_threads_will_wait(
-    threads: int, device: str, world: str, looked: bool, project: Path, moco: Moco,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    threads: int, device: str, world: str, looked: bool, project: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     write_params(project, runtime__threads=threads, runtime__device=device)
     monkeypatch.setenv("WORLD_SIZE", world)

@@ -70,7 +70,7 @@ class SupervisedStep:
         self.peak_lr = scaled_lr(section.lr, batch_size)
         self.optimizer = torch.optim.SGD(
             layer_groups(network, tuning.layer_decay), lr=self.peak_lr, momentum=section.sgd_momentum,
-            weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0,
+            weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0, fused=device.type in ("cpu", "cuda"),
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,14 @@ def test_finetuning(pretrained: Path) -> None:
     lines = run("finetuning.py", pretrained, "--seeds", "2", "--supervised", "0.01").splitlines()
     assert [line.split()[0] for line in lines] == ["linear", "as", "as", "baseline", "baseline"]
     assert (pretrained / "params.yaml").read_bytes() == before
+
+
+def test_knn(pretrained: Path) -> None:
+    lines = run("knn.py", pretrained, "--neighbours", 5).splitlines()
+    assert [line.split(", ")[1] for line in lines] == ["outputs", "features"]
+    monitored = json.loads((pretrained / "reports/train/metrics.json").read_text())["val_knn_accuracy"]
+    wide = run("knn.py", pretrained, "--neighbours", 20).splitlines()[1]  # as stage train judges the same features
+    assert wide.endswith(f"20 neighbours: {monitored:.1%} of val")
 
 
 def test_selection_scale() -> None:

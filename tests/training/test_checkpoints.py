@@ -90,7 +90,9 @@ def test_a_missing_file_and_a_folder_are_user_errors(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_found_by_number_not_by_name_or_time(tmp_path: Path) -> None:
-    checkpoints = filled(tmp_path, [1000, 9, 82])
+    checkpoints = filled(tmp_path, [9, 82, 1000])
+    for age, path in enumerate(checkpoints.paths()):
+        os.utime(path, (1e9 - age, 1e9 - age))
     assert [path.name for path in checkpoints.paths()] == [
         "checkpoint_009.pth", "checkpoint_082.pth", "checkpoint_1000.pth",
     ]  # fmt: skip
@@ -204,3 +206,25 @@ def test_a_file_where_the_folder_should_be_is_a_user_error(tmp_path: Path) -> No
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         save_weights(tmp_path / "runs" / "w.pth", content(1))
+
+
+@pytest.mark.fault("damaged-checkpoint")
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_starts_again_as_all_was_damaged_keeps_what_it_saves(keep: int, tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path, [20, 25], keep)
+    for path in checkpoints.paths():
+        path.write_bytes(b"damaged")
+    assert newest(checkpoints)[0] is None
+    for epoch in (5, 10, 15):
+        assert checkpoints.save(epoch, content(epoch)).exists()
+        assert newest(checkpoints)[0] == epoch
+    assert [path.name for path in checkpoints.paths()] == ["checkpoint_010.pth", "checkpoint_015.pth"][-keep:]
+
+
+def test_a_digest_that_is_no_text_is_passed_over(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path, [1, 2])
+    (tmp_path / "checkpoint_002.pth.sha256").write_bytes(b"\xff\xfe\x00damaged")
+    epoch, said = newest(checkpoints)
+    assert epoch == 1 and "checkpoint_002.pth is damaged" in said[0]
+    checkpoints.save(2, content(2))
+    assert newest(checkpoints)[0] == 2

@@ -15,12 +15,13 @@ from moco.config import PretrainConfig
 from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
-from moco.model.encoder import build_encoder
+from moco.model.encoder import batch_norms, build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
+from moco.training.optimizer import make_sgd
 from moco.training.replay import ReplayedEncoder, ReplayedViews
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 
@@ -53,6 +54,9 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels
         else:
             splits = config.splits // (processes.size * config.accumulate) if config.batch_norm == "split" else 1
             use_split_batch_norm(encoder, splits, own_kernels)
+        if config.accumulate > 1:  # running statistics move with every part: all together as far as with one
+            for _, _, layer in batch_norms(encoder):
+                layer.momentum = 1 - (1 - (layer.momentum or 0)) ** (1 / config.accumulate)
         return MomentumContrast(
             encoder,
             dim=config.dim,
@@ -105,13 +109,10 @@ class ContrastStep:
                 encoders = self.model.query_encoder, self.model.key_encoder
                 self.model.replays = ReplayedEncoder(encoders[0], precision), ReplayedEncoder(encoders[1], precision)
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
-        self.optimizer = torch.optim.SGD(
-            self.model.query_encoder.parameters(),
-            lr=self.peak_lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        self.optimizer = make_sgd(
+            self.model.query_encoder.parameters(), device, precision,
+            lr=self.peak_lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay,
+        )  # fmt: skip
         self.average = Average(processes)
         self.phase: Phase = _unwatched  # around the parts of a step, for whoever wants to know
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)

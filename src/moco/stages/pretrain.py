@@ -10,7 +10,6 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.errors import DivergedError, Interrupted, Say, UserError
-from moco.files import sha256, write_text
 from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
@@ -31,12 +29,11 @@ from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretrainin
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.pretrain_settings import check, check_shares
+from moco.stages.resuming import saved_state
 from moco.stages.workspace import (
     ENCODER,
-    HOUSEKEEPING,
     MANIFEST,
     REPORTS,
-    differences,
     open_run_folder,
     run_key,
     say,
@@ -47,7 +44,7 @@ from moco.tracking.metric_log import metric_history
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
-from moco.training.checkpoints import CheckpointFolder, load_weights
+from moco.training.checkpoints import CheckpointFolder
 from moco.training.distributed import Processes, from_environment
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_loop
@@ -55,10 +52,8 @@ from moco.training.numerics import choose_device, choose_precision, refuse_broke
 from moco.training.progress import ProgressDisplay
 
 COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
-MAY_DIFFER = {"pretrain.epochs", "pretrain.minutes", *HOUSEKEEPING}  # when resuming from a named file
 MONITOR_BATCH = 512  # images
 SHOWN = 8  # images whose views are drawn
-ORIGIN = "resumed_from"  # in the run's folder: digest of the checkpoint that the user named
 
 
 @dataclass
@@ -159,7 +154,7 @@ def _run(
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     check_shares(section, sampler.batch_size, processes.size)
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
-    saved = processes.told(processes.alone(_saved_state, checkpoints, resume, params, manifest.digest, processes.size))
+    saved = processes.told(processes.alone(saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
     slower = replace(section, lr=step_back.rate(section.lr, steps_back))
     fast, views = (config.runtime.cuda_graphs, config.runtime.gpu_kernels), pretraining_views(section, manifest, device)
@@ -252,39 +247,3 @@ def _nothing(*told: object) -> None:
 
 def _speaker(processes: Processes) -> Say:
     return say if processes.rank == 0 else _nothing
-
-
-def _saved_state(
-    checkpoints: CheckpointFolder, resume: Path | None, params: dict[str, Any], digest: str, processes: int
-) -> dict[str, Any] | None:
-    """Where this run stands, or None at its beginning. A checkpoint named by the user begins a branch: once that
-    has checkpoints of its own, the same command (a requeued job, say) goes on with those."""
-    origin = checkpoints.folder / ORIGIN
-    named = sha256(resume) if resume is not None and resume.is_file() else ""
-    if resume is None or (origin.is_file() and origin.read_text() == named and checkpoints.paths()):
-        return _told_of_size(checkpoints.newest(say), processes)
-    saved = _load(resume, params, digest)
-    checkpoints.drop_after(saved["loop"]["epoch"])
-    write_text(origin, named)
-    return _told_of_size(saved, processes)
-
-
-def _told_of_size(saved: dict[str, Any] | None, processes: int) -> dict[str, Any] | None:
-    if saved is not None and (before := saved.get("processes", 1)) != processes:
-        say(f"warning: begun in {before} process(es), going on in {processes}: not to the same bits, and with "
-            "batch_norm plain over other statistics")  # fmt: skip
-    return saved
-
-
-def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
-    """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
-    saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
-    if not isinstance(saved, dict) or not {"params", "data", "loop", "model"} <= set(saved):
-        raise UserError(f"{path}: not a checkpoint of `moco pretrain`")
-    different = differences(saved["params"], params, MAY_DIFFER)
-    if saved["data"] != digest:
-        different.append("it was made from other data")
-    if different:
-        raise UserError(f"{path}: checkpoint of another configuration: {'; '.join(different)}")
-    say(f"continuing from {path}")
-    return saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moco.errors import DivergedError, Say
+from moco.errors import DivergedError, Say, UserError
 from moco.files import write_text
 from moco.training.checkpoints import CheckpointFolder
 
@@ -15,9 +15,12 @@ FACTOR = 0.5  # of the learning rate, each time
 
 def taken(folder: Path, saved: dict[str, Any] | None = None) -> int:
     """How many times the run has gone back so far; a resumed process goes on with the rate of the one before, and a
-    branch with that of the run that its first state is from."""
+    branch with that of the run that its first state is from. Raises UserError where the file is damaged."""
     path = folder / NAME
-    here = int(path.read_text(encoding="ascii")) if path.exists() else 0
+    try:
+        here = int(path.read_text(encoding="ascii")) if path.exists() else 0
+    except ValueError:
+        raise UserError(f"{path}: damaged, no number; write into it how many times the run has gone back") from None
     before = int((saved or {}).get(NAME, 0))
     if before > here:
         write_text(path, str(before))

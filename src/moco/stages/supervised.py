@@ -19,6 +19,7 @@ from moco.training import features
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, Log, LoopState, run_loop
 from moco.training.numerics import autocast
+from moco.training.optimizer import make_sgd
 from moco.training.progress import ProgressDisplay
 from moco.training.schedules import lr_factor, scaled_lr
 
@@ -68,9 +69,9 @@ class SupervisedStep:
         self.labels, self.views, self.section = labels, views, section
         self.device, self.precision, self.tuning = device, precision, tuning
         self.peak_lr = scaled_lr(section.lr, batch_size)
-        self.optimizer = torch.optim.SGD(
-            layer_groups(network, tuning.layer_decay), lr=self.peak_lr, momentum=section.sgd_momentum,
-            weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0, fused=device.type in ("cpu", "cuda"),
+        self.optimizer = make_sgd(
+            layer_groups(network, tuning.layer_decay), device, precision, lr=self.peak_lr,
+            momentum=section.sgd_momentum, weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
@@ -102,11 +103,15 @@ class SupervisedStep:
         self, batch: Tensor, targets: Tensor, number: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what else there is to log."""
-        with autocast(self.device, self.precision):
-            if self.pool is None:
+        if self.pool is None:
+            with autocast(self.device, self.precision):
                 return F.cross_entropy(self.network(batch), targets), {}
-            weak, strong = self.pool.views(number, generator)
+        weak, strong = self.pool.views(number, generator)
+        # In a context of its own: until it ends, older versions of torch (2.6 is one) keep the weights in low precision
+        # that a pass without gradients made, and one with gradients would train none of them.
+        with autocast(self.device, self.precision):
             labels, sure = self.pool.targets(self.network, weak)
+        with autocast(self.device, self.precision):
             known, unknown = self.network(torch.cat([batch, strong])).tensor_split([len(batch)])
             loss = F.cross_entropy(known, targets) + pseudo_label_loss(unknown, labels, sure)
         return loss, {"pool_share": sure.mean()}

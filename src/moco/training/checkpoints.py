@@ -45,6 +45,11 @@ def load_weights(path: Path, hint: str) -> Any:
         raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
 
 
+def _read(record: Path) -> str:
+    """A digest file, whatever a damaged one holds."""
+    return record.read_text(encoding="utf-8", errors="replace")
+
+
 class CheckpointFolder:
     """checkpoint_EPOCH.pth files of one run with a digest beside each, in the format of sha256sum.
 
@@ -66,12 +71,14 @@ class CheckpointFolder:
             line = f"{sha256(temporary)}  {path.name}\n"
             # An epoch can be saved twice (in its midst after a signal): while the file is exchanged, the record
             # allows both, so that a crash at any moment leaves a checkpoint that counts as sound.
-            write_text(record, line + (record.read_text() if path.exists() and record.exists() else ""))
+            write_text(record, line + (_read(record) if path.exists() and record.exists() else ""))
 
         write_atomically(path, write)
         write_text(record, line)
         if not path.exists():  # and the record's folder was made anew
             raise UserError(f"{path}: was removed while it was being saved")
+        # Later ones are damaged, as the run went on from an earlier one. They would take this one's place.
+        self.drop_after(epoch)
         for old in self.paths()[: -self.keep]:
             self._drop(old)
         return path
@@ -88,7 +95,7 @@ class CheckpointFolder:
         for path in reversed(self.paths()):
             record = path.with_suffix(".pth.sha256")
             try:
-                sound = sha256(path) in record.read_text().split()
+                sound = sha256(path) in _read(record).split()
             except OSError:
                 sound = False
             if sound:
@@ -98,7 +105,7 @@ class CheckpointFolder:
         return None
 
     def drop_after(self, epoch: int) -> None:
-        """Removes checkpoints of later epochs: those of a branch that is given up."""
+        """Removes checkpoints of later epochs, such as those of a branch that is given up."""
         for path in self.paths():
             if int(NAME.fullmatch(path.name)[1]) > epoch:  # type: ignore[index]
                 self._drop(path)

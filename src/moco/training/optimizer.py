@@ -1,0 +1,27 @@
+"""The optimizer of pretraining and of supervised training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def make_sgd(
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]], device: torch.device, precision: torch.dtype, *,
+    lr: float, momentum: float, weight_decay: float, nesterov: bool = False,
+) -> torch.optim.SGD:  # fmt: skip
+    """SGD that updates in one pass over the memory, where the device has that. The parameters are on it already."""
+    optimizer = torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+    if momentum and precision is torch.float16:
+        # The loss is scaled, and a step that overflows is left out. If that is the first one, the fused update has
+        # given out memory for the momentum and written nothing into it. From zeros the first step is the same.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import TrainConfig
+from moco.errors import UserError
 from moco.training.linear import LinearFit, clearly_better, fit_linear, make_scaling
 
 CONFIG = TrainConfig(
@@ -203,3 +204,9 @@ def test_rate_follows_batch_and_schedule() -> None:
     assert [line["lr"] for line in log] == pytest.approx([0.125] * 4 + [0.0125] * 2 + [0.00125] * 2)  # 2 * 16 / 256
     _, log = fit(replace(CONFIG, schedule="constant", epochs=1, batch_size=1000))
     assert log[0]["lr"] == pytest.approx(50 / 256), "of the batch that is really used"
+
+
+def test_a_rate_that_ends_in_no_numbers_is_told() -> None:
+    views, labels = blobs(64, 0)
+    with pytest.raises(UserError, match=r"train\.lr: .* no numbers any more in epoch \d+; lower it"):
+        fit_linear(views, labels, views[0], labels, CLASSES, replace(CONFIG, lr=1e38), lambda *_: None)

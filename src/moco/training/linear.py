@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.config import TrainConfig
+from moco.errors import UserError
 from moco.training.schedules import lr_factor, scaled_lr
 
 
@@ -67,7 +68,8 @@ def fit_linear(
     for it, and of a hundred epochs the best has mostly luck with few held-out images.
 
     views: V x N x D, the features of N images in V augmentations; every image of a batch takes one at random.
-    held: M x D. stop_after: train so many epochs, and keep the last whatever its accuracy.
+    held: M x D. stop_after: train so many epochs, and keep the last whatever its accuracy. Raises UserError where the
+    loss or the weights are no numbers any more.
     """
     generator = torch.Generator().manual_seed(config.seed)
     scaling = make_scaling(views.flatten(0, 1), config.feature_scaling)
@@ -84,6 +86,8 @@ def fit_linear(
     best: LinearFit | None = None
     for epoch in range(1, (stop_after or config.epochs) + 1):
         loss = _one_epoch(layer, optimizer, views, labels, batch, (epoch - 1) / config.epochs, config, generator, peak)
+        if not math.isfinite(loss + float(layer.weight.detach().sum())):
+            raise UserError(f"train.lr: the loss or the weights are no numbers any more in epoch {epoch}; lower it")
         with torch.no_grad():
             accuracy = float((layer(held).argmax(1) == held_labels).float().mean()) if len(held) else 0.0
         log({"loss": loss, "held_out_accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}, epoch)

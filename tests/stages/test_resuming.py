@@ -69,6 +69,15 @@ def test_a_named_checkpoint_stands_in_where_all_of_its_branch_are_damaged(folder
     assert resumed(folder, named) == (20, "first")
 
 
+def test_a_branch_begins_at_the_full_rate_and_remembers_its_own_steps_back(folder: CheckpointFolder) -> None:
+    folder.save(5, content(5, "given up"))
+    (folder.folder / NAME).write_text("2")
+    named = elsewhere(folder, 20, "first")
+    assert resumed(folder, named) == (20, "first") and taken(folder.folder) == 0
+    (folder.folder / NAME).write_text("1")  # it diverged before its first checkpoint
+    assert resumed(folder, named) == (20, "first") and taken(folder.folder) == 1
+
+
 def test_a_damaged_number_of_steps_back_is_one_line(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"\xff")
     with pytest.raises(UserError, match=f"{NAME}: damaged, no number"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from moco.errors import UserError
 from moco.files import sha256, write_text
+from moco.stages import step_back
 from moco.stages.workspace import HOUSEKEEPING, differences, say
 from moco.training.checkpoints import CheckpointFolder, load_weights
 
@@ -38,10 +39,13 @@ def _branch(checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any],
     if begun and (own := checkpoints.newest(say)) is not None:
         return own
     saved = _load(resume, params, digest)
-    # What the folder holds is of one way: that to the named checkpoint, where it lies there, or one that is given up.
-    inside = any(path.samefile(resume) for path in checkpoints.paths())
-    checkpoints.drop_after(saved["loop"]["epoch"] if inside else -1)
-    write_text(origin, f"{named}\n{place}\n")
+    if not begun:
+        # What the folder holds is of one way: that to the named checkpoint, where it lies there, or one given up now.
+        inside = any(path.samefile(resume) for path in checkpoints.paths())
+        checkpoints.drop_after(saved["loop"]["epoch"] if inside else -1)
+        if not inside:
+            (checkpoints.folder / step_back.NAME).unlink(missing_ok=True)
+        write_text(origin, f"{named}\n{place}\n")
     return saved
 
 

@@ -5,7 +5,7 @@ VENV ?= .venv
 # TORCH=none takes none: for a login node, where jobs are submitted and results are looked at.
 TORCH ?= cuda
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 # The environment is the project's own, and takes bytecode: without it every process compiles what it imports anew, and
 # the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE

@@ -239,6 +239,11 @@ def main() -> None:
         _end(128 + error.signal)
     except SystemExit as end:
         _end(end.code)
+    except OSError as error:  # what nobody foresaw of a file: which, and why
+        if error.filename is None or full_memory(error):
+            raise
+        typer.echo(f"error: {one_line(f'{error.filename}: {error.strerror}')}", err=True)
+        _end(1)
     except BaseException as error:
         if full := full_memory(error):
             traceback.clear_frames(error.__traceback__)  # what they hold may be all that there is

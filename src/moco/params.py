@@ -116,6 +116,8 @@ def load(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run this in the project's folder or pass --params") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from None
     return parse(text, path)
@@ -134,5 +136,7 @@ def parse(text: str, path: Path) -> Config:
         raise UserError(
             f"{where}: not readable as YAML: {getattr(error, 'problem', str(error).splitlines()[0])}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a date that is none, brackets without end
+        raise UserError(f"{path}: not readable as YAML: {error}") from None
     config: Config = _Reader(path, lines).section(Config, tree, "")
     return config

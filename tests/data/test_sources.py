@@ -151,6 +151,18 @@ def test_class_names_are_read_within_or_beside_the_folder(dataset: Path, tmp_pat
     assert opened(dataset).classes == ["ant", "bee", "cat", "dog", "élan"]
 
 
+def test_a_mark_at_the_beginning_is_no_part_of_a_class_name(dataset: Path) -> None:
+    (dataset / "classes.txt").write_bytes("\ufeffcat\r\ndog\r\n".encode())
+    assert contract_folder(dataset, {}).classes == ["cat", "dog"]
+
+
+def test_a_class_name_that_stands_twice_is_refused(dataset: Path) -> None:
+    """Else a label by this name would silently be the first one."""
+    (dataset / "classes.txt").write_text("crane\nheron\ncrane\n")
+    with pytest.raises(UserError, match=r"classes\.txt: the class 'crane' stands there twice"):
+        contract_folder(dataset, {})
+
+
 def test_class_names_that_are_not_text_are_refused(dataset: Path) -> None:
     (dataset / "classes.txt").write_bytes("élan".encode("latin-1"))
     with pytest.raises(UserError, match=r"classes\.txt: cannot be read as UTF-8"):
@@ -211,6 +223,20 @@ def test_files_that_are_no_images_are_left_out_and_told(tree: Path) -> None:
     said: list[str] = []
     class_tree(tree, said.append)
     assert len(said) == 1 and "1 file(s)" in said[0] and "train/ant/notes.txt" in said[0]
+
+
+def test_hidden_files_are_not_there_and_what_is_left_out_is_told(tree: Path) -> None:
+    """As notebooks and other systems leave them: they are neither classes nor images."""
+    for name in ("train/.ipynb_checkpoints/1.png", "val/.cache/1.png", "train/ant/._1.png", "unlabeled/.thumbs/1.png",
+                 "train/loose.png"):  # fmt: skip
+        put(tree / name)
+    (tree / "unlabeled" / "more").symlink_to(tree / "train" / "ant")
+    said: list[str] = []
+    found = class_tree(tree, said.append)
+    assert found.classes == ["ant", "zebra"] and len(found.splits["train"]) == 4 and len(found.splits["unlabeled"]) == 2
+    told = "\n".join(said)
+    assert "1 file(s)" in told and "in no class and are left out, first loose.png" in told
+    assert "1 folder(s)" in told and "unlabeled/more" in told and len(said) == 3
 
 
 def test_without_unlabeled_the_train_images_are_the_pool(tree: Path) -> None:

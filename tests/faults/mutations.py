@@ -39,7 +39,7 @@ MUTATIONS = [
     Mutation("log on the disk before the state", "stages/pretrain.py", "            record.sync()", "            pass",
              "tests/faults/test_durable.py"),
     Mutation("digest check", "training/checkpoints.py",
-             "sound = sha256(path) in _read(record).split()", "sound = True",
+             "sound = sha256(path) in read_record(record).split()", "sound = True",
              "tests/training/test_checkpoints.py -k damaged_newest"),
     Mutation("lock of a run", "stages/workspace.py", "            lock.acquire(timeout=0 if queued else LOOKS)\n",
              "            pass\n", "tests/stages/test_workspace.py -k second"),

@@ -25,7 +25,7 @@ from moco.data.label_files import read_lines
 from moco.data.manifest import load_manifest
 from moco.data.sources import read_labels
 from moco.errors import UserError, one_line
-from moco.params import parse
+from moco.params import load, parse
 from moco.tracking.metric_log import metric_history, read_events
 from moco.training.checkpoints import load_weights
 
@@ -107,6 +107,19 @@ def test_parameters_of_any_text(text: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(text, Path("params.yaml"))
     refused_in_one_line(caught.value)
+
+
+@pytest.mark.fault("bad-params", 4)
+@pytest.mark.parametrize("text", ["team_name: 2021-13-45", "a: 0b_", "[" * 5000, "a: &t {<<: *t}"])
+def test_parameters_that_the_reader_of_yaml_stumbles_over(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(text, Path("params.yaml"))
+    refused_in_one_line(caught.value)
+
+
+def test_a_folder_is_no_parameter_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load(tmp_path)
 
 
 @st.composite

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -14,6 +15,13 @@ from PIL import Image
 from stage_helpers import run_all
 
 from conftest import Moco, assert_one_line_error, write_params
+from moco.data.cache import DecodedSplit
+from moco.data.decode import digests_of
+from moco.data.extra_labels import label_number
+from moco.errors import UserError
+from moco.stages.extra_file import EXTRA_LABELS, content, packed, read_extra
+from moco.stages.workspace import CONTENT
+from moco.training.checkpoints import save_weights
 
 EXTRA = {17: 2, 3: 3, 39: 4, 8: 3, 21: 1}  # the right labels: the number modulo 5
 
@@ -102,6 +110,37 @@ def test_the_originals_form(moco: Moco, project: Path, by_csv: bytes) -> None:
     assert torch.equal(weights(result(project), project), weights(by_csv, project))
     torch.save(torch.tensor(labels[1:] + labels[:1]), tensor)
     assert_one_line_error(moco("train_extra"), "train/0.png", "has the label 1 here and 0 in train")
+
+
+def test_numbers_of_a_tensor_are_not_taken_for_names(moco: Moco, project: Path, by_csv: bytes) -> None:
+    """As where classes are called 1 to 5: the tensor's 1 is the class called 2."""
+    (project / "dataset/classes.txt").write_text("1\n2\n3\n4\n5\n")
+    write_params(project, train_extra__labels="dataset")
+    done = moco("data")
+    assert done.returncode == 0, done.stderr
+    assert "20 line(s) say again what train says" in moco("train_extra").stderr
+    assert label_number("here", "1", ["1", "2"]) == 0
+
+
+def test_extra_labels_of_a_pool_that_has_changed_are_refused() -> None:
+    def split(*numbers: int) -> DecodedSplit:
+        images = np.stack([np.full((4, 4, 3), number, np.uint8) for number in numbers])
+        digests = np.frombuffer(digests_of(images), np.uint8).reshape(len(images), -1)
+        return DecodedSplit(images, np.array(numbers), digests)
+
+    extra, pool = split(1, 2, 9), split(0, 1, 2, 3)
+    settings = {CONTENT: content(extra.digests, np.array([1, 2, 9]))}
+
+    def read(now: DecodedSplit, folder: Path) -> DecodedSplit | None:
+        save_weights(folder / EXTRA_LABELS, packed(extra, pool))
+        return read_extra(folder, now, settings)
+
+    with TemporaryDirectory() as place:
+        kept = read(pool, Path(place))
+        assert kept is not None and np.array_equal(kept.images, extra.images)
+        for changed in (split(0, 3), split(0, 1, 3), split(0, 1, 3, 9)):
+            with pytest.raises(UserError, match="not of this data"):
+                read(changed, Path(place))
 
 
 def test_images_that_are_not_in_the_pool_bring_their_pixels(moco: Moco, project: Path, by_csv: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,27 @@ def test_eval_does_not_write_beside_the_classifier(moco: Moco, project: Path) ->
     before = sorted(path.name for path in (project / "models/classifier").iterdir())
     run_all(moco, "eval")
     assert sorted(path.name for path in (project / "models/classifier").iterdir()) == before
+
+
+def test_a_classifier_may_lie_behind_a_link_and_be_called_anything(moco: Moco, project: Path) -> None:
+    (project / "elsewhere").mkdir()
+    (project / "models").mkdir(exist_ok=True)
+    (project / "models/classifier").symlink_to(project / "elsewhere")
+    run_all(moco, "data", "pretrain", "train", "eval")
+    assert (project / "models/classifier").is_symlink() and (project / "elsewhere/model_sub.pth").exists()
+    shutil.copytree(project / "elsewhere", project / "models/classifier (ältere)")
+    done = moco("eval", "--classifier", "models/classifier (ältere)")
+    assert done.returncode == 0, done.stderr
+    logs = (project / "runs/eval").glob("*/metrics.jsonl")
+    stages = {json.loads(log.read_text().splitlines()[0])["stage"] for log in logs}
+    assert all(re.fullmatch(r"[\w. -]+", stage, re.ASCII) for stage in stages), "MLflow takes no other letters"
+
+
+def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
+    run_all(moco, "data")
+    (project / "runs").write_text("")
+    done = moco("pretrain")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "runs" in done.stderr.splitlines()[-1]
 
 
 def test_report_without_results_says_what_to_do(moco: Moco) -> None:

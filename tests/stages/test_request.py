@@ -242,6 +242,12 @@ def test_answers_in_the_form_itself_outlive_the_next_request(moco: Moco, trained
     with kept.open() as file:
         assert [row["label"] for row in csv.DictReader(file)] == ["1"] * 5
     assert len(form(trained)) == 3 and all(row["label"] == "" for row in form(trained))
+    kept.unlink()
+    filled = (trained / "models/request/request.csv").read_bytes() + "M\u00f6we".encode("cp1252")  # as a table saves it
+    (trained / "models/request/request.csv").write_bytes(filled)
+    run_all(moco, "request")
+    (kept,) = (trained / "labels").iterdir()
+    assert kept.read_bytes() == filled
 
 
 def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> None:

@@ -82,3 +82,12 @@ def test_a_damaged_number_of_steps_back_is_one_line(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"\xff")
     with pytest.raises(UserError, match=f"{NAME}: damaged, no number"):
         taken(tmp_path)
+
+
+def test_a_named_checkpoint_that_was_changed_is_refused(folder: CheckpointFolder) -> None:
+    named = folder.save(20, content(20, "first"))
+    data = bytearray(named.read_bytes())
+    data[-40] ^= 1
+    named.write_bytes(data)
+    with pytest.raises(UserError, match=r"checkpoint_020\.pth: damaged: its digest"):
+        resumed(folder, named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,13 @@ def test_settings_that_are_lists_read_as_the_lists_of_params_yaml() -> None:
     assert [as_text(value) for value in ((), (1.0,), (0.2, 1.0), "(word)", 3)] == [
         "[]", "[1.0]", "[0.2, 1.0]", "[word]", "3"
     ]  # fmt: skip
+
+
+def test_what_a_start_could_not_write_is_written_by_the_next(tmp_path: Path) -> None:
+    """The disk may have been full between the first line and the files that say how to make the run again."""
+    begun = replace(UNKNOWN, files={"params.yaml": b"first"})
+    for again in (replace(UNKNOWN, files={}), begun, replace(begun, files={"params.yaml": b"later"})):
+        with Run(tmp_path, "pretrain", TRACKING, print) as record:
+            record.start({}, again)
+    assert (tmp_path / "origin/params.yaml").read_bytes() == b"first"
+    assert [e["path"] for e in read_events(record.path) if e["event"] == "artifact"] == ["origin/params.yaml"]

@@ -76,6 +76,8 @@ def read_image(
         with Image.open(source, formats=FORMATS) as image:
             if image.mode in WRONG_MODES:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            if _deep(image):
+                raise ValueError("has more than 8 bits a channel")
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # what phones write: a photograph and its preview
                 raise ValueError(f"has {frames} frames")
@@ -104,10 +106,24 @@ def read_image(
         raise ValueError(reason) from None
 
 
+def _deep(image: Image.Image) -> bool:
+    """Whether a file of more than 8 bits a channel was opened as one of 8, which drops the rest."""
+    tiles = getattr(image, "tile", [])  # of files alone
+    arguments = [a for tile in tiles for a in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
+    if image.format == "PPM":
+        return any(isinstance(a, int) and a > 255 for a in arguments)  # the largest value
+    return any(isinstance(a, str) and ";16" in a for a in arguments)
+
+
+def digests_of(images: np.ndarray) -> bytes:
+    """Of the pixels of each of N x H x W x 3 uint8, one after the other: N x DIGEST_BYTES."""
+    return b"".join(hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images)
+
+
 def summarise(report: ChunkReport, images: np.ndarray) -> None:
     """Fills in checksum, digests and sums of N x H x W x 3 uint8."""
     report.crc = zlib.crc32(images.data)
-    report.digests = b"".join(hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images)
+    report.digests = digests_of(images)
     counts = [np.bincount(images[..., c].reshape(-1), minlength=256).astype(np.int64) for c in range(3)]
     values = np.arange(256, dtype=np.int64)
     report.sums = tuple(int((n * values).sum()) for n in counts)  # type: ignore[assignment]

@@ -85,7 +85,7 @@ def read_extra_labels(
                 f"{line.place}: '{line.name}' is another image than was asked for: content {digest.hex()} here, "
                 f"{line.content} there; the dataset has changed since the request"
             )
-        label = label_number(line.place, line.label, manifest.classes) if line.label else -1
+        label = label_number(line.place, line.label, manifest.classes, line.numbered) if line.label else -1
         answer = Answer(line, digest, label, _status(line, digest, label, seen, of_train, of_val, manifest.classes))
         answers.append(answer)
         if line.label:
@@ -147,9 +147,10 @@ def _refuse_foreign_reply(path: Path, lines: list[Line], images: _Images) -> Non
         )
 
 
-def label_number(place: str, text: str, classes: list[str]) -> int:
-    """Of a class's name or number. Raises UserError, naming the place, where it is neither."""
-    if text in classes:
+def label_number(place: str, text: str, classes: list[str], numbered: bool = False) -> int:
+    """Of a class's name or number; `numbered`: of its number alone. Raises UserError, naming the place, where it is
+    neither."""
+    if text in classes and not numbered:
         return classes.index(text)
     if re.fullmatch(r"-?[0-9]{1,9}", text):
         if 0 <= int(text) < len(classes):

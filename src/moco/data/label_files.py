@@ -30,13 +30,14 @@ FORMS = (
 class Line:
     """place: FILE:LINE, or the image's file. name: of an image of the pool; or file: an image of its own. label: as
     it stands there, '' where there is none yet. content: hexadecimal digest of the image's pixels, '' where the
-    file does not have it."""
+    file does not have it. numbered: the label is a class's number, whatever classes are called."""
 
     place: str
     name: str
     label: str
     content: str = ""
     file: str | None = None
+    numbered: bool = False
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -91,8 +92,9 @@ def _csv(path: Path) -> Iterator[Line]:
                 wanted = ",".join(header)
                 raise UserError(f"{path}:{reader.line_num}: {len(row)} columns, {wanted} is expected")
             cells = dict(zip(header, row, strict=True))
-            rest = (cells.get(name, "").strip() for name in ("label", "content"))
-            yield Line(f"{path}:{reader.line_num}", cells["image"], *rest)  # files' names may begin or end with a space
+            label, content = (cells.get(name, "").strip() for name in ("label", "content"))
+            # Files' names may begin or end with a space.
+            yield Line(f"{path}:{reader.line_num}", cells["image"], label, content)
 
 
 def _json(path: Path) -> Iterator[Line]:
@@ -109,8 +111,8 @@ def _json(path: Path) -> Iterator[Line]:
                 raise UserError(
                     f'{place}: an object with image and label is expected, {{"image": "17.png", "label": 3}}'
                 )
-            rest = (_text(place, row, key).strip() for key in ("label", "content"))
-            yield Line(place, _text(place, row, "image"), *rest)
+            label, content = (_text(place, row, key).strip() for key in ("label", "content"))
+            yield Line(place, _text(place, row, "image"), label, content)
 
 
 def _text(place: str, row: dict[str, Any], key: str) -> str:
@@ -130,4 +132,4 @@ def _class(folder: Path) -> Iterator[Line]:
 def _dataset(folder: Path) -> Iterator[Line]:
     paths = [str(path) for path in numbered_images(folder / "train")]
     for path, label in zip(paths, read_labels(folder / "train_label_tensor.pt", len(paths), "train"), strict=True):
-        yield Line(path, path, str(label), file=path)
+        yield Line(path, path, str(label), file=path, numbered=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -220,27 +221,33 @@ def _class_names(folder: Folder) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path}: the class '{twice[0]}' stands there twice; give every class a name of its own")
+    return names
 
 
 def class_tree(root: Path, say: Say) -> Dataset:
     """A folder per class: train/NAME/…, val/NAME/…, and unlabeled/… (any depth; without it, train's images).
 
-    Files that are no images by their names are counted and told."""
+    Files that are no images by their names, files beside the classes and folders that are links within a class are
+    counted and told. Hidden ones are not there."""
     if not root.is_dir():
         raise UserError(f"{root}: dataset folder not found; set data.path in params.yaml")
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/")
-    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
-    unknown = sorted(e.name for e in (root / "val").iterdir() if e.is_dir() and e.name not in classes)
+    classes, others = (sorted(e.name for e in _shown(root / name) if e.is_dir()) for name in ("train", "val"))
+    unknown = [name for name in others if name not in classes]
     if unknown:
         raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/")
     splits = {}
     for name in ("train", "val"):
+        if loose := sorted(entry.name for entry in _shown(root / name) if not entry.is_dir()):
+            say(f"warning: {len(loose)} file(s) in {root / name} are in no class and are left out, first {loose[0]}")
         below = [_images_below(root / name / class_name, say) for class_name in classes]
         empty = [class_name for class_name, found in zip(classes, below, strict=True) if not found]
         if len(empty) == len(classes):
@@ -260,8 +267,15 @@ def class_tree(root: Path, say: Say) -> Dataset:
     )
 
 
+def _shown(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
 def _images_below(folder: Path, say: Say) -> list[str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+    files = [path for path in found if path.is_file()]
+    if linked := sorted(str(path) for path in found if path.is_symlink() and path.is_dir()):
+        say(f"warning: {len(linked)} folder(s) in {folder} are links and are left out, first {linked[0]}")
     other = sorted(str(path) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
     if other:
         say(

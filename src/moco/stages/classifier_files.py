@@ -63,17 +63,19 @@ def write_classifier(
         "weights": state,
         "optimizer": found.optimizer,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with working_folder(folder.parent, f".{folder.name}-") as work:
+    place = folder.resolve()  # behind a link to another disk, say
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with working_folder(place.parent, f".{folder.name}-") as work:
         save_weights(work / f"model_best_{found.epoch}_{100 * found.accuracy:.2f}.pth", best)
         save_weights(work / WEIGHTS, state)
         for name, content in (more or {}).items():
             save_weights(work / name, content)
         write_text(work / SUBMISSION, render(found.architecture, manifest, config))
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if place.exists():
+            shutil.rmtree(place)
+        place.mkdir()
         for path in work.iterdir():
-            path.replace(folder / path.name)
+            path.replace(place / path.name)
     return [folder / WEIGHTS, folder / SUBMISSION]
 
 

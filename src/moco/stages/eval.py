@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     maker = next((stage for known, stage in MAKERS.items() if known.resolve() == whole), None)
     name = whole.name if maker else f"{whole.name}-{hashlib.sha256(bytes(whole)).hexdigest()[:6]}"
     report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{name}")
+    stage = re.sub(r"[^A-Za-z0-9_. -]", "_", report.name)  # what MLflow takes
     hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
@@ -83,7 +85,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": sha256(classifier / "model_sub.pth")}, manifest.digest)
-    with open_run_folder("eval", key) as folder, Run(folder.path, report.name, config.tracking, say) as record:
+    with open_run_folder("eval", key) as folder, Run(folder.path, stage, config.tracking, say) as record:
         record.start(chain, origin(config, manifest, device))
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)

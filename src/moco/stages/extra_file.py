@@ -14,6 +14,7 @@ import torch
 
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
+from moco.data.decode import digests_of
 from moco.errors import UserError
 from moco.stages.workspace import CONTENT
 from moco.training.checkpoints import load_weights
@@ -48,6 +49,8 @@ def read_extra(folder: Path, pool: DecodedSplit, settings: dict[str, str]) -> De
         rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
         places = np.array([rows.get(bytes(digest), -1) for digest in digests], np.int64)
         inside = places >= 0
+        if digests_of(own) != digests[~inside].tobytes():
+            raise ValueError("the pool has changed")
         images = np.empty((len(places), *pool.images.shape[1:]), np.uint8)
         images[inside] = gather(pool.images, places[inside])
         images[~inside] = own

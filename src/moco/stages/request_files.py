@@ -17,7 +17,7 @@ import numpy as np
 from moco.config import Config
 from moco.data.label_files import read_lines
 from moco.errors import UserError
-from moco.files import working_folder, write_text
+from moco.files import working_folder, write_atomically, write_text
 from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, say
 from moco.tracking import pictures
 from moco.tracking.run import Run
@@ -69,7 +69,7 @@ def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
 
 def keep_answers(config: Config) -> None:
     """Copies a form that somebody has filled in, in place, before a new one replaces it."""
-    if not FORM.is_file() or config.data.source == "generated":  # drawn images: the generator's answers
+    if not FORM.is_file() or config.request.answers == "generator":  # which can give them again
         return
     content = FORM.read_bytes()
     with contextlib.suppress(UserError):  # no form of ours: whatever it is, it is kept
@@ -77,7 +77,7 @@ def keep_answers(config: Config) -> None:
             return
     copy = LABELS / f"reply-{hashlib.sha256(content).hexdigest()[:8]}.csv"
     if not copy.exists():
-        write_text(copy, content.decode("utf-8", "replace"))
+        write_atomically(copy, lambda temporary: temporary.write_bytes(content))
         say(f"request: {FORM} has answers in it; they are kept in {copy}")
 
 

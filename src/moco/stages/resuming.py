@@ -9,7 +9,7 @@ from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.stages import step_back
 from moco.stages.workspace import HOUSEKEEPING, differences, say
-from moco.training.checkpoints import CheckpointFolder, load_weights
+from moco.training.checkpoints import CheckpointFolder, load_weights, read_record
 
 ORIGIN = "resumed_from"  # in the run's folder: digest and place of the checkpoint that the user named
 MAY_DIFFER = {"pretrain.epochs", "pretrain.minutes", *HOUSEKEEPING}  # from the run of a named checkpoint
@@ -51,6 +51,9 @@ def _branch(checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any],
 
 def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
     """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
+    record = path.with_suffix(".pth.sha256")
+    if path.is_file() and record.is_file() and sha256(path) not in read_record(record).split():
+        raise UserError(f"{path}: damaged: its digest is not that in {record.name}; name another checkpoint")
     saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
     if not isinstance(saved, dict) or not {"params", "data", "loop", "model"} <= set(saved):
         raise UserError(f"{path}: not a checkpoint of `moco pretrain`")

@@ -61,7 +61,8 @@ class Run:
         )  # fmt: skip
         if again:
             self.metric_log.write("resume", step=step)
-        for name, content in ({} if again else origin.files).items():  # of where it began, as are the tags
+        known = again and (self.folder / "origin").is_dir()  # of where it began, as are the tags
+        for name, content in ({} if known else origin.files).items():
             write_atomically(self.folder / "origin" / name, partial(_write, content))
             self.metric_log.write("artifact", path=f"origin/{name}")
         self.metric_log.sync()  # the first line is the run's identity

@@ -45,7 +45,7 @@ def load_weights(path: Path, hint: str) -> Any:
         raise UserError(f"{path}: damaged or not a file of weights ({reason}); {hint}") from None
 
 
-def _read(record: Path) -> str:
+def read_record(record: Path) -> str:
     """A digest file, whatever a damaged one holds."""
     return record.read_text(encoding="utf-8", errors="replace")
 
@@ -71,7 +71,7 @@ class CheckpointFolder:
             line = f"{sha256(temporary)}  {path.name}\n"
             # An epoch can be saved twice (in its midst after a signal): while the file is exchanged, the record
             # allows both, so that a crash at any moment leaves a checkpoint that counts as sound.
-            write_text(record, line + (_read(record) if path.exists() and record.exists() else ""))
+            write_text(record, line + (read_record(record) if path.exists() and record.exists() else ""))
 
         write_atomically(path, write)
         write_text(record, line)
@@ -95,7 +95,7 @@ class CheckpointFolder:
         for path in reversed(self.paths()):
             record = path.with_suffix(".pth.sha256")
             try:
-                sound = sha256(path) in _read(record).split()
+                sound = sha256(path) in read_record(record).split()
             except OSError:
                 sound = False
             if sound:

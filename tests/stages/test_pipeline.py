@@ -140,6 +140,22 @@ def test_a_classifier_may_lie_behind_a_link_and_be_called_anything(moco: Moco, p
     assert all(re.fullmatch(r"[\w. -]+", stage, re.ASCII) for stage in stages), "MLflow takes no other letters"
 
 
+def test_eval_needs_two_files_alone_and_tells_of_weights_that_are_no_numbers(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    folder = shutil.copytree(project / "models/classifier", project / "handed-in")
+    (best,) = folder.glob("model_best_*.pth")
+    for content in (b"damaged", b""):
+        best.write_bytes(content)
+        done = moco("eval", "--classifier", "handed-in")
+        assert done.returncode == 0 and "warning: what the classifier was made with is not known" in done.stderr
+    torch.save([1], best)
+    assert moco("eval", "--classifier", "handed-in").returncode == 0
+    state = torch.load(folder / "model_sub.pth", weights_only=True)
+    state["fc.bias"][:] = float("nan")
+    torch.save(state, folder / "model_sub.pth")
+    assert_one_line_error(moco("eval", "--classifier", "handed-in"), "outputs for 10 of 10 images are no numbers")
+
+
 def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
     run_all(moco, "data")
     (project / "runs").write_text("")

@@ -109,8 +109,12 @@ def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: 
 def _settings(folder: Path, hint: str) -> dict[str, str]:
     """What the classifier was made with: its stage writes it into model_best_*.pth, which scoring does not need."""
     for path in folder.glob("model_best_*.pth"):
-        settings: dict[str, str] = load_weights(path, hint).get("settings", {})
-        return settings
+        try:
+            found = load_weights(path, hint)
+        except UserError as error:
+            say(f"warning: what the classifier was made with is not known: {error}")
+            return {}
+        return found.get("settings", {}) if isinstance(found, dict) else {}
     return {}
 
 
@@ -151,13 +155,16 @@ def score(
     network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
     device: torch.device,
 ) -> Scores:  # fmt: skip
-    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes."""
+    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes and for
+    outputs that are no numbers."""
     assert split.labels is not None
     parts = []
     for first in range(0, len(split.images), batch):
         images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
         parts.append(network(torch.stack(images).to(device)).float().cpu())
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
+    if broken := int((~logits.isfinite()).any(1).sum()):
+        raise UserError(f"the classifier's outputs for {broken} of {len(logits)} images are no numbers")
     if logits.shape[1] != classes:
         raise UserError(f"the classifier knows {logits.shape[1]} classes, the data has {classes}")
     confidence, predicted = logits.softmax(1).max(1)

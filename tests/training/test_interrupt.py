@@ -12,7 +12,7 @@ import pytest
 from moco.errors import Interrupted
 from moco.training.interrupt import raise_on_signals, watch_signals
 
-WATCHED = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT]
+WATCHED = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,13 @@ def test_handlers_from_before_are_restored(failing: bool, harmless: list[int]) -
         send(number)
     assert harmless == WATCHED
     assert flag.signal is None
+
+
+def test_a_terminal_that_closes_stops_nothing_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with watch_signals() as flag, raise_on_signals():
+        send(signal.SIGHUP)
+    assert flag.signal is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_usr1_is_left_to_others() -> None:

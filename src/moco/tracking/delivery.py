@@ -59,7 +59,7 @@ def _line() -> bytes:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the run's; this ends with it
     config = TrackingConfig(**json.loads(_line()))
     problem = deliver(Path(sys.argv[1]), config)

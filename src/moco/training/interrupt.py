@@ -25,8 +25,11 @@ class StopFlag:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) go to the handler."""
-    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])
+    """SIGINT, SIGTERM, SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) and SIGHUP, of a terminal that
+    closes, go to the handler; the last not where it is ignored, as under nohup."""
+    names = ["SIGINT", "SIGTERM", "SIGUSR2", "SIGHUP"]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [n for n in numbers if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -242,6 +242,14 @@ class Config:
     tracking: TrackingConfig
 
 
+# Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
+HOUSEKEEPING = {
+    "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
+    "pretrain.keep_checkpoints", "pretrain.steps_back", "pretrain.log_every", "pretrain.holdout",
+    "finetune.checkpoint_every", "train_extra.suspicious",
+}  # fmt: skip
+
+
 def flatten(section: Any, prefix: str) -> dict[str, Any]:
     """{'pretrain.lr': 0.06, ...} of a section or of several nested ones."""
     flat: dict[str, Any] = {}

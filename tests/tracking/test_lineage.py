@@ -40,6 +40,16 @@ def test_pipelines_are_compared_by_what_differs_and_share_what_they_have_in_comm
     assert_one_line_error(moco("compare", "--param", "train.lrr"), "did you mean 'train.lr'")
 
 
+def test_a_training_after_a_change_of_what_is_logged_belongs_to_its_pipeline(moco: Moco, project: Path) -> None:
+    for every, stages in ((2, ("data", "pretrain", "train")), (3, ("train",))):
+        write_params(project, pretrain__log_every=every, train__lr=float(every))
+        for stage in stages:
+            assert moco(stage).returncode == 0
+    rows = collect(project)
+    assert [row.params["train.lr"] for row in rows] == [2.0, 3.0]
+    assert all({"pretrain.loss", "train.val_accuracy"} <= row.metrics.keys() for row in rows)
+
+
 def test_with_nothing_to_compare_one_line_says_so(moco: Moco, project: Path) -> None:
     assert_one_line_error(moco("compare"), "no pipeline ran here yet")
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moco.config import Config, flatten
+from moco.config import HOUSEKEEPING, Config, flatten
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
@@ -29,7 +29,6 @@ from moco.files import sha256, write_text
 from moco.stages.workspace import (
     CLASSIFIER,
     FINETUNED,
-    HOUSEKEEPING,
     MAKERS,
     MANIFEST,
     REPORTS,

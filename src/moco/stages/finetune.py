@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import Config, flatten
+from moco.config import HOUSEKEEPING, Config, flatten
 from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
@@ -38,7 +38,6 @@ from moco.stages.workspace import (
     CLASSIFIER_EXTRA,
     ENCODER,
     FINETUNED,
-    HOUSEKEEPING,
     MAKERS,
     MANIFEST,
     REPORTS,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moco.config import HOUSEKEEPING
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.stages import step_back
-from moco.stages.workspace import HOUSEKEEPING, differences, say
+from moco.stages.workspace import differences, say
 from moco.training.checkpoints import CheckpointFolder, load_weights, read_record
 
 ORIGIN = "resumed_from"  # in the run's folder: digest and place of the checkpoint that the user named

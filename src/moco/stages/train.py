@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import Config, TrainConfig, flatten
+from moco.config import HOUSEKEEPING, Config, TrainConfig, flatten
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
@@ -25,7 +25,6 @@ from moco.stages.extra_file import EXTRA_LABELS, packed
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
-    HOUSEKEEPING,
     MANIFEST,
     REPORTS,
     differences,

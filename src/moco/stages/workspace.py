@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moco.config import Config, flatten
+from moco.config import HOUSEKEEPING, Config, flatten
 from moco.errors import UserError, one_line
 from moco.files import home, scratch_place, write_text
 from moco.holder import held
@@ -35,12 +35,6 @@ LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its
 CONTENT = "train_extra.content"  # a setting of classifiers with extra labels: which they are
 MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
 
-# Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
-HOUSEKEEPING = {
-    "pretrain.monitor_every", "pretrain.knn_neighbours", "pretrain.checkpoint_every",
-    "pretrain.keep_checkpoints", "pretrain.steps_back", "pretrain.log_every", "pretrain.holdout",
-    "finetune.checkpoint_every", "train_extra.suspicious",
-}  # fmt: skip
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {
     "pretrain.accumulate": 1, "pretrain.features": "last", "pretrain.convolutions": 2,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moco.config import HOUSEKEEPING
 from moco.tracking.metric_log import as_text, last_values, read_events
 from moco.tracking.store import log_metrics, log_params
 
@@ -41,9 +42,10 @@ def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], wh
 
 def of_pipeline(params: Mapping[str, Any], pipeline: Mapping[str, Any]) -> bool:
     """Whether a stage of these parameters, those of its whole chain, is one of the pipeline's. A classifier that came
-    from elsewhere has none but those of its evaluation."""
+    from elsewhere has none but those of its evaluation. What is looked at or kept may differ."""
+    asked = params.keys() & pipeline.keys() - HOUSEKEEPING
     return any(name.startswith("pretrain.") for name in params) and all(
-        as_text(value) == as_text(pipeline[name]) for name, value in params.items() if name in pipeline
+        as_text(params[name]) == as_text(pipeline[name]) for name in asked
     )
 
 

@@ -156,6 +156,30 @@ def test_eval_needs_two_files_alone_and_tells_of_weights_that_are_no_numbers(moc
     assert_one_line_error(moco("eval", "--classifier", "handed-in"), "outputs for 10 of 10 images are no numbers")
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("def get_model(width): ...", "get_model() failed: TypeError"),
+        ("def eval_transform(image): return torch.zeros(2)", "cannot do with val"),
+        ("get_model = lambda: Flat()", "outputs have shape (4,)"),
+        ("@dataclasses.dataclass\nclass Kept:\n    size: int = 3", None),
+    ],
+)
+def test_what_is_wrong_with_a_submission_is_one_line(moco: Moco, project: Path, code: str, told: str | None) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    path = project / "models/classifier/submission.py"
+    head = "from __future__ import annotations\nimport dataclasses\nimport torch\n"
+    flat = "class Flat(torch.nn.Module):\n    load_state_dict = lambda self, state: None\n"
+    flat += "    forward = lambda self, x: x.sum((1, 2, 3))\n"
+    own = path.read_text().replace("from __future__ import annotations\n", "")
+    path.write_text(f"{head}{own}\n{flat}{code}\n")
+    done = moco("eval")
+    if told is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert_one_line_error(done, told)
+
+
 def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
     run_all(moco, "data")
     (project / "runs").write_text("")

@@ -26,6 +26,7 @@ from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
+from moco.memory import full_memory
 from moco.stages.workspace import (
     CLASSIFIER,
     FINETUNED,
@@ -125,12 +126,14 @@ def load_submission(path: Path, hint: str) -> ModuleType:
         raise UserError(f"{path}: not found; {hint}")
     module = importlib.util.module_from_spec(spec)
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is a DVC output
+    sys.modules[spec.name] = module  # where its dataclasses look for it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from None
     finally:
         sys.dont_write_bytecode = before
+        del sys.modules[spec.name]
     for name in ("get_model", "eval_transform", "team_id", "team_name", "email_address"):
         if not hasattr(module, name):
             raise UserError(f"{path}: has no {name}; {hint}")
@@ -139,7 +142,10 @@ def load_submission(path: Path, hint: str) -> ModuleType:
 
 def load_network(submission: ModuleType, path: Path, hint: str) -> nn.Module:
     """get_model() with the weights of model_sub.pth, in evaluation mode."""
-    network: nn.Module = submission.get_model()
+    try:
+        network: nn.Module = submission.get_model()
+    except Exception as error:
+        raise UserError(f"{submission.__file__}: get_model() failed: {type(error).__name__}: {error}") from None
     state = load_weights(path, hint)
     try:
         network.load_state_dict(state)
@@ -154,13 +160,22 @@ def score(
     network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
     device: torch.device,
 ) -> Scores:  # fmt: skip
-    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes and for
-    outputs that are no numbers."""
+    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes, for outputs that
+    are no numbers, and where the network fails."""
     assert split.labels is not None
     parts = []
     for first in range(0, len(split.images), batch):
-        images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
-        parts.append(network(torch.stack(images).to(device)).float().cpu())
+        try:
+            images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
+            outputs = network(torch.stack(images).to(device))
+            parts.append(outputs.float().cpu())
+        except Exception as error:
+            if full_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            raise UserError(f"eval_transform or the network of submission.py cannot do with val: {reason}") from None
+        if outputs.dim() != 2 or len(outputs) != len(images):
+            raise UserError(f"the network's outputs have shape {tuple(outputs.shape)}; images x classes are expected")
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
     if broken := int((~logits.isfinite()).any(1).sum()):
         raise UserError(f"the classifier's outputs for {broken} of {len(logits)} images are no numbers")

@@ -67,12 +67,14 @@ def test_a_wrong_parameter_file_is_a_failure_and_the_rest_goes_on(project: Path)
     assert "dataset" not in lines and "git" in lines
 
 
-def test_a_check_that_raises_is_a_failure_with_its_reason(project: Path) -> None:
-    (project / "params.yaml").unlink()
-    (project / "params.yaml").mkdir()  # reading it raises what nobody foresaw
+def test_a_check_that_raises_is_a_failure_with_its_reason(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(text: str) -> None:
+        raise ZeroDivisionError("what nobody foresaw")
+
+    monkeypatch.setattr("moco.params.yaml.SafeLoader", broken)
     code, lines = run()
     assert code == 1
-    assert "FAIL  params           the check could not be made (IsADirectoryError: " in lines["params"]
+    assert "FAIL  params           the check could not be made (ZeroDivisionError: " in lines["params"]
 
 
 def test_without_torch_every_check_still_answers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,8 @@ def score(
     network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
     device: torch.device,
 ) -> Scores:  # fmt: skip
-    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes, for outputs that
-    are no numbers, and where the network fails."""
+    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes, for
+    outputs that are no numbers, and where the network fails."""
     assert split.labels is not None
     parts = []
     for first in range(0, len(split.images), batch):

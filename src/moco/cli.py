@@ -239,15 +239,13 @@ def main() -> None:
         _end(128 + error.signal)
     except SystemExit as end:
         _end(end.code)
-    except OSError as error:  # what nobody foresaw of a file: which, and why
-        if error.filename is None or full_memory(error):
-            raise
-        typer.echo(f"error: {one_line(f'{error.filename}: {error.strerror}')}", err=True)
-        _end(1)
     except BaseException as error:
         if full := full_memory(error):
             traceback.clear_frames(error.__traceback__)  # what they hold may be all that there is
             typer.echo(f"error: {_advice(full)}", err=True)
+            _end(1)
+        if isinstance(error, OSError) and error.filename is not None:  # what nobody foresaw of a file: which, and why
+            typer.echo(f"error: {one_line(f'{error.filename}: {error.strerror}')}", err=True)
             _end(1)
         if _several():
             traceback.print_exc()

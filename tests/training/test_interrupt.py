@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +75,32 @@ def test_a_terminal_that_closes_stops_nothing_under_nohup() -> None:
     with watch_signals() as flag, raise_on_signals():
         send(signal.SIGHUP)
     assert flag.signal is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_what_is_said_after_the_terminal_has_closed_goes_nowhere(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from moco.training.interrupt import watch_signals
+        with watch_signals() as flag:
+            Path("began").touch()
+            while flag.signal is None:
+                time.sleep(0.01)
+            for _ in range(2):
+                print("stopped", file=sys.stderr, flush=True)
+                print("stopped", flush=True)
+            Path("saved").touch()
+        sys.exit(7)
+    """
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(30) == 7 and (tmp_path / "saved").exists()
 
 
 def test_usr1_is_left_to_others() -> None:

@@ -14,7 +14,7 @@ from moco.model.small_resnet import SmallResNet
 from moco.params import load
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning
-from moco.training.optimizer import make_sgd
+from moco.training.optimizer import load_sgd, make_sgd
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,20 @@ def test_a_first_step_that_overflows_leaves_no_momentum(nesterov: bool) -> None:
         scaler.update()
         right.step()
     torch.testing.assert_close(weights, plain)
+
+
+def test_a_state_of_before_the_fused_update_goes_on_in_fp16() -> None:
+    weights = nn.Parameter(torch.ones(10))
+    before = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    weights.grad = torch.ones(10)
+    before.step()
+    optimizer = make_sgd([weights], CPU, torch.float16, lr=0.1, momentum=0.9, weight_decay=0)
+    load_sgd(optimizer, before.state_dict(), CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    weights.grad = torch.full((10,), 2.0)
+    scaler.step(optimizer)
+    assert torch.allclose(weights, torch.full((10,), 1 - 0.1 - 0.19))
 
 
 def test_other_precisions_begin_without_momentum() -> None:

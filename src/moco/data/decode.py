@@ -112,7 +112,7 @@ def _deep(image: Image.Image) -> bool:
     arguments = [a for tile in tiles for a in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
     if image.format == "PPM":
         return any(isinstance(a, int) and a > 255 for a in arguments)  # the largest value
-    return any(isinstance(a, str) and ";16" in a for a in arguments)
+    return image.format != "BMP" and any(isinstance(a, str) and ";16" in a for a in arguments)  # there 16 a pixel
 
 
 def digests_of(images: np.ndarray) -> bytes:

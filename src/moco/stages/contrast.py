@@ -15,13 +15,13 @@ from moco.config import PretrainConfig
 from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
-from moco.model.encoder import batch_norms, build_encoder
+from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.architecture import described
 from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
-from moco.training.optimizer import make_sgd
+from moco.training.optimizer import load_sgd, make_sgd
 from moco.training.replay import ReplayedEncoder, ReplayedViews
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 
@@ -55,8 +55,9 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels
             splits = config.splits // (processes.size * config.accumulate) if config.batch_norm == "split" else 1
             use_split_batch_norm(encoder, splits, own_kernels)
         if config.accumulate > 1:  # running statistics move with every part: all together as far as with one
-            for _, _, layer in batch_norms(encoder):
-                layer.momentum = 1 - (1 - (layer.momentum or 0)) ** (1 / config.accumulate)
+            for layer in encoder.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm too
+                    layer.momentum = 1 - (1 - (layer.momentum or 0)) ** (1 / config.accumulate)
         return MomentumContrast(
             encoder,
             dim=config.dim,
@@ -172,7 +173,7 @@ class ContrastStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_sgd(self.optimizer, state["optimizer"], self.device)
         if state["scaler"]:  # empty where the state is from a device that needed no scaling
             self.scaler.load_state_dict(state["scaler"])
 

@@ -145,6 +145,8 @@ def load_network(submission: ModuleType, path: Path, hint: str) -> nn.Module:
     try:
         network: nn.Module = submission.get_model()
     except Exception as error:
+        if full_memory(error):
+            raise
         raise UserError(f"{submission.__file__}: get_model() failed: {type(error).__name__}: {error}") from None
     state = load_weights(path, hint)
     try:
@@ -177,7 +179,7 @@ def score(
         if outputs.dim() != 2 or len(outputs) != len(images):
             raise UserError(f"the network's outputs have shape {tuple(outputs.shape)}; images x classes are expected")
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
-    if broken := int((~logits.isfinite()).any(1).sum()):
+    if broken := int((~logits.softmax(1).isfinite()).any(1).sum()):
         raise UserError(f"the classifier's outputs for {broken} of {len(logits)} images are no numbers")
     if logits.shape[1] != classes:
         raise UserError(f"the classifier knows {logits.shape[1]} classes, the data has {classes}")

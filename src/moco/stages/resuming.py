@@ -44,15 +44,14 @@ def _branch(checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any],
         # What the folder holds is of one way: that to the named checkpoint, where it lies there, or one given up now.
         inside = any(path.samefile(resume) for path in checkpoints.paths())
         checkpoints.drop_after(saved["loop"]["epoch"] if inside else -1)
-        if not inside:
-            (checkpoints.folder / step_back.NAME).unlink(missing_ok=True)
+        (checkpoints.folder / step_back.NAME).unlink(missing_ok=True)  # the state knows those that led to it
         write_text(origin, f"{named}\n{place}\n")
     return saved
 
 
 def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
     """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
-    record = path.with_suffix(".pth.sha256")
+    record = path.parent / f"{path.name}.sha256"
     if path.is_file() and record.is_file() and sha256(path) not in read_record(record).split():
         raise UserError(f"{path}: damaged: its digest is not that in {record.name}; name another checkpoint")
     saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")

@@ -19,7 +19,7 @@ from moco.training import features
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, Log, LoopState, run_loop
 from moco.training.numerics import autocast
-from moco.training.optimizer import make_sgd
+from moco.training.optimizer import load_sgd, make_sgd
 from moco.training.progress import ProgressDisplay
 from moco.training.schedules import lr_factor, scaled_lr
 
@@ -136,7 +136,7 @@ class SupervisedStep:
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up what `state` returned."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_sgd(self.optimizer, state["optimizer"], self.device)
         if state["scaler"]:  # empty where the state is from a device that needed no scaling
             self.scaler.load_state_dict(state["scaler"])
 

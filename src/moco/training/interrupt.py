@@ -3,6 +3,7 @@ are cleared away; inside it by a flag, so that the loop saves at the next step b
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +30,29 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     closes, go to the handler; the last not where it is ignored, as under nohup."""
     names = ["SIGINT", "SIGTERM", "SIGUSR2", "SIGHUP"]
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = [n for n in numbers if n != getattr(signal, "SIGHUP", None) or signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    hang_up = getattr(signal, "SIGHUP", None)
+    numbers = [number for number in numbers if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == hang_up:
+            _write_nowhere(terminals)
+        handler(number, frame)
+
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _write_nowhere(descriptors: list[int]) -> None:
+    """A terminal that has closed takes nothing: an error instead of a message would end what is being saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextmanager

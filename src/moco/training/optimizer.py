@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+FUSED = ("cpu", "cuda")  # devices whose update is one pass
+
 
 def make_sgd(
     parameters: Iterable[nn.Parameter] | list[dict[str, Any]], device: torch.device, precision: torch.dtype, *,
@@ -16,7 +18,7 @@ def make_sgd(
     """SGD that updates in one pass over the memory, where the device has that. The parameters are on it already."""
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
-        fused=device.type in ("cpu", "cuda"),
+        fused=device.type in FUSED,
     )  # fmt: skip
     if momentum and precision is torch.float16:
         # The loss is scaled, and a step that overflows is left out. If that is the first one, the fused update has
@@ -25,3 +27,10 @@ def make_sgd(
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def load_sgd(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
+    """Takes up a state, also one of another device or of before the update was fused, which it says of itself."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = device.type in FUSED

@@ -76,7 +76,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     submission = load_submission(classifier / "submission.py", hint)
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
-    settings = _settings(classifier, hint)
+    settings = _settings(classifier, hint, maker is not None)
     ours = classifier_settings(config, settings)
     if maker == MAKERS[FINETUNED]:
         ours |= flatten(config.finetune, "finetune")
@@ -106,12 +106,16 @@ def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: 
     pictures.mistakes(np.stack([val.images[i] for i in worst]), said).save(path, "png")
 
 
-def _settings(folder: Path, hint: str) -> dict[str, str]:
-    """What the classifier was made with: its stage writes it into model_best_*.pth, which scoring does not need."""
+def _settings(folder: Path, hint: str, ours: bool) -> dict[str, str]:
+    """What the classifier was made with: its stage writes it into model_best_*.pth, which scoring does not need.
+
+    ours: a stage of this project wrote the folder, so a damaged file is an error."""
     for path in folder.glob("model_best_*.pth"):
         try:
             found = load_weights(path, hint)
         except UserError as error:
+            if ours:
+                raise
             say(f"warning: what the classifier was made with is not known: {error}")
             return {}
         return found.get("settings", {}) if isinstance(found, dict) else {}

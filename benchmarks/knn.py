@@ -22,6 +22,7 @@ from moco.params import load
 from moco.stages.contrast import build_model, pretraining_views
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training import features
+from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, choose_precision, set_up
 
 BATCH = 500  # images
@@ -42,7 +43,7 @@ def main() -> None:
     states = Path("runs/pretrain").glob("*/checkpoint_*.pth")
     newest = max(states, key=lambda path: (path.stat().st_mtime, path.name))
     model = build_model(config.pretrain, own_kernels=False)
-    model.load_state_dict(torch.load(newest, map_location="cpu", weights_only=True)["model"])
+    model.load_state_dict(load_weights(newest, "run `moco pretrain` again")["model"])
     network = model.query_encoder.to(device).to(memory_format=torch.channels_last)
     views = pretraining_views(config.pretrain, manifest, device)
 

@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -122,7 +121,7 @@ def test_numbers_of_a_tensor_are_not_taken_for_names(moco: Moco, project: Path, 
     assert label_number("here", "1", ["1", "2"]) == 0
 
 
-def test_extra_labels_of_a_pool_that_has_changed_are_refused() -> None:
+def test_extra_labels_of_a_pool_that_has_changed_are_refused(tmp_path: Path) -> None:
     def split(*numbers: int) -> DecodedSplit:
         images = np.stack([np.full((4, 4, 3), number, np.uint8) for number in numbers])
         digests = np.frombuffer(digests_of(images), np.uint8).reshape(len(images), -1)
@@ -131,16 +130,12 @@ def test_extra_labels_of_a_pool_that_has_changed_are_refused() -> None:
     extra, pool = split(1, 2, 9), split(0, 1, 2, 3)
     settings = {CONTENT: content(extra.digests, np.array([1, 2, 9]))}
 
-    def read(now: DecodedSplit, folder: Path) -> DecodedSplit | None:
-        save_weights(folder / EXTRA_LABELS, packed(extra, pool))
-        return read_extra(folder, now, settings)
-
-    with TemporaryDirectory() as place:
-        kept = read(pool, Path(place))
-        assert kept is not None and np.array_equal(kept.images, extra.images)
-        for changed in (split(0, 3), split(0, 1, 3), split(0, 1, 3, 9)):
-            with pytest.raises(UserError, match="not of this data"):
-                read(changed, Path(place))
+    save_weights(tmp_path / EXTRA_LABELS, packed(extra, pool))
+    kept = read_extra(tmp_path, pool, settings)
+    assert kept is not None and np.array_equal(kept.images, extra.images)
+    for changed in (split(0, 3), split(0, 1, 3), split(0, 1, 3, 9)):
+        with pytest.raises(UserError, match="not of this data"):
+            read_extra(tmp_path, changed, settings)
 
 
 def test_images_that_are_not_in_the_pool_bring_their_pixels(moco: Moco, project: Path, by_csv: bytes) -> None:

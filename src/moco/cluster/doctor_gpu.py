@@ -134,6 +134,7 @@ def step(wanted: str = "auto") -> Finding:
     from moco.model.small_resnet import SmallResNet
     from moco.model.split_batch_norm import use_split_batch_norm
     from moco.training.numerics import autocast, choose_device, choose_precision
+    from moco.training.optimizer import make_sgd
 
     start = time.perf_counter()
     device = choose_device(wanted)
@@ -149,7 +150,7 @@ def step(wanted: str = "auto") -> Finding:
     model = model.to(device).to(memory_format=torch.channels_last).train()
     weights = list(model.query_encoder.parameters())
     before, losses = [weight.detach().clone() for weight in weights], []
-    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9, fused=device.type in ("cpu", "cuda"))
+    optimizer = make_sgd(weights, device, precision, lr=0.1, momentum=0.9, weight_decay=0.0)
     for pair in views.to(device):
         optimizer.zero_grad()
         with autocast(device, precision):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco.data.sources import IMAGE_SUFFIXES, numbered_images, read_labels
+from moco.data.sources import IMAGE_SUFFIXES, numbered_images, read_labels, shown
 from moco.errors import UserError
 from moco.files import refuse_irregular
 from moco.params import nearest
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[Line]:
         refuse_irregular(path)
         return list(_file(path))
     try:
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        entries = sorted(shown(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be listed: {error.strerror}") from None
     if (path / "train_label_tensor.pt").exists():

@@ -240,13 +240,13 @@ def class_tree(root: Path, say: Say) -> Dataset:
     for name in ("train", "val"):
         if not (root / name).is_dir():
             raise UserError(f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/")
-    classes, others = (sorted(e.name for e in _shown(root / name) if e.is_dir()) for name in ("train", "val"))
+    classes, others = (sorted(e.name for e in shown(root / name) if e.is_dir()) for name in ("train", "val"))
     unknown = [name for name in others if name not in classes]
     if unknown:
         raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/")
     splits = {}
     for name in ("train", "val"):
-        if loose := sorted(entry.name for entry in _shown(root / name) if not entry.is_dir()):
+        if loose := sorted(entry.name for entry in shown(root / name) if not entry.is_dir()):
             say(f"warning: {len(loose)} file(s) in {root / name} are in no class and are left out, first {loose[0]}")
         below = [_images_below(root / name / class_name, say) for class_name in classes]
         empty = [class_name for class_name, found in zip(classes, below, strict=True) if not found]
@@ -267,7 +267,8 @@ def class_tree(root: Path, say: Say) -> Dataset:
     )
 
 
-def _shown(folder: Path) -> list[Path]:
+def shown(folder: Path) -> list[Path]:
+    """What lies in the folder and is not hidden, in no order."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 

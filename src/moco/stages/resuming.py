@@ -39,7 +39,7 @@ def _branch(checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any],
     begun = named in noted[:1] if named else place in noted[1:]
     if begun and (own := checkpoints.newest(say)) is not None:
         return own
-    saved = _load(resume, params, digest)
+    saved = _load(resume, named, params, digest)
     if not begun:
         # What the folder holds is of one way: that to the named checkpoint, where it lies there, or one given up now.
         inside = any(path.samefile(resume) for path in checkpoints.paths())
@@ -49,10 +49,11 @@ def _branch(checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any],
     return saved
 
 
-def _load(path: Path, params: dict[str, Any], digest: str) -> dict[str, Any]:
-    """A checkpoint named by the user. Raises UserError where it belongs to another configuration."""
+def _load(path: Path, named: str, params: dict[str, Any], digest: str) -> dict[str, Any]:
+    """A checkpoint named by the user, of the digest `named`. Raises UserError where it is damaged or belongs to another
+    configuration."""
     record = path.parent / f"{path.name}.sha256"
-    if path.is_file() and record.is_file() and sha256(path) not in read_record(record).split():
+    if named and record.is_file() and named not in read_record(record).split():
         raise UserError(f"{path}: damaged: its digest is not that in {record.name}; name another checkpoint")
     saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
     if not isinstance(saved, dict) or not {"params", "data", "loop", "model"} <= set(saved):

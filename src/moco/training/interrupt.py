@@ -28,10 +28,10 @@ class StopFlag:
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """SIGINT, SIGTERM, SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) and SIGHUP, of a terminal that
     closes, go to the handler; the last not where it is ignored, as under nohup."""
-    names = ["SIGINT", "SIGTERM", "SIGUSR2", "SIGHUP"]
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])
     hang_up = getattr(signal, "SIGHUP", None)
-    numbers = [number for number in numbers if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        numbers.append(hang_up)
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def receive(number: int, frame: FrameType | None) -> None:

@@ -25,8 +25,8 @@ import torch
 from moco.data import cache, prepare
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
+from moco.data.dataset import Dataset, Split
 from moco.data.manifest import Manifest, load_manifest
-from moco.data.sources import Dataset, Split
 from moco.data.views import Views, recipe
 from moco.params import load
 from moco.presets import edit

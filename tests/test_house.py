@@ -42,6 +42,8 @@ BEHIND_THE_MANIFEST = {
     f"moco.data.{name}"
     for name in (
         "cache",
+        "class_tree",
+        "dataset",
         "decode",
         "generated",
         "manifest",

@@ -14,8 +14,10 @@ from data_helpers import data_config, need, silent
 from PIL import Image
 
 from conftest import write_dataset
+from moco.data.class_tree import class_tree
+from moco.data.dataset import Dataset
 from moco.data.generated import pack
-from moco.data.sources import Dataset, class_tree, contract_folder, open_dataset, read_labels
+from moco.data.sources import contract_folder, open_dataset, read_labels
 from moco.errors import UserError
 
 
@@ -215,6 +217,8 @@ def test_a_class_tree_is_labelled_by_its_folders(tree: Path) -> None:
     train = found.splits["train"]
     assert relative(train.paths, tree / "train") == ["ant/1.png", "ant/2.jpg", "zebra/b.png", "zebra/deep/a.PNG"]
     assert train.labels.tolist() == [0, 0, 1, 1]
+    assert train.image_name(3) == "train/zebra/deep/a.PNG"
+    assert found.splits["unlabeled"].image_name(0) == "unlabeled/some/where/u.png"
     assert found.splits["val"].labels.tolist() == [0]
     assert relative(found.splits["unlabeled"].paths, tree / "unlabeled") == ["some/where/u.png", "v.png"]
 
@@ -223,6 +227,19 @@ def test_files_that_are_no_images_are_left_out_and_told(tree: Path) -> None:
     said: list[str] = []
     class_tree(tree, said.append)
     assert len(said) == 1 and "1 file(s)" in said[0] and "train/ant/notes.txt" in said[0]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "jfif"])
+def test_less_usual_names_of_images_are_known(tree: Path, suffix: str) -> None:
+    Image.new("L", (8, 8)).save(tree / f"train/ant/3.{suffix}", "GIF" if suffix == "gif" else "JPEG")
+    assert len(opened(tree, "classes").splits["train"]) == 5
+
+
+def test_names_that_no_label_file_can_hold_are_refused(tree: Path) -> None:
+    for name in (b"caf\xe9.png", b"\xff.png"):
+        put(tree / "train/ant" / os.fsdecode(name))
+    with pytest.raises(UserError, match=r"train/ant: 2 name\(s\) that are not UTF-8, first .*ant/caf\\udce9\.png"):
+        opened(tree, "classes")
 
 
 def test_hidden_files_are_not_there_and_what_is_left_out_is_told(tree: Path) -> None:

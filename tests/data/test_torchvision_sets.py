@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, STL10
 
 from moco.data.cache import caches, open_cache
+from moco.data.dataset import Dataset
 from moco.data.prepare import open_decoded, prepare
-from moco.data.sources import Dataset, open_dataset
+from moco.data.sources import open_dataset
 from moco.errors import UserError
 
 CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import ROOT
 from moco.config import Config
 from moco.data.decode import read_image
-from moco.data.label_files import read_lines
+from moco.data.label_files import read_table
 from moco.data.manifest import load_manifest
 from moco.data.sources import read_labels
 from moco.errors import UserError, one_line
@@ -190,7 +190,7 @@ def test_label_files_of_any_bytes(tmp_path: Path, content: bytes, suffix: str) -
     path = tmp_path / f"labels{suffix}"
     path.write_bytes(content)
     try:
-        list(read_lines(path))
+        read_table(path)
     except UserError as error:
         refused_in_one_line(error)
 

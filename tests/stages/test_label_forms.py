@@ -81,8 +81,10 @@ def test_a_folder_per_class(moco: Moco, project: Path, by_csv: bytes) -> None:
         folder = project / "sorted" / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(project / f"dataset/unlabeled/{number}.png", folder / f"photo {number}.png")
+    (project / "sorted/1/notes.txt").touch()
     write_params(project, train_extra__labels="sorted")
-    run_all(moco, "train_extra")
+    done = moco("train_extra")
+    assert done.returncode == 0 and "1 file(s) in sorted/1 are no images by their names" in done.stderr, done.stderr
     assert torch.equal(weights(result(project), project), weights(by_csv, project))
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(project / "sorted/0.png")  # beside the classes: ignored
     (project / "sorted/seven").mkdir()

@@ -267,11 +267,11 @@ def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> N
     assert all(row["image"].startswith("deep, down/ image-") for row in rows)
     answer(project, [{**row, "label": "abcde"[int(row["image"][-6:-4]) % 5]} for row in rows])
     assert "5 labels added" in moco("train_extra").stderr
-    answer(project, [{"image": "../train/a/00.png", "label": "b"}])
-    assert_one_line_error(moco("train_extra"), "reply.csv:2", "is not in the unlabelled pool")
+    for name in ("../train/a/00.png", "a" * 300):
+        answer(project, [{"image": name, "label": "b"}])
+        assert_one_line_error(moco("train_extra"), "reply.csv:2", "is not in the unlabelled pool")
     (tree / "unlabeled/deep, down/ image-00.png").rename(tree / "unlabeled/zero.png")
     write_params(project, data__source="classes", data__path="tree")
     assert_one_line_error(moco("request", "--budget", "20"), "files have changed", "moco data")
     (tree / "unlabeled/zero.png").rename(tree / "unlabeled" / os.fsdecode(b"caf\xe9.png"))
-    run_all(moco, "data", "pretrain")
-    assert_one_line_error(moco("request", "--budget", "40"), "caf", "not a name in UTF-8")
+    assert_one_line_error(moco("data"), "1 name(s) that are not UTF-8", "caf\\udce9.png")

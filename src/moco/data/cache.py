@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from moco.data.dataset import Dataset, Split
 from moco.data.decode import (
     DIGEST_BYTES,
     Chunk,
@@ -37,7 +38,6 @@ from moco.data.decode import (
     write_at,
 )
 from moco.data.manifest import SPLITS
-from moco.data.sources import Dataset, Split
 from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError
 from moco.files import own_folder

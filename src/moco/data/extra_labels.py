@@ -9,6 +9,7 @@ names of classes are numbers themselves, the name is meant.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from moco.config import DataConfig
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
+from moco.data.class_tree import pool_folder
 from moco.data.decode import ChunkReport, read_image, summarise
 from moco.data.label_files import Line, read_lines
 from moco.data.manifest import Manifest
@@ -69,7 +71,7 @@ def read_extra_labels(
     that is given again is used once. An image that also stands in val is left out: it would be trained on. Where no
     line has a label that can be used, M is 0.
     """
-    lines = read_lines(path)
+    lines = read_lines(path, say)
     images = _Images(config, manifest, splits["unlabeled"])
     _refuse_foreign_reply(path, lines, images)
     train = splits["train"]
@@ -176,7 +178,7 @@ class _Images:
             return self._of_file(line, line.file)
         if self.folder is None:
             return bytes(self.pool.digests[self._number(line)])
-        name = line.name if (self.folder / line.name).is_file() else line.name.strip()
+        name = line.name if os.path.isfile(self.folder / line.name) else line.name.strip()  # noqa: PTH113 - never raises
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         digest = self._of_file(line, str(self.folder / name)) if inside else b""
         if digest not in self.rows:
@@ -215,8 +217,3 @@ class _Images:
             raise UserError(
                 f"{line.place}: '{line.name}' is not in the unlabelled pool {self.folder}: {error}"
             ) from None
-
-
-def pool_folder(root: Path) -> Path:
-    """Of a class tree: where the images of its pool lie."""
-    return root / "unlabeled" if (root / "unlabeled").is_dir() else root / "train"

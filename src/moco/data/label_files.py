@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco.data.sources import IMAGE_SUFFIXES, numbered_images, read_labels, shown
-from moco.errors import UserError
+from moco.data.class_tree import images_below, shown
+from moco.data.sources import numbered_images, read_labels
+from moco.errors import Say, UserError
 from moco.files import refuse_irregular
 from moco.params import nearest
 
@@ -40,14 +41,20 @@ class Line:
     numbered: bool = False
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_table(path: Path) -> list[Line]:
+    """All lines of a CSV or JSON-lines file. Raises UserError where it is none, and for a line that cannot be
+    understood."""
+    refuse_irregular(path)
+    return list(_file(path))
+
+
+def read_lines(path: Path, say: Say) -> list[Line]:
     """All lines, in the order in which they stand. Raises UserError where the path is none of these forms, and for a
     line that cannot be understood."""
     if not path.exists():
         raise UserError(f"{path}: not found; train_extra.labels names {FORMS}")
     if not path.is_dir():
-        refuse_irregular(path)
-        return list(_file(path))
+        return read_table(path)
     try:
         entries = sorted(shown(path))
     except OSError as error:
@@ -63,7 +70,7 @@ def read_lines(path: Path) -> list[Line]:
     if tables:
         return [line for table in tables for line in _file(table)]
     if folders:
-        return [line for folder in folders for line in _class(folder)]
+        return [line for folder in folders for line in _class(folder, say)]
     raise UserError(f"{path}: no labels in it; train_extra.labels names {FORMS}")
 
 
@@ -124,9 +131,9 @@ def _text(place: str, row: dict[str, Any], key: str) -> str:
     return str(value)
 
 
-def _class(folder: Path) -> Iterator[Line]:
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        yield Line(str(path), str(path), folder.name, file=str(path))
+def _class(folder: Path, say: Say) -> Iterator[Line]:
+    for path in images_below(folder, say):
+        yield Line(path, path, folder.name, file=path)
 
 
 def _dataset(folder: Path) -> Iterator[Line]:

@@ -8,11 +8,10 @@ import numpy as np
 
 from moco.config import DataConfig
 from moco.data.cache import DecodedSplit
+from moco.data.class_tree import class_tree, pool_folder
 from moco.data.decode import ChunkReport, read_image, summarise
-from moco.data.extra_labels import pool_folder
 from moco.data.generated import CLASSES
 from moco.data.manifest import Manifest
-from moco.data.sources import class_tree
 from moco.errors import Say, UserError
 
 
@@ -36,13 +35,7 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
             pass
         if report.digests != bytes(pool.digests[row]):
             raise UserError(f"{folder}: its files have changed since `moco data` decoded them; run `moco data` again")
-        found.append(name := str(Path(paths[numbers[row]]).relative_to(folder)))
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{name.encode(errors='backslashreplace').decode()}: not a name in UTF-8; rename it"
-            ) from None
+        found.append(str(Path(paths[numbers[row]]).relative_to(folder)))
     return found
 
 

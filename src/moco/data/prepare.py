@@ -14,9 +14,10 @@ from filelock import FileLock
 from moco.config import DataConfig, flatten
 from moco.data import cache
 from moco.data.cache import Built, DecodedSplit
+from moco.data.dataset import Dataset
 from moco.data.decode import DIGEST_BYTES
 from moco.data.manifest import Manifest, SplitSummary
-from moco.data.sources import Dataset, open_dataset
+from moco.data.sources import open_dataset
 from moco.errors import Say, UserError
 from moco.files import own_folder
 

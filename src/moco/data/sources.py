@@ -6,9 +6,8 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +16,15 @@ import torch
 
 from moco.config import DataConfig
 from moco.data import squashfs
+from moco.data.class_tree import class_tree
+from moco.data.dataset import Dataset, Split
 from moco.data.generated import generate
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError
 from moco.files import refuse_irregular, sha256
 from moco.memory import full_memory
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 Folder = Path | SquashfsPath
-
-
-@dataclass
-class Split:
-    """Images of one split: files (`paths`) or an array (N x H x W x 3, uint8), and int64 labels or None.
-
-    image, inodes: with them the files lie in this squashfs image, at these inode references."""
-
-    name: str
-    paths: list[str] | None = None
-    array: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    image: Path | None = None
-    inodes: list[int] | None = None
-
-    def keep(self, numbers: np.ndarray) -> None:
-        """These images alone, in this order, with their labels."""
-        self.paths = None if self.paths is None else [self.paths[number] for number in numbers]
-        self.inodes = None if self.inodes is None else [self.inodes[number] for number in numbers]
-        self.array = None if self.array is None else self.array[numbers]
-        self.labels = None if self.labels is None else self.labels[numbers]
-
-    @property
-    def files(self) -> Sequence[str | int]:
-        """What `decode.read_image` takes."""
-        return self.inodes if self.inodes is not None else self.paths or []
-
-    def __len__(self) -> int:
-        items = self.paths if self.array is None else self.array
-        assert items is not None
-        return len(items)
-
-    def image_name(self, index: int) -> str:
-        """How a message calls the image: its path within the split's folder, or its number."""
-        return f"{self.name}/{Path(self.paths[index]).name}" if self.paths else f"{self.name}[{index}]"
-
-
-@dataclass
-class Dataset:
-    """`classes`: the names where the source has them. `origin`: what the manifest says of the source."""
-
-    splits: dict[str, Split]
-    classes: list[str] | None
-    origin: dict[str, Any]
 
 
 @contextmanager
@@ -228,58 +184,3 @@ def _class_names(folder: Folder) -> list[str] | None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{path}: the class '{twice[0]}' stands there twice; give every class a name of its own")
     return names
-
-
-def class_tree(root: Path, say: Say) -> Dataset:
-    """A folder per class: train/NAME/…, val/NAME/…, and unlabeled/… (any depth; without it, train's images).
-
-    Files that are no images by their names, files beside the classes and folders that are links within a class are
-    counted and told. Hidden ones are not there."""
-    if not root.is_dir():
-        raise UserError(f"{root}: dataset folder not found; set data.path in params.yaml")
-    for name in ("train", "val"):
-        if not (root / name).is_dir():
-            raise UserError(f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/")
-    classes, others = (sorted(e.name for e in shown(root / name) if e.is_dir()) for name in ("train", "val"))
-    unknown = [name for name in others if name not in classes]
-    if unknown:
-        raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/")
-    splits = {}
-    for name in ("train", "val"):
-        if loose := sorted(entry.name for entry in shown(root / name) if not entry.is_dir()):
-            say(f"warning: {len(loose)} file(s) in {root / name} are in no class and are left out, first {loose[0]}")
-        below = [_images_below(root / name / class_name, say) for class_name in classes]
-        empty = [class_name for class_name, found in zip(classes, below, strict=True) if not found]
-        if len(empty) == len(classes):
-            raise UserError(f"{root / name}: the split is empty; put images into a folder per class")
-        if empty and name == "train":
-            raise UserError(f"{root / name / empty[0]}: a class without images; add some or remove the folder")
-        paths = [(label, path) for label, found in enumerate(below) for path in found]
-        labels = np.array([label for label, _ in paths], np.int64)
-        splits[name] = Split(name, paths=[p for _, p in paths], labels=labels)
-    pool = splits["train"].paths
-    if (root / "unlabeled").is_dir() and not (pool := _images_below(root / "unlabeled", say)):
-        raise UserError(f"{root / 'unlabeled'}: no images in it; without the folder, train's images are used")
-    return Dataset(
-        {"unlabeled": Split("unlabeled", paths=pool), **splits},
-        classes,
-        {"kind": "classes", "name": root.name},
-    )
-
-
-def shown(folder: Path) -> list[Path]:
-    """What lies in the folder and is not hidden, in no order."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def _images_below(folder: Path, say: Say) -> list[str]:
-    found = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-    files = [path for path in found if path.is_file()]
-    if linked := sorted(str(path) for path in found if path.is_symlink() and path.is_dir()):
-        say(f"warning: {len(linked)} folder(s) in {folder} are links and are left out, first {linked[0]}")
-    other = sorted(str(path) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
-    if other:
-        say(
-            f"warning: {len(other)} file(s) in {folder} are no images by their names and are left out, first {other[0]}"
-        )
-    return sorted(str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES)

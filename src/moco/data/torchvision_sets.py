@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torchvision.datasets
 
-from moco.data.sources import Dataset, Split
+from moco.data.dataset import Dataset, Split
 from moco.errors import UserError
 from moco.memory import full_memory
 

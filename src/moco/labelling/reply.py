@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from moco.data.label_files import Line, read_lines
+from moco.data.label_files import Line, read_table
 from moco.errors import UserError
 from moco.files import write_text
 
@@ -26,7 +26,7 @@ class Reply:
         if not source.is_file():
             raise UserError(f"{form}: not found; run `moco request` first")
         self.header, self.rows = _table(source)
-        lines = read_lines(source)
+        lines = read_table(source)
         self.seen = _state(path)
         self.earlier = source != form and form.is_file() and _contents(form) != {line.content for line in lines}
         if self.earlier and all(line.label for line in lines):
@@ -91,7 +91,7 @@ def _number(label: str, classes: list[str]) -> bool:
 
 
 def _contents(form: Path) -> set[str]:
-    return {line.content for line in read_lines(form)}
+    return {line.content for line in read_table(form)}
 
 
 def _table(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moco.config import Config
-from moco.data.label_files import read_lines
+from moco.data.label_files import read_table
 from moco.errors import UserError
 from moco.files import working_folder, write_atomically, write_text
 from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, say
@@ -73,7 +73,7 @@ def keep_answers(config: Config) -> None:
         return
     content = FORM.read_bytes()
     with contextlib.suppress(UserError):  # no form of ours: whatever it is, it is kept
-        if not any(line.label for line in read_lines(FORM)):
+        if not any(line.label for line in read_table(FORM)):
             return
     copy = LABELS / f"reply-{hashlib.sha256(content).hexdigest()[:8]}.csv"
     if not copy.exists():

@@ -27,6 +27,18 @@ class Range:
         return f"must be {bound}" + ("" if self.high == float("inf") else f" and at most {self.high:g}")
 
 
+@dataclass(frozen=True)
+class Without:
+    """Allowed texts: not empty, and without any of these characters."""
+
+    characters: str
+
+    def problem(self, value: str) -> str | None:
+        if value.strip() and not set(value) & set(self.characters):
+            return None
+        return f"must be a name without {' '.join(self.characters)}"
+
+
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -34,6 +46,7 @@ PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
 Seed = Annotated[int, Range(0, 1 << 20)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
+ModelName = Annotated[str, Without("/:.%\"'")]  # as MLflow has it for logged models
 Schedule = Literal["cosine", "step", "constant"]
 
 
@@ -222,7 +235,7 @@ class TrackingConfig:
     uri: str
     offline: bool
     experiment: str
-    registered_model: str
+    registered_model: ModelName
     pictures: bool
 
 

@@ -59,7 +59,7 @@ class _Reader:
         if origin is Annotated:
             result = self.value(arguments[0], value, key)
             problem = arguments[1].problem(result)
-            return self.fail(key, f"{value} {problem}") if problem else result
+            return self.fail(key, f"{value if value != '' else repr(value)} {problem}") if problem else result
         if origin in (types.UnionType, typing.Union):
             return None if value is None else self.value(arguments[0], value, key)
         if origin is Literal:

@@ -43,6 +43,8 @@ def edit_params(project: Path, edit: Callable[[dict[str, dict[str, object]]], No
         ("pretrain", "batch_norm", "sync", ("pretrain.batch_norm", "several processes")),
         ("train", "refit", "yes please", ("train.refit", "true or false")),
         ("runtime", "device", "gpu", ("runtime.device", "auto")),
+        ("tracking", "registered_model", "classifier-1.0", ("tracking.registered_model", "must be a name without")),
+        ("tracking", "registered_model", "", ("tracking.registered_model: '' must be a name")),
     ],
 )  # fmt: skip
 def test_wrong_parameter_names_the_key_and_the_remedy(

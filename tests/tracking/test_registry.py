@@ -115,6 +115,21 @@ def test_the_champion_is_the_better_one_and_works_without_this_project(registere
     assert [row["label"] for row in rows] == scored(folder, images)
 
 
+@pytest.mark.slow
+@libraries
+def test_registering_that_was_cut_off_before_it_wrote_the_decision_down(registered: Path, moco: Moco) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{registered}/mlflow.db")
+    client.delete_model_version_tag("moco-classifier", "1", "champion_gate")
+    for state in (registered / "runs/train").glob("*/mlflow.json"):
+        state.unlink()  # all is sent again
+    assert moco("sync").returncode == 0
+    assert len(client.search_model_versions("name = 'moco-classifier'")) == 2
+    assert client.get_model_version("moco-classifier", "1").tags["champion_gate"].startswith("moved: ")
+    assert client.get_model_version_by_alias("moco-classifier", "champion").version == 1
+
+
 def scored(folder: Path, images: np.ndarray) -> list[str]:
     """By submission.py, as the scorer uses it."""
     import torch

@@ -21,6 +21,7 @@ GATE, TRAINED = "champion_gate", "trained"  # tags of a version; seconds since 1
 CODE = Path(__file__).parent / "classifier_model.py"
 WEIGHTS = "model_sub.pth"
 ACCURACY = "best_held_out_accuracy"
+CUT_OFF = "it was better, or there was none; this was cut off before it was written down"
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what stores say of an alias that is not set
 
 
@@ -133,6 +134,9 @@ def package(target: Path, files: list[Path], needs: dict[str, str], image: list[
 def _gate(client: Any, name: str, version: Any) -> None:
     """Moves `champion` to a version that is better on held-out images, and writes down why, or why not."""
     champion = _alias(client, name, CHAMPION)
+    if champion is not None and champion.version == version.version:  # cut off before the tag was written
+        client.set_model_version_tag(name, version.version, GATE, f"moved: {CUT_OFF}")
+        return
     better, reason = judge(version.tags, None if champion is None else champion.tags)
     if champion is not None:
         reason = f"{reason}; champion was version {champion.version}"

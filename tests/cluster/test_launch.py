@@ -24,6 +24,7 @@ IDENTITY = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
         ("IMGE=x\n", ("p.conf:1", "unknown key 'IMGE'", "did you mean 'IMAGE'")),
         ("\n\nIMAGE\n", ("p.conf:3", "KEY=value")),
         ("DATASET_MOUNT=overlaid\n", ("p.conf:1", "overlay")),
+        ("#\nTIME='0:30:00'\n", ("p.conf:2", "TIME", "remove the quotation marks")),
     ],
 )
 def test_a_wrong_profile_is_one_line_for_both_readers(project: Path, text: str, words: tuple[str, ...]) -> None:
@@ -45,6 +46,7 @@ def test_a_wrong_profile_is_one_line_for_both_readers(project: Path, text: str, 
         ({"DATASET": "slurm", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("slurm: dataset image not found", "DATASET")),
         ({"DATASET": "/dev/null", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("/dev/null", "DATASET")),
         ({"IMAGE": "dvc.yaml", "CONTAINER": "apptainerr"}, ("apptainerr: not found", "CONTAINER")),
+        ({"DATASET": "a:b.sqsh", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("a:b.sqsh", "comma or colon")),
         ({"LOCAL_TMP": "/proc/nothing"}, ("/proc/nothing: cannot be written", "LOCAL_TMP")),
     ],
 )

@@ -53,5 +53,7 @@ def read_profile(path: Path) -> Profile:
             raise UserError(f"{path}:{number}: unknown key '{key}'{nearest(key, KEYS)}")
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f"{path}:{number}: {key}: '{value}' is not one of {', '.join(CHOICES[key])}")
+        if value.startswith(("'", '"')):
+            raise UserError(f"{path}:{number}: {key}: values are taken as they stand; remove the quotation marks")
         values[key.lower()] = value
     return Profile(**values)

@@ -39,6 +39,7 @@ class Turn:
         began = time.perf_counter()
         for number in range(steps if len(self.images) else 0):
             self.step(np.arange(len(self.images)), self.images, 0.0, number)
+        self.step.settle()
         dist.barrier()
         return (time.perf_counter() - began) / steps
 

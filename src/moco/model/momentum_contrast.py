@@ -39,6 +39,9 @@ class Peers(Protocol):
     @property
     def rank(self) -> int: ...
 
+    @property
+    def size(self) -> int: ...
+
     def gather(self, part: Tensor) -> Tensor:
         """The parts of all along the first dimension."""
 
@@ -89,7 +92,8 @@ class MomentumContrast(nn.Module):
     A step is: `contrast = model(a, b)`; `contrast.loss.backward()`; the optimizer's step;
     `model.update(contrast.keys, momentum)`. The queue and the key encoder change only in `update`, in
     place, after the backward pass: nothing has to be cloned (algorithm 1 of the paper has this order too).
-    With peers, all of them enqueue the same keys in the same order; gradients are for the caller to average.
+    With peers, all of them enqueue the same keys in the same order; keys are for the caller to gather, and gradients
+    to average.
     """
 
     queue: Tensor
@@ -169,15 +173,12 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update(self, keys: Tensor, momentum: float) -> None:
-        """Moves the key encoder towards the query encoder (equation 2) and enqueues the keys of all peers.
-
-        They are exchanged here, where the gradients just were, and not when they are made: peers wait for the slowest
-        once a step. The queue is that of one process: all keys of b, then all of a.
+        """Moves the key encoder towards the query encoder (equation 2) and enqueues keys: those of all peers, one after
+        the other. The queue is that of one process: all keys of b, then all of a.
         """
         torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
-        everyones = self._gather(keys)
-        views = 2 if self.symmetric else 1
-        self.enqueue(everyones.view(-1, views, len(keys) // views, keys.shape[1]).transpose(0, 1).flatten(0, 2))
+        views, size = 2 if self.symmetric else 1, 1 if self.peers is None else self.peers.size
+        self.enqueue(keys.view(size, views, -1, keys.shape[1]).transpose(0, 1).flatten(0, 2))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

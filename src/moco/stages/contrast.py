@@ -19,7 +19,8 @@ from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
 from moco.stages.architecture import described
-from moco.training.distributed import SOLO, Average, Processes
+from moco.training.averaging import Average
+from moco.training.distributed import SOLO, Processes
 from moco.training.numerics import autocast
 from moco.training.optimizer import load_sgd, make_sgd
 from moco.training.replay import ReplayedEncoder, ReplayedViews
@@ -81,6 +82,9 @@ def missing_kernels(config: PretrainConfig, device: torch.device, wanted: bool) 
 Phase = Callable[[str], contextlib.AbstractContextManager[object]]
 
 
+def _nothing() -> None: ...
+
+
 def _unwatched(name: str) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
@@ -90,7 +94,9 @@ class ContrastStep:
 
     batch_size: images in a real batch, which a small set makes smaller than the configured one; those of all
     processes together. Each process is called with its part of the batch. Gradients and BatchNorm's running statistics
-    are averaged over the processes in every step, so that all of them hold the same state and any can save it. A batch
+    are averaged over the processes in every step, so that all of them hold the same state and any can save it. What
+    they send each other travels while the views of the next step are made: the update follows then, or as soon as
+    somebody wants to see the state, and none waits for one that is slower in this step and faster in the next. A batch
     that is accumulated goes through the network in parts, each with BatchNorm statistics of its own; the queue stays
     that of the step before until all are done.
     """
@@ -102,16 +108,17 @@ class ContrastStep:
     ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
         self.processes = processes
-        self.model = build_model(config, processes, own_kernels).to(device).to(memory_format=torch.channels_last)
+        model = build_model(config, processes, own_kernels).to(device).to(memory_format=torch.channels_last)
+        self._model, self._unfinished = model, _nothing
         self.make_view: Callable[..., Tensor] = Views.__call__
         if cuda_graphs and device.type == "cuda":
             self.make_view = ReplayedViews()
             if config.batch_norm != "sync":  # which waits for other GPUs within
-                encoders = self.model.query_encoder, self.model.key_encoder
-                self.model.replays = ReplayedEncoder(encoders[0], precision), ReplayedEncoder(encoders[1], precision)
+                encoders = model.query_encoder, model.key_encoder
+                model.replays = ReplayedEncoder(encoders[0], precision), ReplayedEncoder(encoders[1], precision)
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = make_sgd(
-            self.model.query_encoder.parameters(), device, precision,
+            model.query_encoder.parameters(), device, precision,
             lr=self.peak_lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay,
         )  # fmt: skip
         self.average = Average(processes)
@@ -121,34 +128,31 @@ class ContrastStep:
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
         config = self.config
         generator = step_generator(config.seed, number)
-        factor = lr_factor(config.schedule, fraction, config.warmup, config.milestones)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr * factor
-        momentum = key_momentum(config.momentum, config.momentum_schedule, fraction)
-        self.model.train()
         views = self.views.at(view_size(self.views.size, config.resolutions, config.resolution_changes, fraction))
         with self.phase("views"):
             unit = views.to_unit(images)
             place = self.processes.rank * len(unit), self.processes.size * len(unit)
             a, b = (self.make_view(views, unit, generator, *place) for _ in range(2))
+        model = self.model
+        factor = lr_factor(config.schedule, fraction, config.warmup, config.milestones)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_lr * factor
+        momentum = key_momentum(config.momentum, config.momentum_schedule, fraction)
+        model.train()
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         with self.phase("keys"), autocast(self.device, self.precision):
-            keys = self.model.keys(a, b, generator, config.accumulate)
+            keys = model.keys(a, b, generator, config.accumulate)
         for part in np.array_split(np.arange(len(a)), config.accumulate):
             rows, share = slice(int(part[0]), int(part[-1]) + 1), len(part) / len(a)
             with self.phase("queries"), autocast(self.device, self.precision):
-                part_loss, part_accuracy = self.model.loss(a[rows], b[rows], [key[rows] for key in keys])
+                part_loss, part_accuracy = model.loss(a[rows], b[rows], [key[rows] for key in keys])
             with self.phase("backward"):
                 self.scaler.scale(part_loss * share).backward()
             loss += part_loss.detach() * share
             accuracy += part_accuracy * share
-        with self.phase("backward"):
-            self._share()
-        with self.phase("update"):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.update(torch.cat(keys), momentum)
+        self._unfinished = self._update(torch.cat(keys), momentum)
+        if self.processes.size == 1:
+            self.settle()
         return {
             "loss": loss,
             "contrast_accuracy": accuracy,
@@ -156,15 +160,38 @@ class ContrastStep:
             "key_momentum": momentum,
         }
 
-    def _share(self) -> None:
-        """Gradients (scaled: what overflows in one process does in all) and running statistics become those of all."""
-        if self.processes.size > 1:
-            gradients = [p.grad for p in self.model.query_encoder.parameters() if p.grad is not None]
-            names = ("running_mean", "running_var")
-            self.average([*gradients, *(b for n, b in self.model.named_buffers() if n.endswith(names))])
+    def _update(self, keys: Tensor, momentum: float) -> Callable[[], None]:
+        """Sends to the others what they need; the result waits for what they send, and takes the step. Gradients
+        (scaled: what overflows in one process does in all) and running statistics become those of all."""
+        model = self._model
+        gradients = [p.grad for p in model.query_encoder.parameters() if p.grad is not None]
+        statistics = [b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+        everyones, take = self.processes.gather_later(keys), self.average([*gradients, *statistics])
+
+        def update() -> None:
+            with self.phase("update"):
+                take()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad(set_to_none=True)
+                model.update(everyones(), momentum)
+
+        return update
+
+    def settle(self) -> None:
+        """Takes the update of the step before, if it has not been taken."""
+        unfinished, self._unfinished = self._unfinished, _nothing
+        unfinished()
+
+    @property
+    def model(self) -> MomentumContrast:
+        """As it is after all steps."""
+        self.settle()
+        return self._model
 
     def state(self) -> dict[str, Any]:
         """Both encoders, queue, its cursor, optimizer and loss scale. Random numbers need no saving."""
+        self.settle()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

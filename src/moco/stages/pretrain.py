@@ -60,33 +60,31 @@ SHOWN = 8  # images whose views are drawn
 class Monitor:
     """Held-out quality of the query encoder; ends a collapsed run."""
 
-    network: nn.Module
-    views: Views
+    step: ContrastStep
     train: DecodedSplit
-    config: PretrainConfig
     classes: int
-    device: torch.device
-    precision: torch.dtype
 
     def __post_init__(self) -> None:
         assert self.train.labels is not None
-        kept, held = features.stratified_holdout(self.train.labels, self.config.holdout, self.config.seed)
+        config = self.step.config
+        kept, held = features.stratified_holdout(self.train.labels, config.holdout, config.seed)
         if not len(held):
             raise UserError("pretrain.holdout: no class has two labelled images; none can be held out")
         self.kept, self.held = kept, held
 
     def __call__(self) -> dict[str, float]:
-        head, self.network.fc = self.network.fc, nn.Identity()  # features are what enters the head
+        step, network = self.step, self.step.model.query_encoder
+        head, network.fc = network.fc, nn.Identity()  # features are what enters the head
         try:
             found = features.extract(
-                self.network, self.train.images, self.views.plain, batch_size=MONITOR_BATCH,
-                device=self.device, precision=self.precision,
+                network, self.train.images, step.views.plain, batch_size=MONITOR_BATCH,
+                device=step.device, precision=step.precision,
             )  # fmt: skip
         finally:
-            self.network.fc = head
+            network.fc = head
         assert self.train.labels is not None
         labels = torch.from_numpy(self.train.labels)
-        shaped = found[:, -last_width(self.network) :]  # by contrast
+        shaped = found[:, -last_width(network) :]  # by contrast
         spread = features.feature_std(shaped)
         if not spread > COLLAPSED_STD:
             raise DivergedError(
@@ -96,7 +94,7 @@ class Monitor:
         return {
             "knn_accuracy": features.knn_accuracy(
                 found[self.kept], labels[self.kept], found[self.held], labels[self.held],
-                neighbours=self.config.knn_neighbours, classes=self.classes,
+                neighbours=step.config.knn_neighbours, classes=self.classes,
             ),
             "feature_std": spread,
             "effective_rank": features.effective_rank(shaped),
@@ -184,9 +182,7 @@ def _run(
             return record
 
         record = processes.alone(begin)
-        monitor = Monitor(
-            step.model.query_encoder, step.views, splits["train"], section, len(manifest.classes), device, precision
-        )
+        monitor = Monitor(step, splits["train"], len(manifest.classes))
         _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
         def finish() -> None:

@@ -106,25 +106,40 @@ class Processes:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def everyones(self, value: T) -> list[T]:
+        """The values of all, by pickle, in the order of ranks."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            with _others(self):
+                dist.all_gather_object(found, value)
+        return found
+
     def require_equal(self, facts: Mapping[str, str]) -> None:
         """Raises UserError in all, naming the facts, where a process has others than rank 0."""
         if self.size == 1:
             return
-        found: list[Any] = [None] * self.size
-        with _others(self):
-            dist.all_gather_object(found, dict(facts))
+        found = self.everyones(dict(facts))
         different = [name for name in facts if any(other[name] != found[0][name] for other in found)]
         if different:
             raise UserError(f"the processes do not have the same {', '.join(different)}; they must, on every node")
 
     def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
-        """Rank 0's seconds, and a signal that any of them received. One message of 16 bytes between the CPUs."""
+        """Rank 0's seconds, and a signal that any of them received."""
+        return self.agree_later(seconds, signal)()
+
+    def agree_later(self, seconds: float, signal: int | None) -> Callable[[], tuple[float, int | None]]:
+        """The same, for whoever can do something else meanwhile: the wait is in the call of the result. One message of
+        16 bytes between the CPUs."""
         if self.size == 1:
-            return seconds, signal
+            return lambda: (seconds, signal)
         both = torch.tensor([seconds if self.rank == 0 else 0.0, signal or 0], dtype=torch.float64)
-        with _others(self):
-            dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        return both[0].item(), int(both[1]) or None
+        arrived = begun(self, lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True))
+
+        def answer() -> tuple[float, int | None]:
+            arrived()
+            return both[0].item(), int(both[1]) or None
+
+        return answer
 
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
         """The mean over the processes of each number."""
@@ -137,47 +152,37 @@ class Processes:
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
+        return self.gather_later(part)()
+
+    def gather_later(self, part: Tensor) -> Callable[[], Tensor]:
+        """The same; the wait is in the call of the result."""
         if self.size == 1:
-            return part
+            return lambda: part
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.size)]
-        with _others(self):
-            dist.all_gather(parts, part)
-        return torch.cat(parts)
+        arrived = begun(self, lambda: dist.all_gather(parts, part, async_op=True))
+
+        def everyones() -> Tensor:
+            arrived()
+            return torch.cat(parts)
+
+        return everyones
 
 
 SOLO = Processes()
 
 
-class Average:
-    """The mean over the processes of tensors that have the same shapes in every call, in place; the same bits in all of
-    them. One message, whose memory is kept: new pages in every step cost more than sending it does."""
+def begun(processes: Processes, begin: Callable[[], dist.Work | None]) -> Callable[[], object]:
+    """Begins an exchange and returns what waits for its end. On a GPU its stream waits, not the CPU."""
+    with _others(processes):
+        work = begin()
+    assert work is not None
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.flat: Tensor | None = None
+    def arrived() -> None:
+        with _others(processes):
+            work.wait()
 
-    @torch.no_grad()
-    def __call__(self, tensors: list[Tensor]) -> None:
-        size = self.processes.size
-        if size == 1:
-            return
-        if self.flat is None:
-            self.flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-        tensors = [_as_it_lies(tensor) for tensor in tensors]
-        torch.cat([tensor.reshape(-1) for tensor in tensors], out=self.flat)
-        with _others(self.processes):
-            dist.all_reduce(self.flat)
-        parts = self.flat.div_(size).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
-
-
-def _as_it_lies(tensor: Tensor) -> Tensor:
-    """The same tensor with dimensions in the order of memory where it is channels-last: to bring it into another order
-    and back takes as long as sending it."""
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1)
-    return tensor
+    return arrived
 
 
 @contextlib.contextmanager

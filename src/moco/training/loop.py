@@ -125,19 +125,18 @@ def run_loop(
 
 
 class _Clock:
-    """Adds the time since the last reading to the state. `signal`: the one to stop for, as of the last reading."""
+    """Brings the time spent to the state. `signal`: the one to stop for. Both are those that all processes agree on, as
+    of the last reading; where there are several, as of the one before: none waits for another's answer."""
 
     def __init__(self, state: LoopState, hooks: Hooks) -> None:
-        self.state, self.hooks, self.before = state, hooks, time.perf_counter()
+        self.state, self.hooks, self.began = state, hooks, time.perf_counter() - state.seconds
         self.signal: int | None = None
+        self.asked = hooks.processes.agree_later(state.seconds, None)
 
-    def read(self) -> float:
-        """Seconds since the last reading. Time and signal are those that all processes agree on."""
-        now = time.perf_counter()
-        spent, self.before = now - self.before, now
-        agreed = self.hooks.processes.agree(self.state.seconds + spent, self.hooks.stop.signal)
-        self.state.seconds, self.signal = agreed
-        return spent
+    def read(self) -> None:
+        asked = self.hooks.processes.agree_later(time.perf_counter() - self.began, self.hooks.stop.signal)
+        self.state.seconds, self.signal = (self.asked if self.hooks.processes.size > 1 else asked)()
+        self.asked = asked
 
 
 class _Window:

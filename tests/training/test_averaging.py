@@ -1,0 +1,95 @@
+"""Gradients are averaged through shared memory, and by messages where there can be none: to the same numbers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moco.training import averaging
+from moco.training.averaging import Average
+from moco.training.distributed import SOLO, Processes, end_process, from_environment
+
+CALLS = 5
+
+
+def gradients(rank: int, call: int) -> list[Tensor]:
+    """Of three layers, one of them channels-last, as they lie in a network."""
+    generator = torch.Generator().manual_seed(100 * rank + call)
+    kernel = torch.randn(8, 4, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
+    return [kernel, torch.randn(8, generator=generator), torch.randn(5, 8, generator=generator)]
+
+
+def averaged(processes: Processes) -> tuple[int, list[list[Tensor]]]:
+    """How many rooms there are, and the results of all calls."""
+    average, found = Average(processes), []
+    for call in range(CALLS):
+        tensors = gradients(processes.rank, call)
+        take = average(tensors)
+        assert torch.equal(tensors[1], gradients(processes.rank, call)[1]), "until the result is wanted"
+        take()
+        found.append([tensor.contiguous() for tensor in tensors])
+    return len(average.rooms), found
+
+
+def work(rank: int, size: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    processes = from_environment()
+    with processes.joined(torch.device("cpu")):
+        found = {"shared": averaged(processes)}
+        (folder / f"boot-{rank}").write_text(f"node {rank}")
+        averaging.BOOT = folder / f"boot-{rank}"  # as on several nodes
+        found["nodes"] = averaged(processes)
+        averaging.BOOT = folder / "boot-0" if rank else folder / "absent"  # not to be read in one of them
+        found["one cannot"] = averaged(processes)
+    torch.save(found, folder / f"found-{rank}.pth")
+    end_process(0)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank."""
+    size, folder = request.param, tmp_path_factory.mktemp("averages")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["moco.cli", "moco.stages.pretrain"])
+    workers = [server.Process(target=work, args=(rank, size, port, folder)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * size
+    return [torch.load(folder / f"found-{rank}.pth") for rank in range(size)]
+
+
+def test_a_few_processes_of_a_node_share_memory(found: list[dict[str, Any]]) -> None:
+    for by_rank in found:
+        assert {name: rooms for name, (rooms, _) in by_rank.items()} == {
+            "shared": len(found), "nodes": 0, "one cannot": 0,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["shared", "nodes", "one cannot"])
+def test_all_have_the_mean_in_the_same_bits(found: list[dict[str, Any]], way: str) -> None:
+    for call in range(CALLS):
+        everyones = [gradients(rank, call) for rank in range(len(found))]
+        for place, parts in enumerate(zip(*everyones, strict=True)):
+            results = [by_rank[way][1][call][place] for by_rank in found]
+            torch.testing.assert_close(results[0], torch.stack(parts).mean(0).contiguous(), rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_one_process_keeps_what_it_has() -> None:
+    tensors = gradients(0, 0)
+    Average(SOLO)(tensors)()
+    assert torch.equal(tensors[0], gradients(0, 0)[0])

@@ -25,6 +25,7 @@ IDENTITY = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff")
         ("\n\nIMAGE\n", ("p.conf:3", "KEY=value")),
         ("DATASET_MOUNT=overlaid\n", ("p.conf:1", "overlay")),
         ("#\nTIME='0:30:00'\n", ("p.conf:2", "TIME", "remove the quotation marks")),
+        ('DATASET_MOUNT="bind"\n', ("p.conf:1", "DATASET_MOUNT", "remove the quotation marks")),
     ],
 )
 def test_a_wrong_profile_is_one_line_for_both_readers(project: Path, text: str, words: tuple[str, ...]) -> None:
@@ -47,12 +48,15 @@ def test_a_wrong_profile_is_one_line_for_both_readers(project: Path, text: str, 
         ({"DATASET": "/dev/null", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("/dev/null", "DATASET")),
         ({"IMAGE": "dvc.yaml", "CONTAINER": "apptainerr"}, ("apptainerr: not found", "CONTAINER")),
         ({"DATASET": "a:b.sqsh", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("a:b.sqsh", "comma or colon")),
+        ({"LOCAL_TMP": "a,b", "IMAGE": "dvc.yaml", "CONTAINER": "true"}, ("a,b", "comma or colon")),
         ({"LOCAL_TMP": "/proc/nothing"}, ("/proc/nothing: cannot be written", "LOCAL_TMP")),
     ],
 )
 def test_a_job_that_cannot_run_says_why_in_one_line(
     project: Path, values: dict[str, str], words: tuple[str, ...]
 ) -> None:
+    (project / "a,b").mkdir()
+    (project / "a:b.sqsh").write_bytes(b"hsqs")
     done = launch(project, "train", MOCO_PROFILE=write_profile(project, **values))
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for word in words:

@@ -187,6 +187,15 @@ def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr and "runs" in done.stderr.splitlines()[-1]
 
 
+def test_report_shows_the_stages_that_have_results(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train")
+    table = moco("report")
+    assert table.returncode == 0 and "this pipeline" in table.stdout and "labels alone" not in table.stdout
+    (project / "reports/finetune").mkdir()
+    shutil.move(project / "reports/train/metrics.json", project / "reports/finetune")
+    assert "fine-tuned" in moco("report").stdout
+
+
 def test_report_without_results_says_what_to_do(moco: Moco) -> None:
     assert_one_line_error(moco("report"), "dvc repro")
 

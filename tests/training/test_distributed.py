@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "split": {"batch_norm": "split", "splits": 2, "shuffle": False, "queue": 20},
     "split-shuffle": {"batch_norm": "split", "splits": 4, "shuffle": True, "queue": 20},
     "split-shuffle-symmetric": {"batch_norm": "split", "splits": 2, "shuffle": True, "loss": "symmetric", "queue": 10},
+    "accumulated": {"batch_norm": "split", "splits": 4, "accumulate": 2, "shuffle": False, "queue": 20},
     # Each process's own statistics: what one process calls two parts.
     "plain-shuffle": {"batch_norm": "plain", "shuffle": True},
 }
@@ -80,13 +81,16 @@ def tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
 def variant(processes: Processes, folder: Path, name: str) -> dict[str, Any]:
     config = make_config(folder, **VARIANTS[name])
     step = make_step(config, processes)
-    losses = train(step, end=3)
+    losses = train(step, end=1)
+    late = not torch.equal(step._model.queue.clone(), step.model.queue)  # the second has taken the update
+    losses += train(step, first=1, end=3)
     middle = tensors(step.state())
     resumed = make_step(config, processes)
     resumed.load_state(copy.deepcopy(step.state()))  # a file would be a copy too
     losses += train(step, first=3)
     train(resumed, first=3)
-    return {"losses": losses, "middle": middle, "end": tensors(step.state()), "resumed": tensors(resumed.state())}
+    return {"losses": losses, "middle": middle, "end": tensors(step.state()), "resumed": tensors(resumed.state()),
+            "late": late}  # fmt: skip
 
 
 def loop(
@@ -190,6 +194,7 @@ def test_two_processes_learn_what_one_learns(found: list[dict[str, Any]], name: 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_processes_hold_the_same_bits_and_go_on_to_the_same(found: list[dict[str, Any]], name: str) -> None:
     first, second = (by_rank[name] for by_rank in found)
+    assert first["late"] and second["late"], "the update follows when somebody wants to see it"
     assert first["losses"] == second["losses"]
     for place, value in first["end"].items():
         assert torch.equal(value, second["end"][place]), place

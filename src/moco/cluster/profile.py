@@ -51,9 +51,9 @@ def read_profile(path: Path) -> Profile:
             raise UserError(f"{path}:{number}: expected KEY=value, found {line!r}")
         if key not in KEYS:
             raise UserError(f"{path}:{number}: unknown key '{key}'{nearest(key, KEYS)}")
-        if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(f"{path}:{number}: {key}: '{value}' is not one of {', '.join(CHOICES[key])}")
         if value.startswith(("'", '"')):
             raise UserError(f"{path}:{number}: {key}: values are taken as they stand; remove the quotation marks")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{path}:{number}: {key}: '{value}' is not one of {', '.join(CHOICES[key])}")
         values[key.lower()] = value
     return Profile(**values)

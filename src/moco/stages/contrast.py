@@ -96,9 +96,10 @@ class ContrastStep:
     processes together. Each process is called with its part of the batch. Gradients and BatchNorm's running statistics
     are averaged over the processes in every step, so that all of them hold the same state and any can save it. What
     they send each other travels while the views of the next step are made: the update follows then, or as soon as
-    somebody wants to see the state, and none waits for one that is slower in this step and faster in the next. A batch
-    that is accumulated goes through the network in parts, each with BatchNorm statistics of its own; the queue stays
-    that of the step before until all are done.
+    somebody wants to see the state, and none waits for one that is slower in this step and faster in the next (shuffled
+    keys are still exchanged, and waited for, in the midst of a step). A batch that is accumulated goes through the
+    network in parts, each with BatchNorm statistics of its own; the queue stays that of the step before until all are
+    done.
     """
 
     def __init__(

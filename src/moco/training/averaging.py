@@ -88,16 +88,16 @@ def shared_rooms(processes: Processes, like: Tensor, numbers: int) -> list[Tenso
 
     It is a file without a name (Linux, memfd_create), which the others open by its place in /proc: no limit of /dev/shm
     holds for it, and it goes with the last process that has it."""
-    if like.device.type != "cpu" or processes.size > MOST or not hasattr(os, "memfd_create"):
+    if like.device.type != "cpu" or processes.size > MOST:
         return []
     size, file = 2 * numbers * like.itemsize, -1
     try:
         machine, file = f"{BOOT.read_text()} {NAMESPACE.readlink()}", os.memfd_create("gradients")
-        os.posix_fallocate(file, 0, TOKEN + size)  # else a lack of memory would end the process when it is used
+        os.posix_fallocate(file, 0, TOKEN + size)  # so that a lack of memory is told here, if it is told
         token = os.urandom(TOKEN)
         os.pwrite(file, token, size)
         own = machine, f"/proc/{os.getpid()}/fd/{file}", token
-    except OSError:
+    except (OSError, AttributeError):  # the second where this is not Linux
         own = os.urandom(TOKEN).hex(), "", b""  # like no other
     try:
         found = processes.everyones(own)

@@ -95,7 +95,7 @@ def run_loop(
             window.add(step(indices, images, fraction, state.step), sampler.batch_size)
             state.step += 1
             state.batch += 1
-            clock.read()
+            clock.read(late=state.batch < per_epoch)
             done = length.fraction(state, per_epoch)
             if state.step % hooks.log_every == 0 or done >= 1:
                 _report(window, state, per_epoch, done, hooks)
@@ -126,16 +126,17 @@ def run_loop(
 
 class _Clock:
     """Brings the time spent to the state. `signal`: the one to stop for. Both are those that all processes agree on, as
-    of the last reading; where there are several, as of the one before: none waits for another's answer."""
+    of the last reading."""
 
     def __init__(self, state: LoopState, hooks: Hooks) -> None:
         self.state, self.hooks, self.began = state, hooks, time.perf_counter() - state.seconds
         self.signal: int | None = None
         self.asked = hooks.processes.agree_later(state.seconds, None)
 
-    def read(self) -> None:
+    def read(self, late: bool = False) -> None:
+        """late: where there are several processes, as of the reading before, so that none waits for others' answers."""
         asked = self.hooks.processes.agree_later(time.perf_counter() - self.began, self.hooks.stop.signal)
-        self.state.seconds, self.signal = (self.asked if self.hooks.processes.size > 1 else asked)()
+        self.state.seconds, self.signal = (self.asked if late and self.hooks.processes.size > 1 else asked)()
         self.asked = asked
 
 

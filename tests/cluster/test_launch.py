@@ -153,11 +153,11 @@ def test_a_job_that_runs_out_of_time_goes_back_only_while_it_gets_on(project: Pa
 
 
 def test_a_copied_dataset_is_gone_afterwards(project: Path) -> None:
-    (project / "d.sqsh").write_bytes(b"hsqs")
+    (project / "d:1.sqsh").write_bytes(b"hsqs")  # the copy alone is mounted
     (project / "local").mkdir()
     fake(project, "recorder", "#!/bin/sh\nls local >>record\nexit 3\n")
     profile = write_profile(
-        project, IMAGE="dvc.yaml", DATASET="d.sqsh", DATASET_COPY="yes", LOCAL_TMP=str(project / "local"),
+        project, IMAGE="dvc.yaml", DATASET="d:1.sqsh", DATASET_COPY="yes", LOCAL_TMP=str(project / "local"),
         CONTAINER=str(project / "bin/recorder"),
     )  # fmt: skip
     done = launch(project, "train", MOCO_PROFILE=profile)

@@ -144,6 +144,7 @@ def test_a_refusal_is_told_with_the_sites_own_reason(moco: Moco, sbatch: Path) -
         (("pretrain_continue", "absent.pth"), "absent.pth: checkpoint not found"),
         (("train", "--sweep", "train.lr=1,2", "--name", "x", "--", "--params=p.yaml"), "--params"),
         (("pretrain", "--option=--time=5:00"), "5:00 is too short"),
+        (("pretrain", "--option=-t5"), "5 is too short"),
         (("pretrain", "--option=-t=9"), "--time: 9 is too short"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Moco, assert_one_line_error, write_params
+from moco.files import account
 from server_helpers import free_port
 
 
@@ -67,3 +69,15 @@ def test_a_store_that_cannot_be_made_is_one_line(moco: Moco, project: Path) -> N
     (project / "file").touch()
     write_params(project, tracking__uri=f"sqlite:///{project}/file/mlflow.db")
     assert_one_line_error(moco("ui", "--port", str(free_port())), "file/mlflow.db", "cannot be written")
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `docker run --user 12345`."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert account() == str(os.getuid())

@@ -160,6 +160,7 @@ def minutes(limit: str) -> float | None:
 def _check_time(job: str, profile: Profile, path: Path, options: Sequence[str]) -> None:
     """A job that keeps a state is warned WARNING seconds before its end; a limit near that would send it back as soon
     as it starts."""
+    options = [re.sub("^-t=?(?=.)", "--time=", option) for option in options]
     words = [word for option in options for word in option.split("=", 1)]
     if "--signal" in words or not job.startswith(("pretrain", "finetune", "pipeline")):
         return

@@ -6,7 +6,6 @@ DVC's cache and the MLflow store are the project's.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from moco.cluster.sweep import PARAMS, Sweep
 from moco.errors import Say, UserError
-from moco.files import write_text
+from moco.files import account, write_text
 
 DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
 # Written last into a sweep's folder: a digest of all that its workspaces were made from.
@@ -95,7 +94,7 @@ def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
         if changes:
             _run("git", "-C", str(place), "apply", "--whitespace=nowarn", "-", given=changes)
         for key, value in who.items():  # for the commit that holds an experiment
-            _git("-C", str(place), "config", key, value or f"{getpass.getuser()}@{socket.gethostname()}")
+            _git("-C", str(place), "config", key, value or f"{account()}@{socket.gethostname()}")
         write_text(place / PARAMS, task.text)
         shutil.rmtree(place / "reports", ignore_errors=True)  # of other settings, where they are committed
         _configure(place, sweep.folder / "1", cache)

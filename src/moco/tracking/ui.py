@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Callable
 
 from moco.config import TrackingConfig
 from moco.errors import Interrupted, UserError
+from moco.files import account
 from moco.tracking.store import available, client, explain, store_uri, stray, without_password
 
 HOST = "127.0.0.1"
@@ -38,7 +38,7 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
     if found := stray():
         say(f"note: {found}")
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
-    say(f"from another machine: ssh -L {port}:{HOST}:{port} {getpass.getuser()}@{socket.gethostname()}")
+    say(f"from another machine: ssh -L {port}:{HOST}:{port} {account()}@{socket.gethostname()}")
     command = [
         sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port),
         "--workers", "1",

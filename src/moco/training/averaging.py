@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco.files import machine
 from moco.training.distributed import Processes, begun
 
 MOST = 4  # processes that share memory: each reads what all others have, a message does not
-BOOT, NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+NAMESPACE = Path("/proc/self/ns/pid")
 TOKEN = 16  # bytes
 
 
@@ -92,17 +93,17 @@ def shared_rooms(processes: Processes, like: Tensor, numbers: int) -> list[Tenso
         return []
     size, file = 2 * numbers * like.itemsize, -1
     try:
-        machine, file = f"{BOOT.read_text()} {NAMESPACE.readlink()}", os.memfd_create("gradients")
+        place, file = f"{machine()} {NAMESPACE.readlink()}", os.memfd_create("gradients")
         os.posix_fallocate(file, 0, TOKEN + size)  # so that a lack of memory is told here, if it is told
         token = os.urandom(TOKEN)
         os.pwrite(file, token, size)
-        own = machine, f"/proc/{os.getpid()}/fd/{file}", token
+        own = place, f"/proc/{os.getpid()}/fd/{file}", token
     except (OSError, AttributeError):  # the second where this is not Linux
         own = os.urandom(TOKEN).hex(), "", b""  # like no other
     try:
         found = processes.everyones(own)
         rooms: list[Tensor] = []
-        if all(machine == own[0] for machine, _, _ in found):
+        if all(place == own[0] for place, _, _ in found):
             rooms = [_room(path, size, token, like) for _, path, token in found]
     except (OSError, ValueError):  # the second is mmap's
         rooms = []

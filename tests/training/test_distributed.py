@@ -120,11 +120,17 @@ def loop(
         run_loop(step, sampler, Fetcher(IMAGES, pin=False), length or Length(10, None), state, hooks)
     except (UserError, Interrupted) as error:
         outcome = f"{type(error).__name__}: {error}"
-    return {"outcome": outcome, "step": state.step, "fractions": fractions, "saved": saved, "logged": logged}
+    return {"outcome": outcome, "step": state.step, "fractions": fractions, "saved": saved, "logged": logged,
+            "seconds": state.seconds}  # fmt: skip
 
 
 def collapse() -> dict[str, float]:
     raise UserError("the features collapsed")
+
+
+def look_slowly() -> dict[str, float]:
+    time.sleep(0.3)
+    return {}
 
 
 def agreement(processes: Processes) -> float:
@@ -151,6 +157,8 @@ def work(rank: int, port: int, folder: Path) -> None:
     with processes.joined(CPU):
         found: dict[str, Any] = {name: variant(processes, folder, name) for name in VARIANTS}
         found["signal"] = loop(processes, signal_at=(1, 4))
+        found["signal in the last batch"] = loop(processes, signal_at=(1, 1), monitor=collapse)
+        found["slow monitor"] = loop(processes, length=Length(2, None), monitor=look_slowly)
         found["nan"] = loop(processes, nan_at=(1, 3))
         found["minutes"] = loop(processes, length=Length(1000, 0.2 / 60))
         found["collapse"] = loop(processes, monitor=collapse)
@@ -211,6 +219,19 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(found: list[dict[str
     assert [by_rank["signal"]["saved"] for by_rank in found] == [[6], []], "rank 0 alone saves"
     assert found[0]["signal"]["logged"] == [(number, 1.5) for number in range(1, 7)], "the mean of both"
     assert found[1]["signal"]["logged"] == []
+
+
+def test_a_signal_in_the_last_batch_of_an_epoch_is_heard_before_anything_else_is_done(
+    found: list[dict[str, Any]],
+) -> None:
+    for by_rank in found:
+        assert by_rank["signal in the last batch"]["outcome"].startswith("Interrupted")
+        assert by_rank["signal in the last batch"]["step"] == 2
+
+
+def test_the_time_of_monitoring_counts_in_all(found: list[dict[str, Any]]) -> None:
+    seconds = [by_rank["slow monitor"]["seconds"] for by_rank in found]
+    assert seconds[0] == seconds[1] > 0.3
 
 
 def test_the_clock_of_one_decides_for_all(found: list[dict[str, Any]]) -> None:

@@ -40,8 +40,7 @@ class Average:
             self.turn, numbers = 0, sum(tensor.numel() for tensor in tensors)
             self.rooms = shared_rooms(self.processes, tensors[0], numbers)
             self.flat = None if self.rooms else tensors[0].new_empty(numbers)
-        # Whoever writes here for the next but one time has read what all had written into the other, and they had
-        # read this one before.
+        # Two rooms in turn: before one is written again, all have read it, and after that written the other.
         self.turn = 1 - self.turn
         rooms = [room[self.turn] for room in self.rooms]
         mine = rooms[self.processes.rank] if self.flat is None else self.flat

@@ -1,7 +1,7 @@
 """The pipeline's work beside the same work in the original's design (original.py), measured in turns in one process.
 
     python benchmarks/speed.py step --encoder resnet50 --size 96 --batch 64
-    python benchmarks/speed.py step --encoder resnet18 --size 32 --batch 256
+    python benchmarks/speed.py step --encoder resnet18 --size 32 --batch 256 --imagenet-stem
     python benchmarks/speed.py input --size 96
     python benchmarks/speed.py linear --size 32
 

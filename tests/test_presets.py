@@ -58,6 +58,16 @@ def test_nyu_preset_has_the_jobs_of_the_original(moco: Moco, project: Path) -> N
     assert found.data.classes == 800
 
 
+def test_moco_cifar10_preset_is_the_setting_of_its_authors(moco: Moco, project: Path) -> None:
+    assert moco("preset", "moco_cifar10").returncode == 0
+    found = settings(project).pretrain
+    assert (found.encoder, found.stem, found.batch_size, found.epochs) == ("resnet18", "small", 512, 200)
+    assert (found.queue, found.momentum, found.temperature, found.loss) == (4096, 0.99, 0.1, "asymmetric")
+    assert (found.batch_norm, found.splits, found.schedule, found.warmup) == ("split", 8, "cosine", 0)
+    assert (found.sgd_momentum, found.weight_decay) == (0.9, 5e-4)
+    assert found.lr * found.batch_size / 256 == pytest.approx(0.06)
+
+
 def test_changes_of_ones_own_are_not_lost(moco: Moco, project: Path) -> None:
     text = (project / "params.yaml").read_text().replace("epochs: 600", "epochs: 601")
     (project / "params.yaml").write_text(text)

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-def curve(folder: Path, changes: dict[str, object]) -> list[float]:
+def curve(folder: Path, changes: dict[str, object], precision: torch.dtype = torch.float32) -> list[float]:
     """The loss of every step of a small run on drawn images."""
     path = folder / "params.yaml"
     names = {"width": 8, "stages": 2, "queue": 96, "batch_size": BATCH, "lr": 0.2, "momentum": 0.9, **changes}
@@ -41,7 +41,7 @@ def curve(folder: Path, changes: dict[str, object]) -> list[float]:
     rng = np.random.default_rng(0)
     images = torch.from_numpy(draw(rng, rng.integers(0, 12, IMAGES), SIZE))
     made = Views(recipe(config.augmentation, (0.2, 1.0), (0.1, 2.0)), SIZE, (0.5,) * 3, (0.25,) * 3, CPU)
-    step = ContrastStep(config, made, CPU, torch.float32)
+    step = ContrastStep(config, made, CPU, precision)
     sampler, losses = EpochSampler(np.arange(IMAGES), BATCH, config.seed), []
     total = EPOCHS * sampler.batches_per_epoch
     for epoch in range(EPOCHS):
@@ -60,6 +60,14 @@ def test_losses_are_those_written_down(variant: str, tmp_path: Path) -> None:
         GOLDEN.write_text(json.dumps({**golden, variant: found}, indent=1) + "\n")
         golden[variant] = found
     assert found == pytest.approx(golden[variant], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("stages", [2, 4])  # with four there are convolutions of a few pixels, which have their own way
+def test_low_precision_learns_what_full_precision_learns(stages: int, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    full = curve(tmp_path, {"stages": stages})
+    low = curve(tmp_path, {"stages": stages}, torch.bfloat16)
+    assert low != full and low == pytest.approx(full, rel=0.01)
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.19}, {"lr": 0.15}, {"momentum": 0.8}, {"queue": 64}])

@@ -74,6 +74,15 @@ def test_auto_precision_on_a_cpu_follows_its_instructions() -> None:
     assert choose_precision("auto", torch.device("mps")) is torch.float32
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                                                      ((9, 0), torch.bfloat16)])  # fmt: skip
+def test_auto_precision_on_a_gpu_follows_its_generation(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda")) is expected
+
+
 def test_autocast_changes_products_in_bf16_and_nothing_in_fp32() -> None:
     a = torch.randn(4, 4)
     with autocast(CPU, torch.float32):

@@ -7,16 +7,45 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco.training.distributed import Processes, end_process, from_environment
+from server_helpers import free_port
 
 # Processes are forked from one that has imported what takes long; torch.optim imports torch._dynamo when it is used.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["moco.cli", "moco.stages.pretrain", "torch._dynamo"])
 running: list[Started] = []
+
+
+def in_processes(find: Callable[[Processes, Path], Any], size: int, folder: Path) -> list[Any]:
+    """What `find` returns in each of several processes, of one thread, that are connected as those of torchrun."""
+    port = free_port()
+    workers = [SERVER.Process(target=_joined, args=(find, rank, size, port, folder)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * size
+    return [torch.load(folder / f"found-{rank}.pth") for rank in range(size)]
+
+
+def _joined(find: Callable[[Processes, Path], Any], rank: int, size: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    processes = from_environment()
+    with processes.joined(torch.device("cpu")):
+        found = find(processes, folder)
+    torch.save(found, folder / f"found-{rank}.pth")
+    end_process(0)
 
 
 class Started:
@@ -104,10 +133,7 @@ def wait_for_steps(process: Started | None, project: Path, count: int, stage: st
 
 def start_two(project: Path, *, rooms: tuple[int | None, int | None] = (None, None)) -> list[Started]:
     """Two processes of one pretraining, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Started(project, "pretrain", room=room, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, room in enumerate(rooms)

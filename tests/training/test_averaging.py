@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ from torch import Tensor
 
 from moco.training import averaging
 from moco.training.averaging import Average
-from moco.training.distributed import SOLO, Processes, end_process, from_environment
+from moco.training.distributed import SOLO, Processes
+from process_helpers import in_processes
 
 CALLS = 5
 
@@ -44,40 +42,22 @@ def refuse(*_: object) -> Tensor:
     raise PermissionError
 
 
-def work(rank: int, size: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
-    processes = from_environment()
-    with processes.joined(torch.device("cpu")):
-        found, room = {"shared": averaged(processes)}, averaging._room
-        averaging.machine = lambda: f"node {rank}"
-        found["nodes"] = averaged(processes)
-        averaging.machine = lambda: "node"
-        averaging._room = refuse if rank == 1 else room  # one may not open the others' memory
-        found["one cannot"] = averaged(processes)
-        averaging._room, averaging.MOST = room, size - 1
-        found["many"] = averaged(processes)
-    torch.save(found, folder / f"found-{rank}.pth")
-    end_process(0)
+def work(processes: Processes, folder: Path) -> dict[str, Any]:
+    found, room = {"shared": averaged(processes)}, averaging._room
+    averaging.machine = lambda: f"node {processes.rank}"
+    found["nodes"] = averaged(processes)
+    averaging.machine = lambda: "node"
+    averaging._room = refuse if processes.rank == 1 else room  # one may not open the others' memory
+    found["one cannot"] = averaged(processes)
+    averaging._room, averaging.MOST = room, processes.size - 1
+    found["many"] = averaged(processes)
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
-    size, folder = request.param, tmp_path_factory.mktemp("averages")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["moco.cli", "moco.stages.pretrain"])
-    workers = [server.Process(target=work, args=(rank, size, port, folder)) for rank in range(size)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0] * size
-    return [torch.load(folder / f"found-{rank}.pth") for rank in range(size)]
+    return in_processes(work, request.param, tmp_path_factory.mktemp("averages"))
 
 
 def test_a_few_processes_of_a_node_share_memory(found: list[dict[str, Any]]) -> None:

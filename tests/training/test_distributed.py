@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +24,10 @@ from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
 from moco.errors import Interrupted, UserError
 from moco.stages.contrast import ContrastStep
-from moco.training.distributed import SOLO, Processes, end_process, from_environment
+from moco.training.distributed import SOLO, Processes, from_environment
 from moco.training.interrupt import StopFlag
 from moco.training.loop import Hooks, Length, LoopState, run_loop
+from process_helpers import in_processes
 
 CPU = torch.device("cpu")
 STEPS, SIZE, BATCH, POOL = 6, 16, 8, 20
@@ -149,41 +148,23 @@ def refusal(processes: Processes) -> str:
     return ""
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
-    processes = from_environment()
-    with processes.joined(CPU):
-        found: dict[str, Any] = {name: variant(processes, folder, name) for name in VARIANTS}
-        found["signal"] = loop(processes, signal_at=(1, 4))
-        found["signal in the last batch"] = loop(processes, signal_at=(1, 1), monitor=collapse)
-        found["slow monitor"] = loop(processes, length=Length(2, None), monitor=look_slowly)
-        found["nan"] = loop(processes, nan_at=(1, 3))
-        found["minutes"] = loop(processes, length=Length(1000, 0.2 / 60))
-        found["collapse"] = loop(processes, monitor=collapse)
-        found["agreement"] = agreement(processes)
-        found["refusal"] = refusal(processes)
-    torch.save(found, folder / f"found-{rank}.pth")
-    end_process(0)
+def work(processes: Processes, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {name: variant(processes, folder, name) for name in VARIANTS}
+    found["signal"] = loop(processes, signal_at=(1, 4))
+    found["signal in the last batch"] = loop(processes, signal_at=(1, 1), monitor=collapse)
+    found["slow monitor"] = loop(processes, length=Length(2, None), monitor=look_slowly)
+    found["nan"] = loop(processes, nan_at=(1, 3))
+    found["minutes"] = loop(processes, length=Length(1000, 0.2 / 60))
+    found["collapse"] = loop(processes, monitor=collapse)
+    found["agreement"] = agreement(processes)
+    found["refusal"] = refusal(processes)
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
-    folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = multiprocessing.get_context("forkserver")  # torch is imported once
-    server.set_forkserver_preload(["moco.cli", "moco.stages.pretrain"])
-    workers = [server.Process(target=work, args=(rank, port, folder)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    return [torch.load(folder / f"found-{rank}.pth") for rank in (0, 1)]
+    return in_processes(work, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

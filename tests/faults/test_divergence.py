@@ -170,3 +170,17 @@ def test_a_signal_that_comes_with_a_divergence_is_not_forgotten(
     assert "(step back 1 of 2)" in done.stderr and "the same command continues" in done.stderr
     assert moco("pretrain").returncode == 0
     assert json.loads((project / "reports/pretrain/metrics.json").read_text())["steps_back"] == 1
+
+
+def test_weights_of_the_baseline_that_break_in_its_last_step_give_no_accuracy(moco: Moco, project: Path) -> None:
+    write_params(
+        project,
+        baseline__epochs=1,
+        baseline__minutes=None,
+        baseline__batch_size=20,
+        baseline__warmup=0.0,
+        baseline__lr=1e40,
+    )
+    assert moco("data").returncode == 0
+    assert_one_line_error(moco("baseline"), "weights are no numbers any more after step 1")
+    assert not (project / "reports/baseline/metrics.json").exists()

@@ -28,7 +28,7 @@ from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, s
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training.loop import LoopState
-from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
 NETWORK = ("encoder", "stem", "width", "stages", "convolutions", "features")  # of section `pretrain`
 
@@ -83,6 +83,7 @@ def _supervised(
     )  # fmt: skip
     state = LoopState()
     train_supervised("baseline", step, train.images, sampler, state, record.log)
+    refuse_broken(network, state.step)
     return {
         "val_accuracy": step.accuracy(val.images, val.labels),
         "minutes": state.seconds / 60,

@@ -164,10 +164,12 @@ class ContrastStep:
     def _update(self, keys: Tensor, momentum: float) -> Callable[[], None]:
         """Sends to the others what they need; the result waits for what they send, and takes the step. Gradients
         (scaled: what overflows in one process does in all) and running statistics become those of all."""
-        model = self._model
-        gradients = [p.grad for p in model.query_encoder.parameters() if p.grad is not None]
-        statistics = [b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))]
-        everyones, take = self.processes.gather_later(keys), self.average([*gradients, *statistics])
+        model, shared = self._model, []
+        if self.processes.size > 1:
+            names = ("running_mean", "running_var")
+            shared = [p.grad for p in model.query_encoder.parameters() if p.grad is not None]
+            shared += [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
+        everyones, take = self.processes.gather_later(keys), self.average(shared)
 
         def update() -> None:
             with self.phase("update"):

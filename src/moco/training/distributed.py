@@ -116,8 +116,6 @@ class Processes:
 
     def require_equal(self, facts: Mapping[str, str]) -> None:
         """Raises UserError in all, naming the facts, where a process has others than rank 0."""
-        if self.size == 1:
-            return
         found = self.everyones(dict(facts))
         different = [name for name in facts if any(other[name] != found[0][name] for other in found)]
         if different:

@@ -13,12 +13,14 @@ images over 200 epochs; the baseline's time is that of two epochs, times 100.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from moco.training.numerics import autocast, choose_precision, matmul_rate, set_
 
 CPU = torch.device("cpu")
 QUEUE = 4096
+BATCHES = 8  # of an epoch of `input`
 
 
 def settings(**changes: Any) -> PretrainConfig:
@@ -142,23 +145,46 @@ def write_images(folder: Path, count: int, size: int) -> np.ndarray:
     return images
 
 
+def epochs_on_request(side: str, folder: Path, size: int, batch: int, requests: Connection) -> None:
+    """A process of its own for one side of `input`: an epoch for each request, until it is None. The baseline's workers
+    are forked, after which a process pays for writing to each page of its memory: ours is not to pay for theirs."""
+    multiprocessing.set_start_method("fork", force=True)  # the baseline's loader's, which this process was not
+    set_up(CPU, 0)
+    images = np.load(folder / "images.npy")
+    views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), size, original.MEAN, original.STD, CPU)
+    sampler, fetcher = EpochSampler(np.arange(len(images)), batch, 0), Fetcher(images, pin=False)
+    loader = original.load(original.TwoViews(folder / "unlabeled", len(images), size), batch)
+
+    def ours() -> Iterator[object]:
+        for number, (_, fetched) in enumerate(fetcher.batches(sampler.epoch(0))):
+            generator, unit = step_generator(0, number), views.to_unit(fetched)
+            yield views(unit, generator), views(unit, generator)
+
+    while requests.recv() is not None:
+        requests.send(sum(1 for _ in (ours() if side == "ours" else loader)))
+
+
 def inputs(args: argparse.Namespace) -> None:
-    """Both run all the time in a training; here each is asked for some batches while the other waits."""
+    """Both run all the time in a training; here each is asked for an epoch while the other waits."""
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as place:
-        images = write_images(Path(place) / "unlabeled", 4 * args.batch, args.size)
-        views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
-        sampler, fetcher = EpochSampler(np.arange(len(images)), args.batch, 0), Fetcher(images, pin=False)
+        images = write_images(Path(place) / "unlabeled", BATCHES * args.batch, args.size)
+        np.save(Path(place) / "images.npy", images)
+        sides = []
+        for side in ("baseline", "ours"):
+            here, there = spawn.Pipe()
+            sides.append((here, spawn.Process(target=epochs_on_request,
+                                              args=(side, Path(place), args.size, args.batch, there))))  # fmt: skip
+            sides[-1][1].start()
+            there.close()  # so that a process that has ended is noticed
 
-        def our_epoch() -> Iterator[object]:
-            for number, (_, batch) in enumerate(fetcher.batches(sampler.epoch(0))):
-                generator, unit = step_generator(0, number), views.to_unit(batch)
-                yield views(unit, generator), views(unit, generator)
+        def epoch(requests: Connection) -> Callable[[], object]:
+            return lambda: (requests.send(True), requests.recv())
 
-        def epoch(make: Callable[[], Iterator[object]]) -> Callable[[], int]:
-            return lambda: sum(1 for _ in make())
-
-        loader = original.load(original.TwoViews(Path(place) / "unlabeled", len(images), args.size), args.batch)
-        spent = alternate(epoch(lambda: iter(loader)), epoch(our_epoch), args.rounds)
+        spent = alternate(epoch(sides[0][0]), epoch(sides[1][0]), args.rounds)
+        for requests, process in sides:
+            requests.send(None)
+            process.join()
         tell(f"input, two v2 views, {args.size} px, batch {args.batch}", len(images), spent)
 
 

@@ -104,8 +104,9 @@ def test_request_scale(pretrained: Path) -> None:
 
 
 def test_speed() -> None:
-    lines = run("speed.py", "step", "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
-    assert float(lines[1].split("ratio ")[1]) > 0
+    for work in ("step", "input"):
+        lines = run("speed.py", work, "--size", 32, "--batch", 8, "--rounds", 1).splitlines()
+        assert float(lines[1].split("ratio ")[1]) > 0
 
 
 def test_sharing() -> None:

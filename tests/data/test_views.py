@@ -142,9 +142,14 @@ def test_gray_equals_torchvisions_grayscale() -> None:
 def test_blur_equals_torchvisions_gaussian_blur_with_a_wide_kernel(sigma: float) -> None:
     images = colours()
     expected = tvf.gaussian_blur(images, [23, 23], [sigma, sigma])
-    found = pixels.blur(images, torch.full((len(images),), sigma), math.ceil(4 * sigma))
+    widths, reach = torch.full((len(images),), sigma), views.reach(sigma)
+    found = pixels.blur(images, widths, reach)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(pixels.blur(images, torch.full((len(images),), sigma), 11), expected, atol=2e-6, rtol=0)
+    cut_off = tvf.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    torch.testing.assert_close(found, cut_off, atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        pixels.blur(images, widths, 11), found, atol=3e-7, rtol=0
+    )  # as where all images share it
 
 
 def test_jitter_applies_all_four_operations_in_a_drawn_order() -> None:

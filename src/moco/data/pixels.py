@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ENLARGED = 64  # pixels; from here on, looking pixels up is faster than a product of matrices (measured on a CPU)
-CACHED = 1 << 18  # pixels of which an operation's images fit a processor's cache (measured)
+CACHED = 1 << 17  # pixels of which an operation's images fit a processor's cache (measured)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 
 
@@ -36,21 +36,21 @@ def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, 
 
 def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Gaussian blur with reflected borders, B x 3 x H x W. sigma: B, pixels. radius: pixels on each side that a pixel
-    is made from; those beyond 4 sigma would not be seen.
+    is made from; those beyond 4 sigma are left out, as they would not be seen, so a larger radius changes nothing.
 
     Shifted images are added up, weighted, as every image has its own bell."""
+    reach = min(radius, *(length - 1 for length in images.shape[2:]))
+    distance, sigma = torch.arange(-reach, reach + 1, device=images.device), sigma.float()[:, None]
+    bell = torch.exp(distance.square() * (-0.5 / sigma.square())) * (distance.abs() <= 4 * sigma)
+    bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
+    images = F.pad(images, (reach, reach, reach, reach), mode="reflect")
     for dimension in (2, 3):
-        length = images.shape[dimension]
-        reach = min(radius, length - 1)
-        distance = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
-        bell = torch.exp(distance.square() * (-0.5 / sigma.float().square()[:, None]))
-        bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
-        padding = (0, 0, reach, reach) if dimension == 2 else (reach, reach, 0, 0)
-        padded = F.pad(images, padding, mode="reflect")
-        images = padded.narrow(dimension, reach, length) * bell[:, reach]
+        length = images.shape[dimension] - 2 * reach
+        blurred = images.narrow(dimension, reach, length) * bell[:, reach]
         for shift in range(2 * reach + 1):
             if shift != reach:
-                images.addcmul_(padded.narrow(dimension, shift, length), bell[:, shift])
+                blurred.addcmul_(images.narrow(dimension, shift, length), bell[:, shift])
+        images = blurred
     return images
 
 
@@ -106,13 +106,12 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = gray(images).mean((2, 3), keepdim=True)
+    mean = gray(images.mean((2, 3), keepdim=True))
     return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    luminance = gray(images)  # before the images are scaled in place
-    return images.mul_(factor).add_(luminance * (1 - factor)).clamp_(0, 1)
+    return torch.lerp(gray(images), images, factor, out=images).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -120,24 +119,26 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
 
     No case is told from another, as comparing and choosing take a processor many times as long as arithmetic."""
     r, g, b = images.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    least = torch.minimum(torch.minimum(r, g), b)
+    value, least = torch.maximum(r, g), torch.minimum(r, g)
+    torch.maximum(value, b, out=value)
+    torch.minimum(least, b, out=least)
     chroma = value - least
     # In sixths of a turn, from -3 to 3, red at 0: 1 + (g + b - r - least) / chroma on the side of green, and the same
-    # below 0 on that of blue. Grey may be divided by any number, as it has nothing to divide.
-    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-8)).add_(1)
-    hue.copysign_(torch.sub(g, b, out=least))
+    # below 0 on that of blue. Grey may be divided by any number, as it has nothing to divide. What is no longer needed
+    # gives its memory, as the fewer there is the more of it stays in the cache.
+    hue = (g + b).sub_(r).sub_(least)
+    side, divisor = torch.sub(g, b, out=least), torch.clamp(chroma, min=1e-8, out=r)
+    hue.div_(divisor).add_(1).copysign_(side)
     turns = turns.squeeze(1)
     hue.add_(6 * turns)
     # What a channel lacks to the value is a trapezoid around the circle: 1 up to a sixth from its middle and 0 from two
     # sixths on. The distance from the opposite side, less 1, is that between 0 and 1. Hues reach from -6 to 3 or from
     # -3 to 6, so red takes the nearer of its two opposites. 1 more is computed, and added to the value: one operation
     # less.
-    ceiling, scratch = value.add_(chroma), least
-    opposites: tuple[float | Tensor, ...] = (turns.ge(0).float().mul_(6).sub_(3), -1, 1)
-    for channel, opposite in enumerate(opposites):
-        lack = torch.sub(hue, opposite, out=scratch).abs_().sub_(3).abs_().clamp_(1, 2)
-        torch.addcmul(ceiling, chroma, lack, value=-1, out=images[:, channel])
+    red = turns.ge(0).float().mul_(6).sub_(3)
+    opposites = torch.stack([red, torch.full_like(red, -1), torch.full_like(red, 1)], 1)
+    lack = torch.sub(hue[:, None], opposites, out=images).abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(value.add_(chroma)[:, None], chroma[:, None], lack, value=-1, out=images)
     return images
 
 

@@ -81,6 +81,11 @@ def crop_boxes(uniform: Tensor, height: int, width: int, scale: tuple[float, flo
     return torch.stack([top, left, h, w], 1)
 
 
+def reach(sigma: float) -> int:
+    """Pixels on each side that a blur of this width is made from."""
+    return max(1, math.floor(4 * sigma))
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The random parameters of one view of B images, on the CPU.
@@ -164,15 +169,12 @@ class Views:
         if len(grayed := drawn.grayed.nonzero().squeeze(1)):
             chosen = move(grayed)
             images.index_copy_(0, chosen, gray(images.index_select(0, chosen)).expand(-1, 3, -1, -1))
-        for blurred in drawn.blurred.nonzero().squeeze(1).split(images_at_once(images)) if drawn.blurred.any() else ():
-            chosen, sigma = move(blurred), move(drawn.sigma[blurred])
-            images.index_copy_(0, chosen, blur(images.index_select(0, chosen), sigma, self.reach))
+        blurred = drawn.blurred.nonzero().squeeze(1)
+        blurred = blurred[drawn.sigma[blurred].argsort()]  # narrow ones together, as they take less
+        for part in blurred.split(images_at_once(images)) if len(blurred) else ():
+            chosen, sigma = move(part), drawn.sigma[part]
+            images.index_copy_(0, chosen, blur(images.index_select(0, chosen), move(sigma), reach(sigma[-1].item())))
         return images
-
-    @property
-    def reach(self) -> int:
-        """Pixels on each side that the widest blur needs."""
-        return max(1, math.floor(4 * self.recipe.blur_sigma[1] * self.size / REFERENCE_SIZE))
 
     def draw(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Drawn:
         """What `augment` draws for B images of `to_unit`."""
@@ -211,5 +213,6 @@ class Views:
         if self.recipe.grayscale_probability > 0:
             images = torch.where(grayed[:, None, None, None], gray(images), images)
         if self.recipe.blur_probability > 0:
-            images = torch.where(blurred[:, None, None, None], blur(images, sigma, self.reach), images)
+            widest = reach(self.recipe.blur_sigma[1] * self.size / REFERENCE_SIZE)
+            images = torch.where(blurred[:, None, None, None], blur(images, sigma, widest), images)
         return images

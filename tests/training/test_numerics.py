@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moco.errors import UserError
-from moco.model.processor import has_bf16
+from moco.model.processor import is_fast_at_bf16
 from moco.training.numerics import autocast, choose_device, choose_precision, set_up
 from moco.training.progress import ProgressDisplay, clock
 
@@ -69,7 +69,7 @@ def test_fp16_is_refused_without_cuda() -> None:
 
 
 def test_auto_precision_on_a_cpu_follows_its_instructions() -> None:
-    expected = torch.bfloat16 if has_bf16() else torch.float32
+    expected = torch.bfloat16 if is_fast_at_bf16() else torch.float32
     assert choose_precision("auto", CPU) is expected
     assert choose_precision("auto", torch.device("mps")) is torch.float32
 

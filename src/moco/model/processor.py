@@ -10,19 +10,31 @@ from pathlib import Path
 @functools.cache
 def flags() -> frozenset[str]:
     """Names that Linux gives to the processor's abilities on x86; none elsewhere."""
+    return frozenset(_told("flags").split())
+
+
+@functools.cache
+def _told(field: str) -> str:
+    """What Linux says of the first processor; "" where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
-def has_bf16() -> bool:
-    """Whether it multiplies bfloat16; elsewhere that is slower than fp32."""
-    return bool(flags() & {"avx512_bf16", "amx_bf16"})
+def is_fast_at_bf16() -> bool:
+    """Whether bfloat16 trains faster than fp32: tile by tile, or by AMD's vectors. Those of an Intel Xeon have half the
+    rate of fp32 (benchmarks/README.md)."""
+    return has_bf16_tiles() or ("avx512_bf16" in flags() and _told("vendor_id") == "AuthenticAMD" and _may_use("BF16"))
 
 
 def has_bf16_tiles() -> bool:
     """Whether it multiplies matrices of bfloat16, tile by tile: several times the rate of its vectors."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "AMX").upper()  # oneDNN's own setting
-    return "amx_bf16" in flags() and ("AMX" in allowed or allowed in ("ALL", "DEFAULT"))
+    return "amx_bf16" in flags() and _may_use("AMX")
+
+
+def _may_use(instructions: str) -> bool:
+    """By oneDNN's own setting, which names the newest that it may use; AMX is newer than BF16."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    return allowed in ("ALL", "DEFAULT") or "AMX" in allowed or instructions in allowed

@@ -13,7 +13,7 @@ from torch import nn
 
 from moco.errors import DivergedError, UserError
 from moco.memory import full_memory
-from moco.model.processor import has_bf16
+from moco.model.processor import is_fast_at_bf16
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
@@ -45,7 +45,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    """`auto`: bf16 where the hardware is fast at it, fp16 on older GPUs, else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if wanted != "auto":
         if wanted == "fp16" and device.type != "cuda":
@@ -54,7 +54,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         # Ampere (compute capability 8) is the first with bf16 units; a T4 (7.5) has fp16 alone.
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    if device.type == "cpu" and has_bf16():
+    if device.type == "cpu" and is_fast_at_bf16():
         return torch.bfloat16
     return torch.float32
 

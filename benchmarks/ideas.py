@@ -66,6 +66,7 @@ class Options:
     full_query: bool = True  # whether the large view is a query too
     sizes: tuple[tuple[float, int], ...] = ()  # (progress, pixels of the views until then), then as the images
     predictor: bool = False  # two more layers on the queries' side (BYOL, arXiv 2006.07733)
+    two_queues: bool = False  # with a symmetric loss: one for the keys of either view
     neighbours: bool = False  # the queue's key nearest to the positive stands for it (NNCLR, arXiv 2104.14548)
     patches: int = 0  # so many small views in place of everything else, no keys (EMP-SSL, arXiv 2304.03977)
     pull: float = 200.0  # weight of the patches' cosine similarity to their mean; the paper's
@@ -115,7 +116,8 @@ IDEAS = {
     "lr_half": Idea("half the learning rate", {"lr": 0.02}),
     "lr_double": Idea("twice the learning rate", {"lr": 0.08}),
     "lr_triple": Idea("three times the learning rate", {"lr": 0.12}),
-    "warmup": Idea("no warm-up", {"warmup": 0.0}),
+    "no_warmup": Idea("no warm-up", {"warmup": 0.0}),
+    "warmup_more": Idea("warm-up for a tenth of the run", {"warmup": 0.1}),
     "decay_1e-4": Idea("less weight decay", {"weight_decay": 1e-4}),
     "decay_1e-3": Idea("more weight decay", {"weight_decay": 1e-3}),
     "queue_16384": Idea("four times the queue", {"queue": 16384}),
@@ -138,6 +140,9 @@ IDEAS = {
     "small_alone": Idea("four queries of 20 pixels, none of the whole size", options=Options(4, full_query=False)),
     "progressive": Idea("views of 20, 24, 32 pixels, from 0, 50, 80 %", options=Options(sizes=((0.5, 20), (0.8, 24)))),
     "progressive_24": Idea("views of 24 pixels for 70 % of the run", options=Options(sizes=((0.7, 24),))),
+    "two_queues": Idea("both views as queries, a queue for the keys of each", {"loss": "symmetric"},
+                       Options(two_queues=True)),
+    "blur": Idea("blur of up to a pixel", {"augmentation": "v2", "blur_sigma": [0.7, 7.0]}),
     "predictor": Idea("a predictor on the queries", options=Options(predictor=True)),
     "neighbours": Idea("nearest neighbours as positives", options=Options(neighbours=True)),
     "one_encoder": Idea("gradients through both views, no key encoder", options=Options(one_encoder=True)),
@@ -171,6 +176,7 @@ class Step:
             mlp=section.head == "mlp", symmetric=section.loss == "symmetric", shuffle=section.shuffle,
         ).to(memory_format=torch.channels_last)  # fmt: skip
         hidden = last_width(self.model.query_encoder)
+        self.second_queue = self.model.queue.roll(section.queue // 2, 0) if options.two_queues else None
         self.predictor: nn.Module = nn.Identity()
         if options.predictor:
             self.predictor = nn.Sequential(
@@ -207,20 +213,24 @@ class Step:
         few = [self.small(unit, generator) for _ in range(options.small)]
         with autocast(CPU, self.precision):
             keys = [model.encode_queries(b)] if options.one_encoder else model.keys(a, b, generator)
-            groups = [(a, keys[0])] if options.full_query else []
+            groups = [(a, keys[0], model.queue)] if options.full_query else []
             if model.symmetric:
-                groups.append((b, keys[1]))
-            found = [(self._queries(view), key) for view, key in groups]
+                groups.append((b, keys[1], model.queue if self.second_queue is None else self.second_queue))
+            found = [(self._queries(view), key, queue) for view, key, queue in groups]
             if few:
-                found += [(part, keys[0]) for part in self._queries(torch.cat(few)).chunk(options.small)]
+                found += [(part, keys[0], model.queue) for part in self._queries(torch.cat(few)).chunk(options.small)]
         loss_of = self._to_neighbours if options.neighbours else self._to_keys
-        losses = [loss_of(queries, key) for queries, key in found]
-        loss = torch.stack(losses).mean()
+        loss = torch.stack([loss_of(*each) for each in found]).mean()
         if options.one_encoder:  # the other way round too, as both have their gradients
-            loss = (loss + loss_of(keys[0], found[0][0])) / 2
+            loss = (loss + loss_of(keys[0], found[0][0], model.queue)) / 2
         self._take(loss)
         momentum = key_momentum(section.momentum, section.momentum_schedule, fraction)
-        model.update(torch.cat(keys).detach(), momentum)
+        if self.second_queue is None:
+            model.update(torch.cat(keys).detach(), momentum)
+        else:
+            model.update(keys[0], momentum)
+            places = (model.cursor - len(keys[1]) + torch.arange(len(keys[1]))) % len(self.second_queue)
+            self.second_queue.index_copy_(0, places, keys[1])
         return loss.detach()
 
     def _take(self, loss: Tensor) -> Tensor:
@@ -246,12 +256,11 @@ class Step:
     def _queries(self, images: Tensor) -> Tensor:
         return F.normalize(self.predictor(self.model.query_encoder(images)).float(), dim=1)
 
-    def _to_keys(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return info_nce(queries, keys, self.model.queue, self.config.temperature)[0]
+    def _to_keys(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+        return info_nce(queries, keys, queue, self.config.temperature)[0]
 
-    def _to_neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def _to_neighbours(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
         """The positive is the queue's nearest to the key; the rest of the queue are the negatives."""
-        queue = self.model.queue
         return F.cross_entropy(queries @ queue.T / self.config.temperature, (keys @ queue.T).argmax(1))
 
 

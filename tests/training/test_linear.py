@@ -93,6 +93,15 @@ def test_no_scaling_is_the_identity() -> None:
     assert torch.equal(weight, layer.weight) and torch.equal(bias, layer.bias)
 
 
+def test_a_constant_is_told_from_what_varies_at_any_size() -> None:
+    """Over as many rows as there are images, where the mean of a constant is not quite it."""
+    noise = torch.randn(20_001, generator=torch.Generator().manual_seed(0))
+    columns = [*(torch.full_like(noise, value) for value in (0.0, 0.3, 1000.3)), 1000.3 + noise, 1e-4 * noise]
+    std = make_scaling(torch.stack(columns, 1), "standardize").std
+    assert std[:3].tolist() == [1, 1, 1]
+    torch.testing.assert_close(std[3:] / noise.std(correction=0), torch.tensor([1.0, 1e-4]), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.3])
 def test_a_constant_dimension_does_no_harm(constant: float) -> None:
     """Not here, and not for an image that is the first to differ in it."""

@@ -39,7 +39,7 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.linear import LinearFit, fit_linear
-from moco.training.numerics import choose_device, set_up
+from moco.training.numerics import choose_device, choose_precision, set_up
 
 FEATURE_BATCH = 256  # images
 CROP_SCALE = (0.5, 1.0)  # of the extra views: light, since the classifier will see whole images
@@ -153,17 +153,26 @@ def classifier_views(
 def feature_sets(
     network: nn.Module, parts: list[DecodedSplit], views: Views, section: TrainConfig, device: torch.device
 ) -> Tensor:
-    """V x N x D: features of all images of the parts, as they are and in V - 1 random views (V: train.views)."""
+    """V x N x D: features of all images of the parts, as they are and in V - 1 random views (V: train.views).
+
+    Of those that are random anyway in the precision that is fastest; of images as they are in fp32, as the classifier
+    will see them."""
     network.to(device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(section.seed)
+    fastest = choose_precision("auto", device)
 
-    def one(prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    def one(prepare: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
         return torch.cat(
-            [features.extract(network, p.images, prepare, batch_size=FEATURE_BATCH, device=device) for p in parts]
+            [
+                features.extract(
+                    network, part.images, prepare, batch_size=FEATURE_BATCH, device=device, precision=precision
+                )
+                for part in parts
+            ]
         )
 
-    random = [one(lambda batch: views(views.to_unit(batch), generator)) for _ in range(section.views - 1)]
-    return torch.stack([one(views.plain), *random])
+    random = [one(lambda batch: views(views.to_unit(batch), generator), fastest) for _ in range(section.views - 1)]
+    return torch.stack([one(views.plain, torch.float32), *random])
 
 
 def labelled(

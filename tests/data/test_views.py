@@ -152,6 +152,13 @@ def test_blur_equals_torchvisions_gaussian_blur_with_a_wide_kernel(sigma: float)
     )  # as where all images share it
 
 
+def test_a_blur_reaches_as_far_as_the_image_does() -> None:
+    """In either direction, as reflected borders are no wider than the image."""
+    images = colours()[:, :, :3, :2]
+    found = pixels.blur(images, torch.full((len(images),), 2.0), 8)
+    torch.testing.assert_close(found, tvf.gaussian_blur(images, [3, 5], [2.0, 2.0]), atol=2e-6, rtol=0)
+
+
 def test_jitter_applies_all_four_operations_in_a_drawn_order() -> None:
     factors = torch.tensor([[0.7, 1.3, 0.6, 0.1]]).expand(4, -1)
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")

@@ -40,9 +40,18 @@ def test_gradients_are_the_same_in_any_memory_format() -> None:
             assert torch.equal(theirs, ours)
 
 
-def test_it_works_in_place() -> None:
+def test_it_works_in_place_as_its_gradients_do() -> None:
+    leaf = torch.tensor([1.0, -1.0]).bfloat16().requires_grad_()
+    x = leaf * 1
+    Bf16ReLU(inplace=True)(x)
+    assert x.tolist() == [1, 0]
+    x.sum().backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == [1, 0]
+
+
+def test_it_keeps_its_input_where_it_is_told_to() -> None:
     x = torch.tensor([1.0, -1.0]).bfloat16()
-    assert Bf16ReLU(inplace=True)(x) is not None and x.tolist() == [1, 0]
+    assert Bf16ReLU()(x).tolist() == [1, 0] and x.tolist() == [1, -1]
 
 
 def test_other_types_are_left_to_the_library() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from conftest import write_params
@@ -19,9 +18,7 @@ from moco.training.features import extract
 CPU = torch.device("cpu")
 
 
-def test_images_as_they_are_keep_fp32_and_random_views_take_the_fastest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_as_they_are_keep_fp32_and_random_views_take_the_precision(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = strip_head(build_encoder(Architecture("small_resnet", "small", 8, 2), 3))
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
@@ -31,8 +28,7 @@ def test_images_as_they_are_keep_fp32_and_random_views_take_the_fastest(
     section = params.load(tmp_path / "params.yaml").train
     found = {}
     for precision in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(train, "choose_precision", lambda *_, precision=precision: precision)
-        found[precision] = train.feature_sets(network, [split, split], views, section, CPU)
+        found[precision] = train.feature_sets(network, [split, split], views, section, CPU, precision)
     full, short = found[torch.float32], found[torch.bfloat16]
     assert full.shape == (3, 40, 32)
     plain = extract(network, images, views.plain, batch_size=train.FEATURE_BATCH, device=CPU)

@@ -67,6 +67,16 @@ def test_every_strategy_asks_for_different_images_and_for_the_same_again(moco: M
     assert len(asked) >= len(STRATEGIES) - 1, "they are not all the same strategy"
 
 
+def test_every_strategy_works_in_bf16(moco: Moco, project: Path) -> None:
+    """What `auto` takes on most machines; the jitter of small images once met it."""
+    write_params(project, pretrain__precision="bf16")
+    run_all(moco, "data", "pretrain", "train")
+    for strategy in STRATEGIES:
+        done = moco("request", "--strategy", strategy, "--budget", "7")
+        assert done.returncode == 0, done.stderr
+        assert len({row["image"] for row in form(project)}) == 7, strategy
+
+
 def test_nothing_that_is_labelled_and_no_copy_is_asked_for(moco: Moco, project: Path) -> None:
     dataset = project / "dataset"
     shutil.copy(dataset / "train/6.png", dataset / "unlabeled/8.png")

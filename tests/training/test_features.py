@@ -192,3 +192,17 @@ def test_features_in_bf16_are_returned_in_fp32_and_close() -> None:
     short = extract(model, images, unit, batch_size=3, device=cpu, precision=torch.bfloat16)
     assert short.dtype is torch.float32 and not torch.equal(short, full)
     torch.testing.assert_close(short, full, rtol=0.1, atol=0.05)
+
+
+def test_images_are_prepared_in_fp32_whatever_the_precision() -> None:
+    """Under autocast the products that resample small images would be rounded, and the jitter refuse them."""
+    made = []
+
+    def prepare(batch: Tensor) -> Tensor:
+        images = unit(batch)
+        made.append(images.flatten(2) @ torch.eye(64))
+        return images
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    extract(network(), images, prepare, batch_size=3, device=torch.device("cpu"), precision=torch.bfloat16)
+    assert {each.dtype for each in made} == {torch.float32}

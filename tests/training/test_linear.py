@@ -72,7 +72,7 @@ def test_weights_apply_to_features_as_they_come(scaling: str) -> None:
 
 def test_scaling_is_folded_into_the_layer_exactly() -> None:
     features = blobs(50, 0)[0][0]
-    scaling = make_scaling(features, "standardize")
+    scaling = make_scaling(features[None], "standardize")
     scaled = scaling.apply(features)
     torch.testing.assert_close(scaled.mean(0), torch.zeros(WIDTH), rtol=0, atol=1e-4)
     torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(WIDTH), rtol=1e-4, atol=0)
@@ -86,7 +86,7 @@ def test_scaling_is_folded_into_the_layer_exactly() -> None:
 
 def test_no_scaling_is_the_identity() -> None:
     features = blobs(50, 0)[0][0]
-    scaling = make_scaling(features, "none")
+    scaling = make_scaling(features[None], "none")
     assert torch.equal(scaling.apply(features), features)
     layer = nn.Linear(WIDTH, CLASSES)
     weight, bias = scaling.fold(layer)
@@ -97,7 +97,10 @@ def test_a_constant_is_told_from_what_varies_at_any_size() -> None:
     """Over as many rows as there are images, where the mean of a constant is not quite it."""
     noise = torch.randn(20_001, generator=torch.Generator().manual_seed(0))
     columns = [*(torch.full_like(noise, value) for value in (0.0, 0.3, 1000.3)), 1000.3 + noise, 1e-4 * noise]
-    std = make_scaling(torch.stack(columns, 1), "standardize").std
+    full = torch.stack(columns, 1)
+    std = make_scaling(torch.stack([full, full.bfloat16().float(), full]), "standardize").std
+    assert std[:3].tolist() == [1, 1, 1]
+    std = make_scaling(full[None], "standardize").std
     assert std[:3].tolist() == [1, 1, 1]
     torch.testing.assert_close(std[3:] / noise.std(correction=0), torch.tensor([1.0, 1e-4]), rtol=1e-3, atol=0)
 

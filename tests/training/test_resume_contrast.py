@@ -17,7 +17,6 @@ from moco import params
 from moco.config import PretrainConfig
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
-from moco.model.processor import is_fast_at_bf16
 from moco.stages.contrast import ContrastStep, build_model
 from moco.training.checkpoints import load_weights, save_weights
 
@@ -198,7 +197,6 @@ def test_weights_stay_channels_last_and_the_queue_unit_length(variant: str, tmp_
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
-@pytest.mark.skipif(not is_fast_at_bf16(), reason="this processor has no bf16")
 def test_bf16_trains_with_fp32_weights_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     config = make_config(tmp_path, **VARIANTS["split-shuffle-symmetric"])
     straight = make_step(config, torch.bfloat16)

@@ -39,12 +39,13 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     is made from; those beyond 4 sigma are left out, as they would not be seen, so a larger radius changes nothing.
 
     Shifted images are added up, weighted, as every image has its own bell."""
-    reach = min(radius, *(length - 1 for length in images.shape[2:]))
-    distance, sigma = torch.arange(-reach, reach + 1, device=images.device), sigma.float()[:, None]
-    bell = torch.exp(distance.square() * (-0.5 / sigma.square())) * (distance.abs() <= 4 * sigma)
-    bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
-    images = F.pad(images, (reach, reach, reach, reach), mode="reflect")
-    for dimension in (2, 3):
+    sigma = sigma.float()[:, None]
+    high, wide = (min(radius, length - 1) for length in images.shape[2:])
+    images = F.pad(images, (wide, wide, high, high), mode="reflect")
+    for dimension, reach in ((2, high), (3, wide)):
+        distance = torch.arange(-reach, reach + 1, device=images.device)
+        bell = torch.exp(distance.square() * (-0.5 / sigma.square())) * (distance.abs() <= 4 * sigma)
+        bell = (bell / bell.sum(1, keepdim=True))[:, :, None, None, None]
         length = images.shape[dimension] - 2 * reach
         blurred = images.narrow(dimension, reach, length) * bell[:, reach]
         for shift in range(2 * reach + 1):

@@ -157,7 +157,8 @@ class Views:
         """A view in [0, 1], before normalisation. `generator` is on the CPU.
 
         first, total: the images stand from place `first` on in a batch of `total`, of which other processes have the
-        rest. Views, and the generator afterwards, are those of a process that has the whole batch."""
+        rest. Views (but for the rounding of a blur) and the generator afterwards are those of a process that has the
+        whole batch."""
         drawn = self.draw(unit, generator, first, total)
 
         def move(values: Tensor) -> Tensor:

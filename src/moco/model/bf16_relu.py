@@ -17,10 +17,12 @@ MINUS_INFINITY = -128  # its bits; above it are the negative NaNs, then all that
 
 
 class Bf16ReLU(nn.ReLU):
-    """nn.ReLU(inplace=True), which it is for other types and devices. NaNs stay NaNs; -0 becomes 0."""
+    """nn.ReLU, which it is for other types and devices, and where it does not work in place.
+
+    NaNs stay NaNs, though some have no gradient; -0 becomes 0."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.bfloat16 or x.device.type != "cpu":
+        if not self.inplace or x.dtype is not torch.bfloat16 or x.device.type != "cpu":
             return super().forward(x)
         return _Bits.apply(x)  # type: ignore[no-any-return]
 

@@ -6,6 +6,8 @@ import functools
 import os
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @functools.cache
 def flags() -> frozenset[str]:
@@ -17,7 +19,7 @@ def flags() -> frozenset[str]:
 def _told(field: str) -> str:
     """What Linux says of the first processor; "" where it does not."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
@@ -35,6 +37,7 @@ def has_bf16_tiles() -> bool:
 
 
 def _may_use(instructions: str) -> bool:
-    """By oneDNN's own setting, which names the newest that it may use; AMX is newer than BF16."""
+    """By oneDNN's own setting, which names the newest that it may use."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    return allowed in ("ALL", "DEFAULT") or "AMX" in allowed or instructions in allowed
+    with_them = {"AMX": ("AMX",), "BF16": ("BF16", "FP16", "AVX10", "AMX")}[instructions]
+    return allowed in ("ALL", "DEFAULT") or any(name in allowed for name in with_them)

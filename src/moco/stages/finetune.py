@@ -235,7 +235,8 @@ def _fit_last_layer(
 ) -> None:  # fmt: skip
     """Fits it without the held-out images, in place (see above). known: labels of all images of the parts."""
     layer, network.fc = network.fc, nn.Identity()
-    stack = feature_sets(network, parts, linear_views(manifest, device), config.train, device)
+    precision = choose_precision(config.pretrain.precision, device)
+    stack = feature_sets(network, parts, linear_views(manifest, device), config.train, device, precision)
     network.fc = layer
     labels = torch.from_numpy(known)
     fit = fit_linear(

@@ -109,7 +109,10 @@ def train_classifier(
             _draw(record, inputs, train_features, val_features)
 
         body = strip_head(network)
-        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check)
+        precision = choose_precision(config.pretrain.precision, device)
+        fit, results = classify(
+            body, inputs.splits, views, section, classes, device, record.log, look, check, precision
+        )
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -151,27 +154,21 @@ def classifier_views(
 
 
 def feature_sets(
-    network: nn.Module, parts: list[DecodedSplit], views: Views, section: TrainConfig, device: torch.device
-) -> Tensor:
+    network: nn.Module, parts: list[DecodedSplit], views: Views, section: TrainConfig, device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """V x N x D: features of all images of the parts, as they are and in V - 1 random views (V: train.views).
 
-    Of those that are random anyway in the precision that is fastest; of images as they are in fp32, as the classifier
-    will see them."""
+    precision: of the network for the random views. What images are as they are is computed in fp32, in which the
+    classifier will see them."""
     network.to(device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(section.seed)
-    fastest = choose_precision("auto", device)
 
     def one(prepare: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
-        return torch.cat(
-            [
-                features.extract(
-                    network, part.images, prepare, batch_size=FEATURE_BATCH, device=device, precision=precision
-                )
-                for part in parts
-            ]
-        )
+        how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "precision": precision}
+        return torch.cat([features.extract(network, part.images, prepare, **how) for part in parts])
 
-    random = [one(lambda batch: views(views.to_unit(batch), generator), fastest) for _ in range(section.views - 1)]
+    random = [one(lambda batch: views(views.to_unit(batch), generator), precision) for _ in range(section.views - 1)]
     return torch.stack([one(views.plain, torch.float32), *random])
 
 
@@ -192,10 +189,11 @@ def labelled(
 def classify(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: TrainConfig,
     classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
-    check: Callable[[Tensor], None] = lambda _: None,
+    check: Callable[[Tensor], None] = lambda _: None, precision: torch.dtype = torch.float32,
 ) -> tuple[LinearFit, Metrics]:  # fmt: skip
     """Fits the linear layer on features of train (and `extra`); returns it with the accuracies. look: gets the features
-    of both and those of val (N x D each). check: gets the features of both before anything is fitted.
+    of both and those of val (N x D each). check: gets the features of both before anything is fitted. precision: as in
+    `feature_sets`.
 
     The epoch is chosen on a held-out part of train; with `refit` the layer is then trained on all labels
     for so many epochs. val is measured once, at the end, and decides nothing. Images of `extra` are never held out:
@@ -205,7 +203,7 @@ def classify(
     assert val.labels is not None
     parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
     labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.labels)
-    stack = feature_sets(network, parts, views, section, device)
+    stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
     results = {"best_held_out_accuracy": fit.accuracy}

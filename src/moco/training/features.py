@@ -41,8 +41,9 @@ def extract(
     with eval_mode(network):
         for first in range(0, len(images), batch_size):
             batch = torch.from_numpy(gather(images, np.arange(first, min(first + batch_size, len(images)))))
+            inputs = prepare(batch)  # outside autocast: views are made in fp32, as in training
             with autocast(device, precision):
-                parts.append(network(prepare(batch)).float().cpu())
+                parts.append(network(inputs).float().cpu())
     return torch.cat(parts)
 
 

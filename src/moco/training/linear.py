@@ -48,19 +48,23 @@ class Scaling:
         return weight.float(), bias.float()
 
 
-def make_scaling(features: Tensor, kind: str) -> Scaling:
-    """`standardize`: zero mean and unit variance over the rows; `none`: the identity.
+def make_scaling(views: Tensor, kind: str) -> Scaling:
+    """views: V x N x D. `standardize`: zero mean over all rows, unit variance within each view; `none`: the identity.
 
-    A dimension that is constant over the rows is not scaled: its weights are never trained, and a small
-    divisor would let them drown all others wherever an image is the first not to have that constant.
+    A dimension that is constant within each view (these may differ in precision) is not scaled: its weights are never
+    trained, and a small divisor would let them drown all others wherever an image is the first not to have that
+    constant.
     """
-    width = features.shape[1]
+    width = views.shape[2]
     if kind == "none":
         return Scaling(torch.zeros(width), torch.ones(width))
-    mean = features.mean(0)
-    # `std` over the rows takes fifteen times as long as sums of parts that fit the cache.
-    squares = torch.stack([(part - mean).square_().sum(0) for part in features.split(ROWS)]).sum(0)
-    std = (squares / len(features)).sqrt()
+    means = views.mean(1)
+    # `std` over rows takes fifteen times as long as sums of parts that fit the cache.
+    squares = [
+        (part - mean).square_().sum(0) for view, mean in zip(views, means, strict=True) for part in view.split(ROWS)
+    ]
+    std = (torch.stack(squares).sum(0) / views[..., 0].numel()).sqrt()
+    mean = means.mean(0)
     least = 1e-6 * mean.abs().clamp(min=1)  # a constant's mean is rounded
     return Scaling(mean, torch.where(std > least, std, torch.ones_like(std)))
 
@@ -78,7 +82,7 @@ def fit_linear(
     loss or the weights are no numbers any more.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    scaling = make_scaling(views.flatten(0, 1), config.feature_scaling)
+    scaling = make_scaling(views, config.feature_scaling)
     views, held = scaling.apply(views), scaling.apply(held)
     layer = nn.Linear(views.shape[2], classes)
     with torch.no_grad():  # He et al. 2020, section 4.1: normal weights with std 0.01

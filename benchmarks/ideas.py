@@ -164,6 +164,8 @@ class Step:
                   options.one_encoder, config.pretrain.loss == "symmetric")  # fmt: skip
         if options.patches and any(others):
             raise SystemExit("patches stand in place of everything else: only `recalibrated` goes with them")
+        if options.two_queues and options.one_encoder:
+            raise SystemExit("one encoder has keys of one view: there is nothing for a second queue")
         self.config, self.options, self.size = config.pretrain, options, size
         section = config.pretrain
         torch.manual_seed(section.seed)

@@ -27,7 +27,7 @@ from moco.params import load
 from moco.stages.encoder_file import load_encoder
 from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder
-from moco.training.numerics import set_up
+from moco.training.numerics import choose_precision, set_up
 
 CPU = torch.device("cpu")
 EPOCHS = 200
@@ -52,7 +52,10 @@ def main() -> None:
     views = linear_views(manifest, CPU)
     began = time.perf_counter()
     section = dataclasses.replace(config.train, epochs=EPOCHS)
-    fit, found = classify(body, splits, views, section, len(manifest.classes), CPU, lambda *_: None)
+    precision = choose_precision(config.pretrain.precision, CPU)
+    fit, found = classify(
+        body, splits, views, section, len(manifest.classes), CPU, lambda *_: None, precision=precision
+    )
     ours = time.perf_counter() - began
     print(f"ours: {ours:.1f} s, val {found['val_accuracy']:.2%}, best epoch {fit.epoch} of {EPOCHS}", flush=True)
 

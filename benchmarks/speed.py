@@ -1,4 +1,4 @@
-"""The pipeline's work beside the same work in the original's design (original.py), measured in turns in one process.
+"""The pipeline's work beside the same work in the original's design (original.py), measured in turns.
 
     python benchmarks/speed.py step --encoder resnet50 --size 96 --batch 64
     python benchmarks/speed.py step --encoder resnet18 --size 32 --batch 256 --imagenet-stem
@@ -13,6 +13,7 @@ images over 200 epochs; the baseline's time is that of two epochs, times 100.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import platform
 import statistics
@@ -33,11 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco.config import PretrainConfig, TrainConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
+from moco.data.cache import DecodedSplit
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
 from moco.model.momentum_contrast import MomentumContrast
 from moco.stages.contrast import ContrastStep
-from moco.training import features
+from moco.stages.train import feature_sets
 from moco.training.distributed import SOLO, Processes
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, matmul_rate, set_up
@@ -146,9 +148,11 @@ def write_images(folder: Path, count: int, size: int) -> np.ndarray:
 
 
 def epochs_on_request(side: str, folder: Path, size: int, batch: int, requests: Connection) -> None:
-    """A process of its own for one side of `input`: an epoch for each request, until it is None. The baseline's workers
-    are forked, after which a process pays for writing to each page of its memory: ours is not to pay for theirs."""
-    multiprocessing.set_start_method("fork", force=True)  # the baseline's loader's, which this process was not
+    """A process of its own for one side of `input`: an epoch for each request, until the pipe is closed.
+
+    The baseline's workers are forked, after which a process pays for writing to each page of its memory: ours is not to
+    pay for theirs."""
+    multiprocessing.set_start_method("fork", force=True)  # for the baseline's workers, though this one was spawned
     set_up(CPU, 0)
     images = np.load(folder / "images.npy")
     views = Views(recipe("v2", (0.2, 1.0), (0.1, 2.0)), size, original.MEAN, original.STD, CPU)
@@ -160,8 +164,9 @@ def epochs_on_request(side: str, folder: Path, size: int, batch: int, requests: 
             generator, unit = step_generator(0, number), views.to_unit(fetched)
             yield views(unit, generator), views(unit, generator)
 
-    while requests.recv() is not None:
-        requests.send(sum(1 for _ in (ours() if side == "ours" else loader)))
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while requests.recv():
+            requests.send(sum(1 for _ in (ours() if side == "ours" else loader)))
 
 
 def inputs(args: argparse.Namespace) -> None:
@@ -173,18 +178,20 @@ def inputs(args: argparse.Namespace) -> None:
         sides = []
         for side in ("baseline", "ours"):
             here, there = spawn.Pipe()
-            sides.append((here, spawn.Process(target=epochs_on_request,
-                                              args=(side, Path(place), args.size, args.batch, there))))  # fmt: skip
+            what = side, Path(place), args.size, args.batch, there
+            sides.append((here, spawn.Process(target=epochs_on_request, args=what)))
             sides[-1][1].start()
             there.close()  # so that a process that has ended is noticed
 
         def epoch(requests: Connection) -> Callable[[], object]:
             return lambda: (requests.send(True), requests.recv())
 
-        spent = alternate(epoch(sides[0][0]), epoch(sides[1][0]), args.rounds)
-        for requests, process in sides:
-            requests.send(None)
-            process.join()
+        try:
+            spent = alternate(epoch(sides[0][0]), epoch(sides[1][0]), args.rounds)
+        finally:
+            for requests, process in sides:
+                requests.close()
+                process.join()
         tell(f"input, two v2 views, {args.size} px, batch {args.batch}", len(images), spent)
 
 
@@ -206,13 +213,8 @@ def linear(args: argparse.Namespace) -> None:
         theirs = 100 * (spent[-1] - began)
     began = time.perf_counter()
     views = Views(recipe("crop", (0.2, 1.0), (0.1, 2.0)), args.size, original.MEAN, original.STD, CPU)
-    generator, fast = torch.Generator().manual_seed(0), body.to(memory_format=torch.channels_last)
-
-    def random_views(batch: Tensor) -> Tensor:
-        return views(views.to_unit(batch), generator)
-
-    prepared = [views.plain] + [random_views] * (args.views - 1)
-    stack = torch.stack([features.extract(fast, images, one, batch_size=512, device=CPU) for one in prepared])
+    part = DecodedSplit(images, labels.numpy(), np.empty((0, 16), np.uint8))
+    stack = feature_sets(body, [part], views, config, CPU, choose_precision("auto", CPU))
     fit_linear(stack[:, 500:], labels[500:], stack[0, :500], labels[:500], 10, config, lambda *_: None)
     ours = time.perf_counter() - began
     print(f"linear, {args.encoder}, {args.size} px, {args.views} views, 200 epochs: baseline {theirs:.0f} s (two "
@@ -231,7 +233,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, {commit.stdout.strip()}"
     )
-    set_up(CPU, 0)  # of the baseline as well, as both share the process
+    set_up(CPU, 0)  # of the baseline as well
     {"step": step, "input": inputs, "linear": linear}[args.work](args)
 
 

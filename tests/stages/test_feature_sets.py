@@ -36,3 +36,12 @@ def test_images_as_they_are_keep_fp32_and_random_views_take_the_precision(tmp_pa
         assert torch.equal(stack[0], torch.cat([plain, plain]))
     torch.testing.assert_close(short[1:], full[1:], rtol=0.05, atol=0.02)
     assert not torch.equal(short[1:], full[1:]) and not torch.equal(full[1], full[2])
+
+
+def test_pretraining_in_fp16_on_a_gpu_does_not_keep_a_processor_from_training(tmp_path: Path) -> None:
+    found = {}
+    for precision in ("auto", "fp16", "bf16", "fp32"):
+        write_params(tmp_path, pretrain__precision=precision)
+        found[precision] = train.views_precision(params.load(tmp_path / "params.yaml"), CPU)
+    assert found["fp16"] is found["auto"]
+    assert (found["bf16"], found["fp32"]) == (torch.bfloat16, torch.float32)

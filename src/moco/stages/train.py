@@ -97,7 +97,9 @@ def train_classifier(
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
-    chain = {**encoder.settings, **flatten(section, "train"), **settings}
+    chain = {
+        **encoder.settings, "pretrain.precision": config.pretrain.precision, **flatten(section, "train"), **settings,
+    }  # fmt: skip
     key = run_key(chain, manifest.digest)
     with open_run_folder(stage, key) as run_folder, Run(run_folder.path, stage, config.tracking, say) as record:
         labelled = sum(len(inputs.splits[name].images) for name in ("train", "extra") if name in inputs.splits)
@@ -109,10 +111,8 @@ def train_classifier(
             _draw(record, inputs, train_features, val_features)
 
         body = strip_head(network)
-        precision = choose_precision(config.pretrain.precision, device)
-        fit, results = classify(
-            body, inputs.splits, views, section, classes, device, record.log, look, check, precision
-        )
+        precise = views_precision(config, device)
+        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check, precise)
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -151,6 +151,12 @@ def classifier_views(
 ) -> Views:
     """Views of whole size, by a recipe that does not blur."""
     return Views(recipe(name, crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
+
+
+def views_precision(config: Config, device: torch.device) -> torch.dtype:
+    """Of the network for random views: pretraining's, though its fp16 may have been another machine's GPU's."""
+    wanted = config.pretrain.precision
+    return choose_precision("auto" if wanted == "fp16" and device.type != "cuda" else wanted, device)
 
 
 def feature_sets(

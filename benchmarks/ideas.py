@@ -140,7 +140,7 @@ IDEAS = {
     "small_alone": Idea("four queries of 20 pixels, none of the whole size", options=Options(4, full_query=False)),
     "progressive": Idea("views of 20, 24, 32 pixels, from 0, 50, 80 %", options=Options(sizes=((0.5, 20), (0.8, 24)))),
     "progressive_24": Idea("views of 24 pixels for 70 % of the run", options=Options(sizes=((0.7, 24),))),
-    "two_queues": Idea("both views as queries, a queue for the keys of each", {"loss": "symmetric"},
+    "two_queues": Idea("both views as queries, a queue for the keys of each", {"loss": "symmetric", "queue": 8192},
                        Options(two_queues=True)),
     "blur": Idea("blur of up to a pixel", {"augmentation": "v2", "blur_sigma": [0.7, 7.0]}),
     "predictor": Idea("a predictor on the queries", options=Options(predictor=True)),
@@ -164,8 +164,8 @@ class Step:
                   options.one_encoder, config.pretrain.loss == "symmetric")  # fmt: skip
         if options.patches and any(others):
             raise SystemExit("patches stand in place of everything else: only `recalibrated` goes with them")
-        if options.two_queues and options.one_encoder:
-            raise SystemExit("one encoder has keys of one view: there is nothing for a second queue")
+        if options.one_encoder and config.pretrain.loss == "symmetric":
+            raise SystemExit("one encoder has keys of one view, and learns both ways as it is")
         self.config, self.options, self.size = config.pretrain, options, size
         section = config.pretrain
         torch.manual_seed(section.seed)
@@ -178,7 +178,6 @@ class Step:
             mlp=section.head == "mlp", symmetric=section.loss == "symmetric", shuffle=section.shuffle,
         ).to(memory_format=torch.channels_last)  # fmt: skip
         hidden = last_width(self.model.query_encoder)
-        self.second_queue = self.model.queue.roll(section.queue // 2, 0) if options.two_queues else None
         self.predictor: nn.Module = nn.Identity()
         if options.predictor:
             self.predictor = nn.Sequential(
@@ -215,9 +214,9 @@ class Step:
         few = [self.small(unit, generator) for _ in range(options.small)]
         with autocast(CPU, self.precision):
             keys = [model.encode_queries(b)] if options.one_encoder else model.keys(a, b, generator)
-            groups = [(a, keys[0], model.queue)] if options.full_query else []
+            groups = [(a, keys[0], self._queue(0))] if options.full_query else []
             if model.symmetric:
-                groups.append((b, keys[1], model.queue if self.second_queue is None else self.second_queue))
+                groups.append((b, keys[1], self._queue(1)))
             found = [(self._queries(view), key, queue) for view, key, queue in groups]
             if few:
                 found += [(part, keys[0], model.queue) for part in self._queries(torch.cat(few)).chunk(options.small)]
@@ -227,13 +226,15 @@ class Step:
             loss = (loss + loss_of(keys[0], found[0][0], model.queue)) / 2
         self._take(loss)
         momentum = key_momentum(section.momentum, section.momentum_schedule, fraction)
-        if self.second_queue is None:
-            model.update(torch.cat(keys).detach(), momentum)
-        else:
-            model.update(keys[0], momentum)
-            places = (model.cursor - len(keys[1]) + torch.arange(len(keys[1]))) % len(self.second_queue)
-            self.second_queue.index_copy_(0, places, keys[1])
+        model.update(torch.cat(keys).detach(), momentum)
         return loss.detach()
+
+    def _queue(self, view: int) -> Tensor:
+        """All keys or, with two queues, those of one view: batches of both take turns in the ring."""
+        queue = self.model.queue
+        if not self.options.two_queues:
+            return queue
+        return queue.view(-1, 2, self.config.batch_size, queue.shape[1])[:, view].flatten(0, 1)
 
     def _take(self, loss: Tensor) -> Tensor:
         loss.backward()

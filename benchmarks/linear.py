@@ -25,9 +25,9 @@ from moco.data.prepare import open_decoded
 from moco.model.encoder import build_encoder, feature_width, load_body, strip_head
 from moco.params import load
 from moco.stages.encoder_file import load_encoder
-from moco.stages.train import classify, linear_views
+from moco.stages.train import classify, linear_views, views_precision
 from moco.stages.workspace import scratch_folder
-from moco.training.numerics import choose_precision, set_up
+from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")
 EPOCHS = 200
@@ -52,7 +52,7 @@ def main() -> None:
     views = linear_views(manifest, CPU)
     began = time.perf_counter()
     section = dataclasses.replace(config.train, epochs=EPOCHS)
-    precision = choose_precision(config.pretrain.precision, CPU)
+    precision = views_precision(config, CPU)
     fit, found = classify(
         body, splits, views, section, len(manifest.classes), CPU, lambda *_: None, precision=precision
     )

@@ -28,7 +28,8 @@ def _told(field: str) -> str:
 def is_fast_at_bf16() -> bool:
     """Whether bfloat16 trains faster than fp32: tile by tile, or by AMD's vectors. Those of an Intel Xeon have half the
     rate of fp32 (benchmarks/README.md)."""
-    return has_bf16_tiles() or ("avx512_bf16" in flags() and _told("vendor_id") == "AuthenticAMD" and _may_use("BF16"))
+    vectors = "avx512_bf16" in flags() and _told("vendor_id") == "AuthenticAMD"
+    return has_bf16_tiles() or (vectors and _may_use("BF16", "FP16", "AVX10", "AMX"))
 
 
 def has_bf16_tiles() -> bool:
@@ -36,8 +37,7 @@ def has_bf16_tiles() -> bool:
     return "amx_bf16" in flags() and _may_use("AMX")
 
 
-def _may_use(instructions: str) -> bool:
-    """By oneDNN's own setting, which names the newest that it may use."""
+def _may_use(*any_of: str) -> bool:
+    """By oneDNN's own setting, which names the newest instructions that it may use."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    with_them = {"AMX": ("AMX",), "BF16": ("BF16", "FP16", "AVX10", "AMX")}[instructions]
-    return allowed in ("ALL", "DEFAULT") or any(name in allowed for name in with_them)
+    return allowed in ("ALL", "DEFAULT") or any(name in allowed for name in any_of)

@@ -32,7 +32,7 @@ from moco.stages.encoder_file import load_encoder
 from moco.stages.extra_file import read_extra
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
-from moco.stages.train import classifier_views, feature_sets, labelled, linear_views
+from moco.stages.train import classifier_views, feature_sets, labelled, linear_views, views_precision
 from moco.stages.workspace import (
     CLASSIFIER,
     CLASSIFIER_EXTRA,
@@ -235,8 +235,8 @@ def _fit_last_layer(
 ) -> None:  # fmt: skip
     """Fits it without the held-out images, in place (see above). known: labels of all images of the parts."""
     layer, network.fc = network.fc, nn.Identity()
-    precision = choose_precision(config.pretrain.precision, device)
-    stack = feature_sets(network, parts, linear_views(manifest, device), config.train, device, precision)
+    views, precision = linear_views(manifest, device), views_precision(config, device)
+    stack = feature_sets(network, parts, views, config.train, device, precision)
     network.fc = layer
     labels = torch.from_numpy(known)
     fit = fit_linear(

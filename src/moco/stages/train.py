@@ -111,8 +111,8 @@ def train_classifier(
             _draw(record, inputs, train_features, val_features)
 
         body = strip_head(network)
-        precise = views_precision(config, device)
-        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check, precise)
+        dtype = views_precision(config, device)
+        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check, dtype)
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -170,8 +170,8 @@ def feature_sets(
     network.to(device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(section.seed)
 
-    def one(prepare: Callable[[Tensor], Tensor], precision: torch.dtype) -> Tensor:
-        how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "precision": precision}
+    def one(prepare: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "precision": dtype}
         return torch.cat([features.extract(network, part.images, prepare, **how) for part in parts])
 
     random = [one(lambda batch: views(views.to_unit(batch), generator), precision) for _ in range(section.views - 1)]

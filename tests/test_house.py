@@ -174,3 +174,11 @@ def test_the_package_is_importable_without_mlflow_and_dvc() -> None:
         if module != "moco.tracking.classifier_model":  # which MLflow copies and runs; nothing here imports it
             assert not re.search(r"^(import|from) (mlflow|dvc|docker)", path.read_text(), re.M), module
         assert "moco.tracking.classifier_model" not in imports(module)
+
+
+def test_every_error_code_is_listed_with_cause_and_cure() -> None:
+    """docs/troubleshooting.md lists exactly the codes of the source, each once."""
+    raised = {code for path in MODULES.values() for code in re.findall(r'"(E-[A-Z0-9-]+)"', path.read_text())}
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    listed = re.findall(r"^\| `(E-[A-Z0-9-]+)` \| .+ \| .+ \|$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(raised)

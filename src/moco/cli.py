@@ -224,7 +224,8 @@ def main() -> None:
             app()
     except UserError as error:
         if tells or isinstance(error, AloneError):
-            typer.echo(f"error: {one_line(str(error))}", err=True)
+            code = f" [{error.code}]" if error.code else ""
+            typer.echo(f"error: {one_line(str(error))}{code}", err=True)
         _end(1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "moco":

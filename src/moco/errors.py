@@ -14,7 +14,15 @@ def one_line(text: str) -> str:
 
 
 class UserError(Exception):
-    """Something the user can put right: says what is wrong, where, and what to do."""
+    """Something the user can put right: says what is wrong, where, and what to do.
+
+    code: a stable name such as E-DATA-CHANGED, listed with cause and cure in docs/troubleshooting.md; the sentence may
+    change, the code does not.
+    """
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class DivergedError(UserError):

@@ -42,6 +42,7 @@ BEHIND_THE_MANIFEST = {
     f"moco.data.{name}"
     for name in (
         "cache",
+        "class_names",
         "class_tree",
         "dataset",
         "decode",
@@ -55,7 +56,7 @@ BEHIND_THE_MANIFEST = {
     )
 }
 # Of these, what finds the images of folders with extra labels too.
-FINDS_LABELS = {"moco.data.class_tree"}
+FINDS_LABELS = {"moco.data.class_names", "moco.data.class_tree"}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

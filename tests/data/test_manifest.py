@@ -104,6 +104,26 @@ def test_a_part_of_the_labels_is_the_same_part_each_time(dataset: Path, tmp_path
     assert splits["train"].labels.tolist() == [row % 5 for row in rows]
 
 
+@pytest.mark.fault("few-labels")
+def test_a_part_of_the_labels_has_every_class_in_its_share(tmp_path: Path) -> None:
+    """`data.labelled: 800` once left 194 of 800 classes without a label."""
+    root = write_dataset(tmp_path / "dataset", train=120, classes=30)
+    labels = torch.arange(120) % 30
+    labels[:60] = labels[60:] % 2  # two classes have 34 each, the others some two
+    labels[60:] = torch.arange(60) % 30
+    torch.save(labels, root / "train_label_tensor.pt")
+    said: list[str] = []
+    for count in (30, 60):
+        config = data_config(root, labelled=count)
+        per_class = prepare(config, tmp_path / "scratch", said.append).splits["train"].per_class or []
+        assert sum(per_class) == count and min(per_class) == 1
+        assert len(per_class) == 30
+    assert per_class[0] in (16, 17) and per_class[1] in (16, 17), "half of the 32 to 34 that there are"
+    assert not [line for line in said if "without one" in line]
+    prepare(data_config(root, labelled=20), tmp_path / "scratch", said.append)
+    assert [line for line in said if "10 of 30 classes" in line]
+
+
 def test_more_labels_than_there_are_is_refused(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.labelled: 21 wanted, train has 20 images"):
         made(dataset, tmp_path, labelled=21)
@@ -136,7 +156,7 @@ def test_a_class_without_images_needs_the_number_of_classes_declared(dataset: Pa
     labels = torch.load(path)
     labels[7] = 800
     torch.save(labels, path)
-    with pytest.raises(UserError, match=r"train: 795 of 801 classes have no image \(5, 6, 7, 8, 9…\).*data\.classes"):
+    with pytest.raises(UserError, match=r"train: 795 of 801 .*\(5, 6, 7, .* and 785 more\).*data\.classes"):
         made(dataset, tmp_path)
     manifest = made(dataset, tmp_path, classes=801)
     assert len(manifest.classes) == 801

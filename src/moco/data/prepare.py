@@ -14,6 +14,7 @@ from filelock import FileLock
 from moco.config import DataConfig, flatten
 from moco.data import cache
 from moco.data.cache import Built, DecodedSplit
+from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
 from moco.data.decode import DIGEST_BYTES
 from moco.data.manifest import Manifest, SplitSummary
@@ -21,7 +22,6 @@ from moco.data.sources import open_dataset
 from moco.errors import Say, UserError
 from moco.files import own_folder
 
-CLASSES_SHOWN = 5
 # Where the images lie, how they are reached and how many may be missing: may differ between nodes. What was left out is
 # in the manifest.
 LOCATION = {
@@ -40,8 +40,8 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
     Raises UserError for whatever makes the data unusable; the cache of another dataset is never touched.
     """
     with open_dataset(config, scratch, say) as dataset:
-        _limit_labels(dataset, config.labelled)
         classes = _check_labels(dataset, config.classes)
+        _limit_labels(dataset, config.labelled, classes, say)
         built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable)
         manifest = _describe(dataset, classes, config, built)
         place = cache.install(built, manifest.digest, scratch)
@@ -99,15 +99,33 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def _limit_labels(dataset: Dataset, labelled: int | None) -> None:
-    """Keeps a fixed random choice of labelled train images; for trying how few labels suffice."""
+def _limit_labels(dataset: Dataset, labelled: int | None, classes: list[str], say: Say) -> None:
+    """Keep a fixed random choice of labelled train images, with every class in its share; for trying how few labels
+    suffice. Tell how many classes get none. Raises UserError where more are wanted than there are."""
     train = dataset.splits["train"]
     if labelled is None:
         return
     if labelled > len(train):
         raise UserError(f"data.labelled: {labelled} wanted, train has {len(train)} images")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:labelled])
-    train.keep(chosen)
+    assert train.labels is not None
+    train.keep(_stratified(train.labels, labelled))
+    if missing := len(set(range(len(classes))) - set(train.labels.tolist())):
+        say(f"warning: data.labelled: {labelled} labels leave {missing} of {len(classes)} classes without one")
+
+
+def _stratified(labels: np.ndarray, count: int) -> np.ndarray:
+    """Return rising rows of `count` images: of each class its share, rounded so that the sum is right, and one at
+    least as long as there are enough for all. labels: N int64."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    sizes = np.bincount(labels)
+    rank = np.empty(len(labels), np.int64)  # of an image among those of its class
+    for label in np.flatnonzero(sizes):
+        mine = order[labels[order] == label]
+        rank[mine] = np.arange(len(mine))
+    # The first of every class, then those that stand lowest within their classes. Ties go by the random order.
+    share = np.where(rank == 0, -1.0, (rank + 0.5) / sizes[labels])
+    chosen = order[np.argsort(share[order], kind="stable")[:count]]
+    return np.sort(chosen)
 
 
 def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
@@ -118,6 +136,8 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
         if not len(split):
             raise UserError(f"{split.name}: the split is empty")
     count = declared or (len(dataset.classes) if dataset.classes else int(train.max()) + 1)
+    if train.min() == train.max():
+        refuse_one_class("train", dataset.classes[:1] if dataset.classes else [str(train[0])])
     for name, labels in (("train", train), ("val", val)):
         bad = np.flatnonzero((labels < 0) | (labels >= count))
         if len(bad):
@@ -129,9 +149,8 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
     if declared is None and not dataset.classes:
         empty = sorted(set(range(count)) - set(train.tolist()))
         if empty:
-            shown = ", ".join(map(str, empty[:CLASSES_SHOWN]))
             raise UserError(
-                f"train: {len(empty)} of {count} classes have no image ({shown}…): a label out of range? "
+                f"train: {len(empty)} of {count} classes have no image ({first_ten(empty)}): a label out of range? "
                 "If it is meant so, set data.classes"
             )
     if dataset.classes and len(dataset.classes) != count:

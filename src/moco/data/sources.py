@@ -16,6 +16,7 @@ import torch
 
 from moco.config import DataConfig
 from moco.data import squashfs
+from moco.data.class_names import check_names, class_name
 from moco.data.class_tree import class_tree
 from moco.data.dataset import Dataset, Split
 from moco.data.generated import generate
@@ -180,7 +181,8 @@ def _class_names(folder: Folder) -> list[str] | None:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [class_name(line.strip()) for line in lines if line.strip()]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{path}: the class '{twice[0]}' stands there twice; give every class a name of its own")
+    check_names(names, path, lambda _: None)
     return names

@@ -82,7 +82,7 @@ def originals(data: Path, minutes: float, seed: int, rate: float | None, folder:
             if done >= 1:
                 break
     views = linear_views(manifest, CPU)
-    _, found = classify(
+    _, found, _ = classify(
         strip_head(step.query), splits, views, config.train, len(manifest.classes), CPU, lambda *_: None
     )
     return {"images": images, "linear": found["val_accuracy"], "knn": found["val_knn_accuracy"]}

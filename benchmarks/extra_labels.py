@@ -109,7 +109,7 @@ def main() -> None:
                     print(f"  agreement of {name} labels, by part: {parts or 'too few to tell'}", flush=True)
 
             look = agreement if count and not seed else lambda _: None
-            _, results = classify(
+            _, results, _ = classify(
                 opened.body, given, opened.views, section, classes, CPU, lambda *_: None, None, look
             )  # fmt: skip
             found[count].append(100 * results["val_accuracy"])

@@ -53,7 +53,7 @@ def main() -> None:
     began = time.perf_counter()
     section = dataclasses.replace(config.train, epochs=EPOCHS)
     precision = views_precision(config, CPU)
-    fit, found = classify(
+    fit, found, _ = classify(
         body, splits, views, section, len(manifest.classes), CPU, lambda *_: None, precision=precision
     )
     ours = time.perf_counter() - began

@@ -36,6 +36,7 @@ CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
     "moco.training.interrupt", "moco.holder", "moco.memory",
+    "moco.stages.provenance", "moco.training.significance",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.
 BEHIND_THE_MANIFEST = {

@@ -73,13 +73,13 @@ def test_a_scorer_that_knows_only_the_contract_gets_the_reported_accuracy(
     moco: Moco, project: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[dict[str, Tensor]] = []
-    accuracy = SupervisedStep.accuracy
+    correct = SupervisedStep.correct
 
-    def watched(self: SupervisedStep, *arguments: Any) -> float:
+    def watched(self: SupervisedStep, *arguments: Any) -> np.ndarray:
         measured.append({name: value.clone() for name, value in self.network.state_dict().items()})
-        return accuracy(self, *arguments)
+        return correct(self, *arguments)
 
-    monkeypatch.setattr(SupervisedStep, "accuracy", watched)
+    monkeypatch.setattr(SupervisedStep, "correct", watched)
     monkeypatch.setattr(stage, "clearly_better", lambda best, last, count: best > last)
     write_params(project, finetune__lr=20.0, finetune__epochs=10)
     run_all(moco, "finetune")

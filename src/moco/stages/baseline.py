@@ -22,6 +22,7 @@ from moco.data.views import Views
 from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head
 from moco.stages.architecture import chosen_architecture
+from moco.stages.provenance import write_provenance
 from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classifier_views, classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
@@ -50,10 +51,10 @@ def run(config: Config) -> None:
     with open_run_folder("baseline", key) as folder, Run(folder.path, "baseline", config.tracking, say) as record:
         record.start(chain, origin(config, manifest, device))
         random = strip_head(_network(architecture, classes, section.seed))
-        _, linear = classify(random, splits, views, config.train, classes, device, lambda *_: None)
+        _, linear, correct = classify(random, splits, views, config.train, classes, device, lambda *_: None)
         say(f"baseline: linear classifier on random weights: val {linear['val_accuracy']:.2%}")
         network = _network(architecture, classes, section.seed)
-        supervised = _supervised(network, splits, views, section, device, precision, record)
+        supervised, right = _supervised(network, splits, views, section, device, precision, record)
         say(f"baseline: supervised on the labels alone: val {supervised['val_accuracy']:.2%}")
         results = {f"random_{name}": value for name, value in linear.items()}
         results.update({f"supervised_{name}": value for name, value in supervised.items()})
@@ -61,6 +62,8 @@ def run(config: Config) -> None:
         path = REPORTS / "baseline" / "metrics.json"
         write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
         record.artifact(path)
+        correct = {f"random_{name}": row for name, row in correct.items()} | {"supervised_val_accuracy": right}
+        write_provenance(path.parent, manifest, architecture=architecture.as_dict(), correct=correct)
         folder.finish()
 
 
@@ -73,8 +76,8 @@ def _network(architecture: Architecture, classes: int, seed: int) -> nn.Module:
 def _supervised(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: BaselineConfig,
     device: torch.device, precision: torch.dtype, record: Run,
-) -> dict[str, float]:  # fmt: skip
-    """Trains from scratch on all labels and measures the result."""
+) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+    """Trains from scratch on all labels; returns the results and which images of val are right, booleans."""
     train, val = splits["train"], splits["val"]
     assert train.labels is not None and val.labels is not None
     sampler = EpochSampler(np.arange(len(train.labels)), section.batch_size, section.seed)
@@ -84,8 +87,10 @@ def _supervised(
     state = LoopState()
     train_supervised("baseline", step, train.images, sampler, state, record.log)
     refuse_broken(network, state.step)
-    return {
-        "val_accuracy": step.accuracy(val.images, val.labels),
+    correct = step.correct(val.images, val.labels)
+    results = {
+        "val_accuracy": float(correct.mean()),
         "minutes": state.seconds / 60,
         "images_seen": float(state.step * sampler.batch_size),
     }
+    return results, correct

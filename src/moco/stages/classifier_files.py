@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ SUBMISSION = "submission.py"
 @dataclass(frozen=True)
 class Classifier:
     """weights: state dict of the whole network. epoch: the one that they are from; accuracy: its share of correct
-    held-out images; optimizer: its state then. settings: of all stages up to here, by dotted name."""
+    held-out images; optimizer: its state then. settings: of all stages up to here, by dotted name. made_from: see
+    moco.stages.provenance. results: accuracies by name."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -33,12 +34,14 @@ class Classifier:
     accuracy: float
     optimizer: dict[str, Any]
     settings: dict[str, Any]
+    made_from: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
     """What a later stage takes from the folder. weights: those of model_sub.pth. settings: as text.
-    digest: sha256 of model_sub.pth."""
+    digest: sha256 of model_sub.pth. made_from: see moco.stages.provenance; {} in files of earlier versions."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -46,6 +49,7 @@ class TrainedClassifier:
     classes: list[str]
     settings: dict[str, str]
     digest: str
+    made_from: dict[str, Any] = field(default_factory=dict)
 
 
 def write_classifier(
@@ -60,6 +64,8 @@ def write_classifier(
         "architecture": found.architecture.as_dict(),
         "settings": {name: str(value) for name, value in found.settings.items()},
         "classes": manifest.classes,
+        "made_from": found.made_from,
+        "results": found.results,
         "weights": state,
         "optimizer": found.optimizer,
     }
@@ -91,7 +97,8 @@ def read_classifier(folder: Path) -> TrainedClassifier:
     try:
         architecture = Architecture(**best["architecture"])
         return TrainedClassifier(
-            architecture, weights, best["epoch"], best["classes"], best["settings"], sha256(folder / WEIGHTS)
-        )
+            architecture, weights, best["epoch"], best["classes"], best["settings"], sha256(folder / WEIGHTS),
+            best.get("made_from", {}),
+        )  # fmt: skip
     except (KeyError, TypeError):
         raise UserError(f"{paths[0]}: not a file of `moco {maker}`; {hint}") from None

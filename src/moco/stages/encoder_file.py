@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from moco.errors import UserError
+from moco.files import sha256
 from moco.model.encoder import Architecture, body_weights
 from moco.training.checkpoints import load_weights, save_weights
 
@@ -15,13 +16,14 @@ from moco.training.checkpoints import load_weights, save_weights
 class EncoderFile(NamedTuple):
     """weights: without the last layer. digest: of the data they were trained on. settings: of that training and
     its data, by dotted name, as text. projection: weights of the layers that contrast acted on (`fc.…`); empty in files
-    of before they were kept."""
+    of before they were kept. sha256: of the file."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
     digest: str
     settings: dict[str, str]
     projection: dict[str, Tensor]
+    sha256: str
 
 
 def save_encoder(
@@ -41,7 +43,8 @@ def load_encoder(path: Path) -> EncoderFile:
     try:
         architecture = Architecture(**content["architecture"])
         return EncoderFile(
-            architecture, content["weights"], content["data"], content["settings"], content.get("projection", {})
-        )
+            architecture, content["weights"], content["data"], content["settings"], content.get("projection", {}),
+            sha256(path),
+        )  # fmt: skip
     except (KeyError, TypeError):
         raise UserError(f"{path}: not an encoder file; run `moco pretrain` again") from None

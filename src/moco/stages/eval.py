@@ -27,6 +27,7 @@ from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
+from moco.stages.provenance import write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
     FINETUNED,
@@ -76,7 +77,8 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     submission = load_submission(classifier / "submission.py", hint)
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
     val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
-    settings = _settings(classifier, hint, maker is not None)
+    best = _made(classifier, hint, maker is not None)
+    settings, weights = best.get("settings", {}), sha256(classifier / "model_sub.pth")
     ours = classifier_settings(config, settings)
     if maker == MAKERS[FINETUNED]:
         ours |= flatten(config.finetune, "finetune")
@@ -84,12 +86,14 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
-    key = run_key({**chain, "weights": sha256(classifier / "model_sub.pth")}, manifest.digest)
+    key = run_key({**chain, "weights": weights}, manifest.digest)
     with open_run_folder("eval", key) as folder, Run(folder.path, stage, config.tracking, say) as record:
         record.start(chain, origin(config, manifest, device))
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)
-        record.log({**results, **_upstream(maker)}, 0)
+        record.log({**results, **_upstream(best)}, 0)
+        correct = {"val_accuracy": scores.predicted == scores.labels}
+        write_provenance(report, manifest, **_digests(best), weights=weights, correct=correct)
         for path in _write(report, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
         if (scores.predicted != scores.labels).any():
@@ -106,8 +110,9 @@ def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: 
     pictures.mistakes(np.stack([val.images[i] for i in worst]), said).save(path, "png")
 
 
-def _settings(folder: Path, hint: str, ours: bool) -> dict[str, str]:
-    """What the classifier was made with: its stage writes it into model_best_*.pth, which scoring does not need.
+def _made(folder: Path, hint: str, ours: bool) -> dict[str, Any]:
+    """Return what the classifier was made with and from, which scoring does not need: its stage writes it into
+    model_best_*.pth. {} where that file is missing or of other weights than model_sub.pth.
 
     ours: a stage of this project wrote the folder, so a damaged file is an error."""
     for path in folder.glob("model_best_*.pth"):
@@ -118,8 +123,16 @@ def _settings(folder: Path, hint: str, ours: bool) -> dict[str, str]:
                 raise
             say(f"warning: what the classifier was made with is not known: {error}")
             return {}
-        return found.get("settings", {}) if isinstance(found, dict) else {}
+        if isinstance(found, dict) and _same(found.get("weights"), load_weights(folder / "model_sub.pth", hint)):
+            return found
+        say(f"warning: {path} is of other weights than model_sub.pth: what that was made with is not known")
     return {}
+
+
+def _same(weights: Any, others: Any) -> bool:
+    if not isinstance(weights, dict) or not isinstance(others, dict) or weights.keys() != others.keys():
+        return False
+    return all(torch.equal(value, others[name]) for name, value in weights.items())
 
 
 def load_submission(path: Path, hint: str) -> ModuleType:
@@ -217,22 +230,23 @@ def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
     }
 
 
-def _upstream(maker: str | None) -> dict[str, float]:
-    """Headline figures of the stages before, so that one row of MLflow's table shows the whole chain."""
-    if maker is None:
-        return {}
-    found: dict[str, float] = {}
-    chosen = "held_out_accuracy" if maker == "finetune" else "best_held_out_accuracy"
-    wanted = {
-        "pretrain": {"loss": "pretrain_loss", "knn_accuracy": "knn_accuracy", "minutes": "pretrain_minutes",
-                     "images_seen": "images_seen"},
-        maker: {chosen: "held_out_accuracy", "val_knn_accuracy": "val_knn_accuracy"},
-    }  # fmt: skip
-    for stage, names in wanted.items():
-        path = REPORTS / stage / "metrics.json"
-        if path.is_file():
-            metrics = json.loads(path.read_text())
-            found.update({ours: metrics[theirs] for theirs, ours in names.items() if theirs in metrics})
+def _digests(best: dict[str, Any]) -> dict[str, str]:
+    """Return the digests of what the classifier was made from, as far as they are known."""
+    made_from = best.get("made_from", {})
+    return {name: made_from[name] for name in ("encoder", "start") if name in made_from}
+
+
+def _upstream(best: dict[str, Any]) -> dict[str, float]:
+    """Return headline figures of the stages that this classifier was made by, so that one row of MLflow's table shows
+    the whole chain. best: what its stage wrote beside the weights; the folder reports/ may be of another by now."""
+    pretraining = best.get("made_from", {}).get("pretraining", {})
+    names = {"loss": "pretrain_loss", "knn_accuracy": "knn_accuracy", "minutes": "pretrain_minutes",
+             "images_seen": "images_seen"}  # fmt: skip
+    found = {ours: pretraining[theirs] for theirs, ours in names.items() if theirs in pretraining}
+    if "held_out_accuracy" in best:
+        found["held_out_accuracy"] = best["held_out_accuracy"]
+    if "val_knn_accuracy" in best.get("results", {}):
+        found["val_knn_accuracy"] = best["results"]["val_knn_accuracy"]
     return found
 
 

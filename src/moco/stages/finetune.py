@@ -31,8 +31,9 @@ from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.extra_file import read_extra
 from moco.stages.pool_batches import PoolBatches
+from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
-from moco.stages.train import classifier_views, feature_sets, labelled, linear_views, views_precision
+from moco.stages.train import Correct, classifier_views, feature_sets, labelled, linear_views, views_precision
 from moco.stages.workspace import (
     CLASSIFIER,
     CLASSIFIER_EXTRA,
@@ -86,6 +87,10 @@ class BestEpoch:
         if self.best is None:
             raise ValueError("no epoch has been measured")
         return self.best if clearly_better(self.best["accuracy"], self.last, len(self.labels)) else self._now()
+
+    def correct(self) -> np.ndarray:
+        """Return which held-out images the network has right now, M booleans."""
+        return self.step.correct(self.images, self.labels)
 
     def _now(self) -> dict[str, Any]:
         return {
@@ -180,15 +185,20 @@ def _run(
     )  # fmt: skip
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
+    right = choice.correct()
+    correct = {"held_out_accuracy": right, "val_accuracy": step.correct(val.images, val.labels)}
     results = {
         "held_out_accuracy": chosen["accuracy"],
-        "val_accuracy": step.accuracy(val.images, val.labels),
+        "val_accuracy": float(correct["val_accuracy"].mean()),
         "best_epoch": chosen["epoch"],
         "minutes": state.seconds / 60,
         "images_seen": state.step * sampler.batch_size,
         "extra_labels": float(len(labels) - len(parts[0].images)),
     }
-    _write(config, Classifier(start.architecture, settings=chain, **chosen), manifest, results, record, state)
+    made_from = {**start.made_from, "data": manifest.digest, "start": start.digest}
+    found = Classifier(start.architecture, settings=chain, made_from=made_from, results=results, **chosen)
+    judged = held_out_record(parts[0].digests[held], labels[held], manifest.classes, right, THESE)
+    _write(config, found, manifest, correct, judged, record, state)
 
 
 def _source(config: Config) -> Path:
@@ -214,8 +224,9 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
         made = read_classifier(source).settings
         settings |= {name: value for name, value in made.items() if name.startswith("train_extra.")}
     return TrainedClassifier(
-        encoder.architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER)
-    )
+        encoder.architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER),
+        encoder_provenance(encoder.sha256, manifest),
+    )  # fmt: skip
 
 
 def _network(start: TrainedClassifier, manifest: Manifest, config: Config) -> nn.Module:
@@ -249,17 +260,21 @@ def _fit_last_layer(
 
 
 def _write(
-    config: Config, found: Classifier, manifest: Manifest, results: dict[str, float], record: Run, state: LoopState
-) -> None:
-    """The three files, the reports, and what MLflow gets."""
+    config: Config, found: Classifier, manifest: Manifest, correct: Correct, judged: dict[str, str], record: Run,
+    state: LoopState,
+) -> None:  # fmt: skip
+    """The three files, the reports, and what MLflow gets. judged: the held-out images, for the registry."""
+    results = found.results
     accuracies = {"best_held_out_accuracy": results["held_out_accuracy"], "val_accuracy": results["val_accuracy"]}
     record.log({**accuracies, "best_epoch": found.epoch}, state.step + 1)
     files = write_classifier(FINETUNED, found, manifest, config.eval)
     report = REPORTS / "finetune"
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
+    write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
     record.artifact(report / "metrics.json")
     record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True))
-    record.model(files, {name: f"{value:.4f}" for name, value in accuracies.items()}, (manifest.height, manifest.width))
+    tags = {name: f"{value:.4f}" for name, value in accuracies.items()}
+    record.model(files, tags, (manifest.height, manifest.width), judged)
     say(
         f"finetune: epoch {found.epoch}, held-out accuracy {found.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {FINETUNED}"

@@ -22,6 +22,7 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.errors import DivergedError, Interrupted, Say, UserError
+from moco.files import sha256
 from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture
@@ -29,6 +30,7 @@ from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretrainin
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
 from moco.stages.pretrain_settings import check, check_shares
+from moco.stages.provenance import write_provenance
 from moco.stages.resuming import saved_state
 from moco.stages.workspace import (
     ENCODER,
@@ -191,6 +193,7 @@ def _run(
             report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
             summary = {"images_seen": seen, "minutes": state.seconds / 60}
             summary |= {"steps_back": steps_back} if steps_back else {}
+            write_provenance(report, manifest, encoder=sha256(ENCODER), architecture=architecture.as_dict())
             record.artifact(write_metrics(record.path, report / "metrics.json", summary))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))

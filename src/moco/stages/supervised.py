@@ -141,9 +141,15 @@ class SupervisedStep:
             self.scaler.load_state_dict(state["scaler"])
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Share of correct predictions, in evaluation mode and fp32. images: M x H x W x 3 uint8; labels: M int64."""
+        """Return the share of correct predictions; see `correct`."""
+        return float(self.correct(images, labels).mean())
+
+    def correct(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return which predictions are right, M booleans, in evaluation mode and fp32. images: M x H x W x 3 uint8;
+        labels: M int64."""
         outputs = features.extract(self.network, images, self.views.plain, batch_size=BATCH, device=self.device)
-        return float((outputs.argmax(1) == torch.from_numpy(labels)).float().mean())
+        correct: np.ndarray = outputs.argmax(1).numpy() == labels
+        return correct
 
 
 def train_supervised(

@@ -17,11 +17,13 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
+from moco.files import sha256
 from moco.model.encoder import build_encoder, load_body, strip_head
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.extra_file import EXTRA_LABELS, packed
+from moco.stages.provenance import BEFORE_REFIT, THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
@@ -48,6 +50,7 @@ QUERIES, NEIGHBOURS = 8, 8  # images drawn
 
 Log = Callable[[dict[str, float], int], None]
 Metrics = dict[str, float]
+Correct = dict[str, np.ndarray]  # booleans, an image each, by the metric that is their mean
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,7 @@ def train_classifier(
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
-    network = build_encoder(encoder.architecture, len(manifest.classes))
-    try:
-        load_body(network, encoder.weights)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
+    network = _loaded(encoder, len(manifest.classes))
     chain = {
         **encoder.settings, "pretrain.precision": config.pretrain.precision, **flatten(section, "train"), **settings,
     }  # fmt: skip
@@ -112,12 +110,17 @@ def train_classifier(
 
         body = strip_head(network)
         dtype = views_precision(config, device)
-        fit, results = classify(body, inputs.splits, views, section, classes, device, record.log, look, check, dtype)
+        fit, results, correct = classify(
+            body, inputs.splits, views, section, classes, device, record.log, look, check, dtype
+        )
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
         weights = _with_layer(encoder, classes, fit)
-        found = Classifier(encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain)
+        made_from = encoder_provenance(encoder.sha256, manifest)
+        found = Classifier(
+            encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results
+        )
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
         files = write_classifier(folder, found, manifest, config.eval, kept)
@@ -126,9 +129,10 @@ def train_classifier(
             record.artifact(path)
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
-        record.model(
-            files, {name: f"{value:.4f}" for name, value in results.items()}, (manifest.height, manifest.width)
-        )
+        write_provenance(report, manifest, **made_from, weights=sha256(files[0]), correct=correct)
+        judged = held_out(inputs, section, correct["best_held_out_accuracy"])
+        tags = {name: f"{value:.4f}" for name, value in results.items()}
+        record.model(files, tags, (manifest.height, manifest.width), judged)
 
         def draw_curves(path: Path) -> None:
             pictures.draw_curves(metric_history(record.path), ("loss", "held_out_accuracy"))(path)
@@ -139,6 +143,24 @@ def train_classifier(
         f"{stage}: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {folder}"
     )
+
+
+def _loaded(encoder: EncoderFile, classes: int) -> nn.Module:
+    network = build_encoder(encoder.architecture, classes)
+    try:
+        load_body(network, encoder.weights)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{ENCODER}: {reason}; run `moco pretrain` again") from None
+    return network
+
+
+def held_out(inputs: Inputs, section: TrainConfig, correct: np.ndarray) -> dict[str, str]:
+    """Return the record of the held-out images for the registry. correct: which of them are right."""
+    train, judged = inputs.splits["train"], BEFORE_REFIT if section.refit else THESE
+    *_, held = labelled(inputs.splits, section.holdout, section.seed, "train")
+    assert train.labels is not None
+    return held_out_record(train.digests[held], train.labels[held], inputs.manifest.classes, correct, judged)
 
 
 def linear_views(manifest: Manifest, device: torch.device) -> Views:
@@ -196,8 +218,9 @@ def classify(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: TrainConfig,
     classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
     check: Callable[[Tensor], None] = lambda _: None, precision: torch.dtype = torch.float32,
-) -> tuple[LinearFit, Metrics]:  # fmt: skip
-    """Fits the linear layer on features of train (and `extra`); returns it with the accuracies. look: gets the features
+) -> tuple[LinearFit, Metrics, Correct]:  # fmt: skip
+    """Fits the linear layer on features of train (and `extra`); returns it with the accuracies, and which images each
+    of them counts as right (of train's held-out images those of the fit before `refit`). look: gets the features
     of both and those of val (N x D each). check: gets the features of both before anything is fitted. precision: as in
     `feature_sets`.
 
@@ -213,20 +236,26 @@ def classify(
     check(stack[0])
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
     results = {"best_held_out_accuracy": fit.accuracy}
+    correct = {"best_held_out_accuracy": predictions(fit, stack[0, held]) == known[held]}
     if section.refit:
         accuracy = fit.accuracy
         nothing = stack[0, :0], labels[:0]
         fit = fit_linear(stack, labels, *nothing, classes, section, lambda *_: None, stop_after=fit.epoch)
         fit.accuracy = accuracy
     val_features = features.extract(network, val.images, views.plain, batch_size=FEATURE_BATCH, device=device)
-    predicted = (val_features @ fit.weight.T + fit.bias).argmax(1)
-    results["val_accuracy"] = float((predicted == val_labels).float().mean())
-    results["val_knn_accuracy"] = features.knn_accuracy(
+    correct["val_accuracy"] = predictions(fit, val_features) == val.labels
+    correct["val_knn_accuracy"] = features.knn_correct(
         stack[0], labels, val_features, val_labels, neighbours=VAL_NEIGHBOURS, classes=classes
-    )
+    ).numpy()
+    results |= {name: float(correct[name].mean()) for name in ("val_accuracy", "val_knn_accuracy")}
     if look is not None:
         look(stack[0], val_features)
-    return fit, results
+    return fit, results, correct
+
+
+def predictions(fit: LinearFit, found: Tensor) -> np.ndarray:
+    """Return the classes, N int64, that the layer gives to features N x D."""
+    return (found @ fit.weight.T + fit.bias).argmax(1).numpy()
 
 
 def _draw(record: Run, inputs: Inputs, train_features: Tensor, val_features: Tensor) -> None:

@@ -20,8 +20,10 @@ from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest
 from moco.errors import UserError
-from moco.files import write_text
+from moco.files import sha256, write_text
+from moco.stages.classifier_files import WEIGHTS
 from moco.stages.extra_file import content
+from moco.stages.provenance import NAME, read_json
 from moco.stages.train import Inputs, open_inputs, train_classifier
 from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, REPORTS, REQUEST, say
 from moco.training.label_check import check_labels
@@ -67,16 +69,22 @@ def run(config: Config) -> None:
 
 
 def _hand_on(why: str) -> None:
-    """The classifier and metrics of `train`. Raises UserError where there are none yet."""
-    metrics, epochs = REPORTS / "train" / "metrics.json", REPORTS / "train" / "epochs.csv"
-    if not CLASSIFIER.is_dir() or not metrics.is_file() or not epochs.is_file():
+    """The classifier and metrics of `train`. Raises UserError where there are none yet, or they are of two runs."""
+    report = REPORTS / "train"
+    metrics, epochs, provenance = (report / name for name in ("metrics.json", "epochs.csv", NAME))
+    if not CLASSIFIER.is_dir() or not all(path.is_file() for path in (metrics, epochs, provenance)):
         raise UserError(f"{CLASSIFIER}: not found; run `moco train` first, or set train_extra.labels")
+    if read_json(provenance).get("weights") != sha256(CLASSIFIER / WEIGHTS):
+        raise UserError(
+            f"{provenance}: of another classifier than {CLASSIFIER / WEIGHTS}; run `moco train` again", "E-STAGE-CHAIN"
+        )
     shutil.rmtree(CLASSIFIER_EXTRA, ignore_errors=True)
     shutil.copytree(CLASSIFIER, CLASSIFIER_EXTRA)
     found = {**json.loads(metrics.read_text()), "extra_labels": 0.0}
     write_text(REPORT / "metrics.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
     write_text(REPORT / "labels.csv", _table(None, [], None))
     shutil.copyfile(epochs, REPORT / "epochs.csv")
+    shutil.copyfile(provenance, REPORT / NAME)
     say(f"train_extra: no extra labels ({why}); {CLASSIFIER_EXTRA} is what `train` made")
 
 

@@ -71,7 +71,7 @@ def _tell(version: Any, run: Any, say: Say) -> None:
     tags = run.data.tags
     lines = {
         "model": f"{version.name}, version {version.version}", "sha256": version.tags.get("sha256", ""),
-        "held-out": version.tags.get("best_held_out_accuracy", ""), "val": version.tags.get("val_accuracy", ""),
+        "held-out": _of_images(version.tags), "val": version.tags.get("val_accuracy", ""),
         "champion": version.tags.get("champion_gate", ""),
         "run": f"{run.info.run_name} ({run.info.run_id})", "stage": tags.get("stage", ""),
     }  # fmt: skip
@@ -80,6 +80,12 @@ def _tell(version: Any, run: Any, say: Say) -> None:
     for name, value in lines.items():
         if value:
             say(f"{name:<{width}}  {value}")
+
+
+def _of_images(tags: dict[str, str]) -> str:
+    """Return '0.5540 of 480 images'; the number is not known of versions of before it was recorded."""
+    images = tags.get("held_out_images")
+    return tags.get("best_held_out_accuracy", "") + (f" of {images} images" if images else "")
 
 
 def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:

@@ -1,7 +1,7 @@
 """MLflow's models: checkpoints beside the metrics of their step, and classifiers as versions of a registered model.
 
-The newest version is `candidate`. `champion` moves to it only where its held-out accuracy is better; the decision and
-its reason are tags of the version.
+The newest version is `candidate`. `champion` moves to it only where it is better on the same held-out images by more
+than chance; the decision, its reason and what it rests on are tags of the version (docs/model-registry.md).
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moco.files import sha256
+from moco.training.significance import at_least, described, discordant, unpack
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 GATE, TRAINED = "champion_gate", "trained"  # tags of a version; seconds since 1970
 CODE = Path(__file__).parent / "classifier_model.py"
 WEIGHTS = "model_sub.pth"
-ACCURACY = "best_held_out_accuracy"
+# Tags of a version: its held-out images by content, which of them it has right (in pieces), and the version of the
+# champion that it was tested against.
+HELD_OUT, CORRECT, TESTED = "held_out_digest", "held_out_correct", "champion_tested"
+PIECE = 4000  # characters of a tag; some stores take no more than 5,000
+FEWEST = 30  # held-out images: an accuracy on fewer is known to within 18 points at best
+ALPHA = 0.05  # chance that any of all candidates that are no better than a champion displaces it
 CUT_OFF = "it was better, or there was none; this was cut off before it was written down"
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what stores say of an alias that is not set
 
@@ -63,6 +69,7 @@ def register(client: Any, experiment: str, run_id: str, name: str, files: list[P
         model_id = _upload(client, experiment, run_id, name, files, event)
         tags = {
             **event["tags"],
+            **held_out_tags(event.get("held_out") or {}),
             "sha256": digest,
             "data_digest": event.get("data_digest", ""),
             TRAINED: str(event["time"]),
@@ -131,31 +138,90 @@ def package(target: Path, files: list[Path], needs: dict[str, str], image: list[
                 logger.setLevel(level)
 
 
+def held_out_tags(found: dict[str, str]) -> dict[str, str]:
+    """Return the tags of a version for what a log's event `model` has under `held_out`."""
+    if not found:
+        return {}
+    text = found["correct"]
+    pieces = {f"{CORRECT}_{i // PIECE}": text[i : i + PIECE] for i in range(0, len(text), PIECE)}
+    images = text.partition(":")[0]
+    return {HELD_OUT: found["digest"], "held_out_images": images, "held_out_judged": found["judged"], **pieces}
+
+
+def _correct(tags: dict[str, str]) -> np.ndarray | None:
+    """Return which held-out images a version has right, N booleans; None where its tags do not say."""
+    pieces, number = [], 0
+    while f"{CORRECT}_{number}" in tags:
+        pieces.append(tags[f"{CORRECT}_{number}"])
+        number += 1
+    try:
+        return unpack("".join(pieces)) if HELD_OUT in tags else None
+    except ValueError:
+        return None
+
+
+class Verdict(NamedTuple):
+    """tested: it was compared with the champion image by image, and could have won or lost."""
+
+    better: bool
+    reason: str
+    tested: bool = False
+
+
 def _gate(client: Any, name: str, version: Any) -> None:
     """Moves `champion` to a version that is better on held-out images, and writes down why, or why not."""
     champion = _alias(client, name, CHAMPION)
     if champion is not None and champion.version == version.version:  # cut off before the tag was written
         client.set_model_version_tag(name, version.version, GATE, f"moved: {CUT_OFF}")
         return
-    better, reason = judge(version.tags, None if champion is None else champion.tags)
+    before = 0
+    if champion is not None:
+        others = client.search_model_versions(f"name = '{name}'")
+        before = sum(
+            other.tags.get(TESTED) == str(champion.version) and other.version != version.version for other in others
+        )
+    better, reason, tested = judge(version.tags, None if champion is None else champion.tags, before)
     if champion is not None:
         reason = f"{reason}; champion was version {champion.version}"
+        if tested:
+            client.set_model_version_tag(name, version.version, TESTED, str(champion.version))
     if better:
         client.set_registered_model_alias(name, CHAMPION, version.version)
     client.set_model_version_tag(name, version.version, GATE, f"{'moved' if better else 'kept'}: {reason}")
 
 
-def judge(ours: dict[str, str], theirs: dict[str, str] | None) -> tuple[bool, str]:
-    """Whether a version takes over, and why; both by their tags, theirs None where there is no champion yet."""
-    if ACCURACY not in ours:
-        return False, "it has no held-out accuracy"
+def judge(ours: dict[str, str], theirs: dict[str, str] | None, before: int = 0) -> Verdict:
+    """Return whether a version takes over, and why; both by their tags, theirs None where there is no champion yet.
+
+    Both must have been measured on the same held-out images, FEWEST at least, and McNemar's exact test on the images
+    that one of the two alone has right (one-sided) must show more than chance. before: candidates that were tested
+    against this champion already. The n-th has to reach p < ALPHA / (n (n + 1)); these add up to ALPHA, so that
+    candidates of the same worth, however many, displace the champion by luck with a probability of ALPHA in all.
+    """
+    mine = _correct(ours)
+    if mine is None:
+        return Verdict(False, "its held-out images are not known")
     if theirs is None:
-        return True, "there was none"
-    if ours.get("data_digest") != theirs.get("data_digest"):
-        return False, "the data are others, so the held-out accuracies cannot be compared"
-    mine, other = float(ours[ACCURACY]), float(theirs.get(ACCURACY, "nan"))
-    sign = ">" if mine > other else "<" if mine < other else "="
-    return mine > other, f"held-out accuracy {mine:.4f} {sign} {other:.4f}"
+        return Verdict(True, f"there was none; held-out accuracy {described(mine)}")
+    other = _correct(theirs)
+    if other is None:
+        return Verdict(
+            False, f"the champion's held-out images are not known, as an earlier version of this program registered it;"
+            f" held-out accuracy {described(mine)}; train it again, or move the alias by hand"
+        )  # fmt: skip
+    numbers = f"held-out accuracy {described(mine)}, the champion's {described(other)}"
+    if ours[HELD_OUT] != theirs[HELD_OUT] or len(mine) != len(other):
+        return Verdict(False, f"measured on other held-out images than the champion: not comparable; {numbers}")
+    if len(mine) < FEWEST:
+        return Verdict(False, f"{len(mine)} held-out images are too few, {FEWEST} are needed; {numbers}")
+    gained, lost = discordant(mine, other)
+    chance, needed = at_least(gained, gained + lost), ALPHA / ((before + 1) * (before + 2))
+    return Verdict(
+        chance < needed,
+        f"{numbers}; {gained} images it alone has right, {lost} the champion alone: p = {chance:.2g}, "
+        f"{'below' if chance < needed else 'not below'} the {needed:.2g} for candidate {before + 1} of this champion",
+        gained + lost > 0,
+    )
 
 
 def _alias(client: Any, name: str, alias: str) -> Any:

@@ -119,15 +119,18 @@ class Run:
         else:
             self.metric_log.write("artifact", path=f"artifacts/{path.name}")
 
-    def model(self, files: list[Path], tags: dict[str, str], image: tuple[int, int]) -> None:
-        """A trained classifier, to be registered. image: height and width of what it takes."""
+    def model(
+        self, files: list[Path], tags: dict[str, str], image: tuple[int, int], held_out: dict[str, str] | None = None
+    ) -> None:
+        """A trained classifier, to be registered. image: height and width of what it takes. held_out: what it is judged
+        by (`held_out_record` in moco.stages.provenance)."""
         needs = {}
         for name in NEEDS:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 needs[name] = importlib.metadata.version(name).partition("+")[0]
         self.metric_log.write(
             "model", files=[self._keep(path, "classifier") for path in files], tags=tags, needs=needs, image=image,
-            data_digest=self.origin.tags.get("data_digest", ""),
+            data_digest=self.origin.tags.get("data_digest", ""), held_out=held_out or {},
         )  # fmt: skip
 
     def _keep(self, path: Path, folder: str) -> str:

@@ -51,21 +51,32 @@ def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, neighbours: int,
     classes: int, temperature: float = 0.1,
 ) -> float:  # fmt: skip
-    """Share of queries whose class wins the weighted vote of the nearest bank features by cosine
-    (Wu et al. 2018, arXiv 1805.01978: votes weigh exp(similarity / temperature)).
+    """Return the share of queries that `knn_correct` has right."""
+    correct = knn_correct(
+        bank, bank_labels, queries, labels, neighbours=neighbours, classes=classes, temperature=temperature
+    )
+    return int(correct.sum()) / len(labels)
+
+
+def knn_correct(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, neighbours: int,
+    classes: int, temperature: float = 0.1,
+) -> Tensor:  # fmt: skip
+    """Return for each query, M booleans, whether its class wins the weighted vote of the nearest bank features by
+    cosine (Wu et al. 2018, arXiv 1805.01978: votes weigh exp(similarity / temperature)).
 
     bank: N x D, queries: M x D; never more than QUERY_BLOCK x N similarities at a time.
     """
     bank = F.normalize(bank, dim=1)
     neighbours = min(neighbours, len(bank))
-    correct = 0
+    correct = []
     for part, truth in zip(queries.split(QUERY_BLOCK), labels.split(QUERY_BLOCK), strict=True):
         similarity, nearest = (F.normalize(part, dim=1) @ bank.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(part), classes).scatter_add_(
             1, bank_labels[nearest], torch.exp(similarity / temperature)
         )
-        correct += int((votes.argmax(1) == truth).sum())
-    return correct / len(labels)
+        correct.append(votes.argmax(1) == truth)
+    return torch.cat(correct)
 
 
 def feature_std(features: Tensor) -> float:

@@ -128,7 +128,7 @@ def reference(args: argparse.Namespace, images: np.ndarray, seed: int, device: t
 def ours(args: argparse.Namespace, images: np.ndarray, seed: int, device: torch.device) -> Iterator[Epoch]:
     split = {"batch_norm": "split", "splits": args.splits} if args.splits > 1 else {}
     config: PretrainConfig = settings(
-        encoder=args.encoder, width=args.width, stages=args.stages, features="last", head="linear", queue=args.queue,
+        encoder=args.encoder, width=args.width, stages=args.stages, head="linear", queue=args.queue,
         momentum=MOMENTUM, temperature=TEMPERATURE, shuffle=True, crop_scale=(0.08, 1.0), batch_size=args.batch,
         lr=LR_OF_512 / 2, weight_decay=WEIGHT_DECAY, precision=args.precision, seed=seed, **split,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def settings(**changes: Any) -> PretrainConfig:
     """Section `pretrain`, by default that of the first CIFAR-10 preset; as a type, since a GPU may lack PyYAML."""
     values: dict[str, Any] = {
         "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "convolutions": 2,
-        "features": "pyramid", "head": "mlp", "dim": original.DIM, "queue": QUEUE, "momentum": 0.99,
+        "head": "mlp", "dim": original.DIM, "queue": QUEUE, "momentum": 0.99,
         "momentum_schedule": "constant", "temperature": original.TEMPERATURE,
         "loss": "asymmetric", "batch_norm": "plain", "splits": 2, "shuffle": False, "augmentation": "v2_no_blur",
         "crop_scale": (0.2, 1.0), "blur_sigma": (0.1, 2.0), "resolutions": (1.0,), "resolution_changes": (),
@@ -201,7 +201,8 @@ def linear(args: argparse.Namespace) -> None:
     width, body = feature_width(network), strip_head(network).eval()
     config = TrainConfig(
         epochs=200, batch_size=512, lr=30.0 / 2, sgd_momentum=0.9, weight_decay=0.0, schedule="step", warmup=0.0,
-        milestones=(0.3, 0.4, 0.6, 0.8), feature_scaling="none", views=args.views, holdout=0.1, refit=False, seed=0,
+        milestones=(0.3, 0.4, 0.6, 0.8), features="last", feature_scaling="none", views=args.views, holdout=0.1,
+        refit=False, seed=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         images = write_images(Path(place) / "train", 5000, args.size)

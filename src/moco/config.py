@@ -87,7 +87,6 @@ class PretrainConfig:
     width: Count
     stages: Annotated[int, Range(1, 6)]
     convolutions: Annotated[int, Range(1, 2)]
-    features: Literal["last", "pyramid"]
     head: Literal["mlp", "linear"]
     dim: Count
     queue: Count
@@ -137,6 +136,7 @@ class TrainConfig:
     schedule: Schedule
     warmup: Share
     milestones: tuple[Share, ...]
+    features: Literal["last", "pyramid"]
     feature_scaling: Literal["standardize", "none"]
     views: Count
     holdout: PositiveShare
@@ -254,6 +254,9 @@ class Config:
     runtime: RuntimeConfig
     tracking: TrackingConfig
 
+
+# Keys that have moved to the section of the stage that uses them.
+MOVED = {"pretrain.features": "train.features"}
 
 # Settings that change what is looked at or kept, not what is learned: they do not make another run of it.
 HOUSEKEEPING = {

@@ -15,13 +15,18 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from moco.config import Config
+from moco.config import MOVED, Config
 from moco.errors import UserError
+
+LONGEST_WORD = 100  # characters
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean X?)' where a known word is close, else ''."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """' (did you mean X?)' where a known word is close, else ''. Long texts are near to nothing: comparing takes time
+    that grows with the product of the lengths."""
+    if len(word) > LONGEST_WORD:
+        return ""
+    close = difflib.get_close_matches(word, [name for name in known if len(name) <= LONGEST_WORD], n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
@@ -31,12 +36,15 @@ class _Reader:
     def __init__(self, path: Path, lines: dict[str, int]) -> None:
         self.path, self.lines = path, lines
 
-    def fail(self, key: str, problem: str) -> typing.NoReturn:
+    def place(self, key: str) -> str:
+        """FILE:LINE of a key, or of the section that it is missing in."""
         parent = key
         while parent and parent not in self.lines:
             parent = parent.rpartition(".")[0]
-        place = f"{self.path}:{self.lines[parent]}" if parent else str(self.path)
-        raise UserError(f"{place}: {key}: {problem}")
+        return f"{self.path}:{self.lines[parent]}" if parent else str(self.path)
+
+    def fail(self, key: str, problem: str) -> typing.NoReturn:
+        raise UserError(f"{self.place(key)}: {key}: {problem}")
 
     def section(self, kind: type[Any], value: Any, key: str) -> Any:
         if not isinstance(value, dict):
@@ -44,6 +52,12 @@ class _Reader:
         hints = typing.get_type_hints(kind, include_extras=True)
         prefix = f"{key}." if key else ""
         for name in value:
+            if moved := MOVED.get(f"{prefix}{name}"):
+                raise UserError(
+                    f"{self.place(f'{prefix}{name}')}: {prefix}{name} is now {moved}: move the line to that section "
+                    "(the presets have it there)",
+                    "E-PARAMS-MOVED",
+                )
             if name not in hints:
                 self.fail(f"{prefix}{name}", f"unknown key{nearest(str(name), hints)}")
         missing = [name for name in hints if name not in value]

@@ -20,7 +20,7 @@ STEPS, PER_EPOCH, KEEP = 20_000, 20, 2
 def test_memory_handles_and_files_stay_flat(tmp_path: Path) -> None:
     write_dataset(tmp_path / "dataset", size=8)
     write_params(
-        tmp_path, pretrain__batch_size=2, pretrain__queue=8, pretrain__stages=1, pretrain__features="last",
+        tmp_path, pretrain__batch_size=2, pretrain__queue=8, pretrain__stages=1, train__features="last",
         pretrain__augmentation="v1", pretrain__epochs=STEPS // PER_EPOCH, pretrain__monitor_every=50,
         pretrain__checkpoint_every=10, pretrain__keep_checkpoints=KEEP, pretrain__log_every=100,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from moco.training.linear import LinearFit, clearly_better, fit_linear, make_sca
 
 CONFIG = TrainConfig(
     epochs=12, batch_size=16, lr=1.0, sgd_momentum=0.9, weight_decay=0.0, schedule="cosine", warmup=0.0,
-    milestones=(), feature_scaling="standardize", views=1, holdout=0.2, refit=False, seed=3,
+    milestones=(), features="last", feature_scaling="standardize", views=1, holdout=0.2, refit=False, seed=3,
 )  # fmt: skip
 CLASSES, WIDTH = 4, 6
 HELD = 400  # so many that a better epoch is no matter of chance

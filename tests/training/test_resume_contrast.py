@@ -27,7 +27,7 @@ VARIANTS = {
     "plain-symmetric": {"batch_norm": "plain", "shuffle": False, "loss": "symmetric", "queue": 20},
     "split-shuffle": {"batch_norm": "split", "shuffle": True, "loss": "asymmetric", "queue": 20},
     "split-shuffle-symmetric": {"batch_norm": "split", "shuffle": True, "loss": "symmetric", "queue": 10},
-    "pyramid": {"stages": 3, "convolutions": 1, "features": "pyramid"},
+    "pyramid": {"stages": 4, "convolutions": 1},
     "progressive": {"resolutions": [0.5, 0.75, 1.0], "resolution_changes": [0.3, 0.7]},
     "linear-head-cosine-momentum": {"head": "linear", "momentum_schedule": "cosine", "warmup": 0.3},
 }

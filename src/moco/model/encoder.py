@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +34,12 @@ class Architecture:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def with_features(architecture: Architecture, features: str) -> Architecture:
+    """Return the architecture of a classifier that sees these features (`last` or `pyramid`): the encoder's weights are
+    the same for both."""
+    return replace(architecture, features=features)
 
 
 def encoders() -> tuple[str, ...]:

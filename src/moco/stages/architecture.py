@@ -9,6 +9,8 @@ from moco.model.encoder import SMALL, Architecture, encoders
 from moco.params import nearest
 from moco.training.schedules import view_size
 
+DEEP = 4  # stages from which on a network is watched through its pyramid
+
 
 def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
     """Raises UserError for an unknown encoder, and for images that it cannot take."""
@@ -28,6 +30,8 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
 
 def described(section: PretrainConfig) -> Architecture:
     """The same unchecked."""
-    return Architecture(
-        section.encoder, section.stem, section.width, section.stages, section.features, section.convolutions
-    )
+    # Contrast acts on the last stage alone, and train.features says what classifiers see. These are the features whose
+    # kNN accuracy is watched while pretraining runs. They also decide which random numbers the first weights get, and
+    # thereby the encoders of the presets to the bit.
+    watched = "pyramid" if section.stages >= DEEP else "last"
+    return Architecture(section.encoder, section.stem, section.width, section.stages, watched, section.convolutions)

@@ -20,7 +20,7 @@ from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.files import write_text
-from moco.model.encoder import Architecture, build_encoder, strip_head
+from moco.model.encoder import Architecture, build_encoder, strip_head, with_features
 from moco.stages.architecture import chosen_architecture
 from moco.stages.provenance import write_provenance
 from moco.stages.supervised import SupervisedStep, train_supervised
@@ -31,7 +31,7 @@ from moco.tracking.run import Run
 from moco.training.loop import LoopState
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
-NETWORK = ("encoder", "stem", "width", "stages", "convolutions", "features")  # of section `pretrain`
+NETWORK = ("encoder", "stem", "width", "stages", "convolutions")  # of section `pretrain`
 
 
 def run(config: Config) -> None:
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
-    architecture = chosen_architecture(model, manifest)
+    architecture = with_features(chosen_architecture(model, manifest), config.train.features)
     network_settings = {f"pretrain.{name}": getattr(model, name) for name in NETWORK}
     chain = {**manifest.settings, **network_settings, **flatten(config.train, "train"), **flatten(section, "baseline")}
     views = classifier_views(manifest, device, section.crop_scale)

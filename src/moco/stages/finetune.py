@@ -25,7 +25,7 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
-from moco.model.encoder import build_encoder, feature_width
+from moco.model.encoder import build_encoder, feature_width, with_features
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
@@ -215,7 +215,8 @@ def _made(config: Config) -> tuple[Path, str]:
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     """The encoder with a last layer of small random weights (arXiv 1911.05722, section 4.1)."""
     encoder = load_encoder(ENCODER)
-    network = build_encoder(encoder.architecture, len(manifest.classes))
+    architecture = with_features(encoder.architecture, config.train.features)
+    network = build_encoder(architecture, len(manifest.classes))
     width, generator = feature_width(network), torch.Generator().manual_seed(config.finetune.seed)
     weight = torch.randn(len(manifest.classes), width, generator=generator) * 0.01
     layer = {"fc.weight": weight, "fc.bias": torch.zeros(len(manifest.classes))}
@@ -224,7 +225,7 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
         made = read_classifier(source).settings
         settings |= {name: value for name, value in made.items() if name.startswith("train_extra.")}
     return TrainedClassifier(
-        encoder.architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER),
+        architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER),
         encoder_provenance(encoder.sha256, manifest),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from moco.errors import DivergedError, Interrupted, Say, UserError
 from moco.files import sha256
 from moco.model.encoder import last_width
 from moco.stages import step_back
-from moco.stages.architecture import chosen_architecture
+from moco.stages.architecture import chosen_architecture, described
 from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
@@ -118,7 +118,8 @@ def run(config: Config, resume: Path | None = None) -> None:
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
-    key = run_key(flatten(section, "pretrain"), manifest.digest)
+    # Whose state has the form that the features give it; a setting, once.
+    key = run_key({**flatten(section, "pretrain"), "pretrain.features": described(section).features}, manifest.digest)
     with processes.joined(device), contextlib.ExitStack() as stack:
         missing = missing_kernels(section, device, config.runtime.gpu_kernels)
         facts = {"settings or data": key, "precision": str(precision), "BatchNorm (moco doctor)": str(missing is None)}

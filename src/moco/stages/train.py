@@ -18,7 +18,7 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.files import sha256
-from moco.model.encoder import build_encoder, load_body, strip_head
+from moco.model.encoder import Architecture, build_encoder, load_body, strip_head, with_features
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
@@ -94,7 +94,8 @@ def train_classifier(
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
-    network = _loaded(encoder, len(manifest.classes))
+    architecture = with_features(encoder.architecture, section.features)
+    network = _loaded(architecture, encoder, len(manifest.classes))
     chain = {
         **encoder.settings, "pretrain.precision": config.pretrain.precision, **flatten(section, "train"), **settings,
     }  # fmt: skip
@@ -116,10 +117,10 @@ def train_classifier(
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
-        weights = _with_layer(encoder, classes, fit)
+        weights = _with_layer(architecture, encoder, classes, fit)
         made_from = encoder_provenance(encoder.sha256, manifest)
         found = Classifier(
-            encoder.architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results
+            architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results
         )
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
@@ -145,8 +146,8 @@ def train_classifier(
     )
 
 
-def _loaded(encoder: EncoderFile, classes: int) -> nn.Module:
-    network = build_encoder(encoder.architecture, classes)
+def _loaded(architecture: Architecture, encoder: EncoderFile, classes: int) -> nn.Module:
+    network = build_encoder(architecture, classes)
     try:
         load_body(network, encoder.weights)
     except (ValueError, RuntimeError) as error:
@@ -284,9 +285,9 @@ def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:
         assert torch.equal(state[name].cpu(), value), f"frozen weights changed: {name}"
 
 
-def _with_layer(encoder: EncoderFile, classes: int, fit: LinearFit) -> dict[str, Tensor]:
+def _with_layer(architecture: Architecture, encoder: EncoderFile, classes: int, fit: LinearFit) -> dict[str, Tensor]:
     """State dict of the whole classifier."""
-    classifier = build_encoder(encoder.architecture, classes)
+    classifier = build_encoder(architecture, classes)
     load_body(classifier, encoder.weights)
     with torch.no_grad():
         classifier.fc.weight.copy_(fit.weight)  # type: ignore[union-attr, operator]

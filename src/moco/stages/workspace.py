@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moco.config import HOUSEKEEPING, Config, flatten
+from moco.config import HOUSEKEEPING, MOVED, Config, flatten
 from moco.errors import UserError, one_line
 from moco.files import home, scratch_place, write_text
 from moco.holder import held
@@ -37,7 +37,7 @@ MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "fine
 
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {
-    "pretrain.accumulate": 1, "pretrain.features": "last", "pretrain.convolutions": 2,
+    "pretrain.accumulate": 1, "pretrain.features": "last", "train.features": "last", "pretrain.convolutions": 2,
     "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.classifier": "classifier",
     "finetune.start": "classifier", "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0,
     "finetune.batch_norm": "batch", "finetune.pool": 0, "finetune.confidence": 0.8,
@@ -63,7 +63,7 @@ def scratch_folder(setting: str) -> Path:
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
     """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
     differs too."""
-    theirs = {**ADDED, **theirs}
+    theirs = {**ADDED, **{MOVED.get(name, name): value for name, value in theirs.items()}}
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {value} here"
         for name, value in ours.items()

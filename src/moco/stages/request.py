@@ -23,7 +23,7 @@ from moco.data.extra_labels import read_extra_labels
 from moco.data.manifest import Manifest
 from moco.data.pool_names import drawn_labels, pool_names
 from moco.errors import UserError
-from moco.model.encoder import build_encoder, last_width, load_body, strip_head
+from moco.model.encoder import build_encoder, last_width, load_body, strip_head, with_features
 from moco.selection.clusters import margins
 from moco.selection.coverage import coverage
 from moco.selection.near_copies import first_of_each, small_pictures
@@ -55,19 +55,15 @@ class Known:
 
 
 def run(config: Config) -> None:
-    """Raises UserError where the budget is larger than what can be asked for, the strategy lacks a classifier, or
-    encoder, data and settings do not fit each other."""
+    """Ask for as many images as the budget says, or for all that can be asked for where these are fewer, which is said.
+
+    Raises UserError where the strategy lacks a classifier, or encoder, data and settings do not fit each other."""
     section = config.request
     inputs = open_inputs(config)
     pool, manifest = inputs.splits["unlabeled"], inputs.manifest
     known = _known(config, inputs)
     candidates = _candidates(pool, known)
     available = int(candidates.sum())
-    if section.budget > available > 0:
-        raise UserError(
-            f"request.budget: {section.budget} images wanted, the pool has {available} that are different and have no "
-            "label yet"
-        )
     if section.budget and not available:
         say("warning: every image of the pool has a label; none is asked for")
         config = replace(config, request=replace(section, budget=0))
@@ -101,6 +97,11 @@ def run(config: Config) -> None:
         keep_answers(config)
         write_request(asked, summary, record)
         folder.finish()
+    if len(rows) < config.request.budget:
+        say(
+            f"warning: request.budget: {section.budget} images wanted, {len(rows)} asked for: no others in the pool of "
+            f"{len(pool.images)} are different, without a label and no near copies ({copies} are)"
+        )
     say(f"request: {len(rows)} images by {section.strategy} -> {FORM}")
 
 
@@ -131,10 +132,10 @@ def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
 def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) -> tuple[Pool, Probabilities | None]:
     """What strategies choose from; and, where there is a classifier, what it says of some images of the pool."""
     section, encoder, device = config.request, inputs.encoder, inputs.device
-    network = build_encoder(encoder.architecture, len(inputs.manifest.classes))
+    layer, sees = _layer(encoder, section.strategy, inputs.manifest.classes)
+    network = build_encoder(with_features(encoder.architecture, sees), len(inputs.manifest.classes))
     load_body(network, encoder.weights)
     last = last_width(network)  # of the features that contrast shaped
-    layer = _layer(encoder, section.strategy, inputs.manifest.classes)
     body = strip_head(network).to(device).to(memory_format=torch.channels_last)
     views, images = linear_views(inputs.manifest, device), inputs.splits["unlabeled"].images
     precision = choose_precision(config.pretrain.precision, device)
@@ -176,11 +177,11 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     return pool, classified if layer is not None else None
 
 
-def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> nn.Linear | None:
-    """The linear classifier on this encoder for these classes, where `train` has made one."""
+def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> tuple[nn.Linear | None, str]:
+    """The linear classifier on this encoder for these classes, where `train` has made one; what features it sees."""
     needed = strategy in NEEDS_CLASSIFIER
     if not needed and not (CLASSIFIER / WEIGHTS).is_file():
-        return None
+        return None, "last"
     found = read_classifier(CLASSIFIER)
     other = "for other classes than the data has" if found.classes != classes else ""
     if any(not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()):
@@ -188,30 +189,24 @@ def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> nn.Linear
     if other and needed:
         raise UserError(f"{CLASSIFIER}: made {other}; run `moco train` again")
     if other:
-        return None
+        return None, "last"
     weight, bias = found.weights["fc.weight"], found.weights["fc.bias"]
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer.requires_grad_(False)
+    return layer.requires_grad_(False), found.architecture.features
 
 
 def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> tuple[Choice, int]:
-    """The choice, and how many near copies were passed over. In their place others are chosen, with the rest as
-    labelled: more than are needed, since those may be near copies again."""
+    """The choice, of fewer than the budget where there are no more, and how many near copies were passed over. In their
+    place others are chosen, with the rest as labelled: more than are needed, since those may be near copies again."""
     section, budget = config.request, config.request.budget
     candidates = pool.candidates.clone()
     before, surplus = known.pictures, SURPLUS
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     copies, count = 0, 0
     labelled = pool.labelled
-    while count < budget:
-        if budget - count > int(candidates.sum()):
-            raise UserError(
-                f"request.budget: {budget} images wanted, the pool has {count + int(candidates.sum())} that have no "
-                f"label yet and are no near copies of others ({copies} are)"
-            )
+    while wanted := min(budget - count, int(candidates.sum())):
         now = Pool(pool.features, candidates, labelled, pool.margins, pool.losses)
-        wanted = budget - count
         if parts:
             wanted, surplus = min(max(wanted, surplus), int(candidates.sum())), 2 * surplus
         choice = choose(section.strategy, now, wanted, section.bandwidth, section.seed)

@@ -21,7 +21,7 @@ MODULES = {
 LEVELS = [
     {"moco", "moco.errors"},
     {"moco.files", "moco.config", "moco.memory", "moco.cores"},
-    {"moco.params", "moco.holder"},
+    {"moco.params", "moco.holder", "moco.csv_files"},
     {"moco.data", "moco.model", "moco.selection"},
     {"moco.training", "moco.submission", "moco.presets"},
     {"moco.tracking"},
@@ -35,7 +35,7 @@ LEVELS = [
 CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder", "moco.memory",
+    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files",
     "moco.stages.provenance", "moco.training.significance",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.
@@ -48,6 +48,7 @@ BEHIND_THE_MANIFEST = {
         "dataset",
         "decode",
         "generated",
+        "label_meaning",
         "manifest",
         "prepare",
         "sources",
@@ -57,7 +58,7 @@ BEHIND_THE_MANIFEST = {
     )
 }
 # Of these, what finds the images of folders with extra labels too.
-FINDS_LABELS = {"moco.data.class_names", "moco.data.class_tree"}
+FINDS_LABELS = {"moco.data.class_names", "moco.data.class_tree", "moco.data.label_meaning"}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 

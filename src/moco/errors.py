@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable
 
 Say = Callable[[str], None]
+LONGEST = 300  # characters of a line that reports an error, with "error: " and its code
+QUOTED = 40  # characters that a message quotes of a file's content
 
 
 def one_line(text: str) -> str:
@@ -13,15 +15,30 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def shortened(text: str, limit: int) -> str:
+    """Return the text on one line of at most `limit` characters: what is too long loses its middle, as a message begins
+    with the place and ends with what to do."""
+    text = one_line(text)
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 3]} … {text[-end:]}"
+
+
+def quoted(text: str) -> str:
+    """Return the beginning of what somebody wrote, in quotes: a cell of a table can be as large as the file."""
+    return f"'{text}'" if len(text) <= QUOTED else f"'{text[: QUOTED - 1]}…'"
+
+
 class UserError(Exception):
-    """Something the user can put right: says what is wrong, where, and what to do.
+    """Something the user can put right: says what is wrong, where, and what to do, on one line of at most LONGEST.
 
     code: a stable name such as E-DATA-CHANGED, listed with cause and cure in docs/troubleshooting.md; the sentence may
     change, the code does not.
     """
 
     def __init__(self, text: str, code: str = "") -> None:
-        super().__init__(text)
+        super().__init__(shortened(text, LONGEST - len("error: ") - len(f" [{code}]")))
         self.code = code
 
 

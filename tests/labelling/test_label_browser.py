@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from label_helpers import CLASSES, labels, served, write_form
+from label_helpers import CLASSES, command, labels, served, write_form, write_own_form
 
+from conftest import Moco
 from moco.labelling.reply import Reply
 from moco.labelling.server import address
 
@@ -76,6 +77,16 @@ class Browser:
                 return
             time.sleep(0.05)
         raise AssertionError(script + "\n" + str(self.run("return document.body.innerText")))
+
+    def new_tab(self) -> str:
+        """Opens a tab and goes to it. Returns the one of before."""
+        before: str = self.call("GET", f"/session/{self.session}/window")
+        tab = self.call("POST", f"/session/{self.session}/window/new", {"type": "tab"})
+        self.go_to(tab["handle"])
+        return before
+
+    def go_to(self, tab: str) -> None:
+        self.call("POST", f"/session/{self.session}/window", {"handle": tab})
 
     def close(self) -> None:
         with contextlib.suppress(urllib.error.URLError):
@@ -170,3 +181,88 @@ def test_in_a_browser_many_classes_are_typed(form: Path, tmp_path: Path, browser
         browser.press(*"fox", KEYS["enter"])
         browser.wait("document.getElementById('problem').textContent.startsWith('not saved')")
         assert labels(path)["2.png"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.fault("two-pages")
+def test_two_tabs_do_not_overwrite_each_other(form: Path, tmp_path: Path, browser: Browser) -> None:
+    path = tmp_path / "reply.csv"
+    with served(Reply(form, path, CLASSES)) as server:
+        browser.open(address(server))
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        first = browser.new_tab()
+        browser.open(address(server))
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        second = browser.call("GET", f"/session/{browser.session}/window")
+        browser.go_to(first)
+        browser.press("2")
+        browser.wait("document.getElementById('name').textContent === '2.png'")
+        browser.go_to(second)
+        assert browser.run("return document.getElementById('name').textContent") == "0.png"
+        browser.press("1")
+        browser.wait("document.getElementById('problem').textContent.includes(\"was answered 'dog'\")")
+        assert browser.run("return document.querySelector('button.chosen').textContent") == "2 dog"
+        assert labels(path)["0.png"] == "dog"
+        browser.press("1")  # on purpose now
+        browser.wait("document.getElementById('name').textContent === '2.png'")
+        assert labels(path)["0.png"] == "cat" and browser.run("return state.labels[0]") == "cat"
+        browser.wait("document.getElementById('image').complete")
+        browser.press("3")
+        browser.wait("document.getElementById('name').textContent === '4.png'")
+        browser.go_to(first)
+        browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")  # by itself
+        browser.press("3")  # what the other said
+        browser.wait("document.getElementById('name').textContent === '4.png'")
+        assert labels(path) == {
+            "0.png": "cat",
+            "2.png": "owl",
+            **dict.fromkeys(["1.png", "3.png", "4.png", "5.png"], ""),
+        }
+        assert not browser.run("return document.getElementById('problem').textContent")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("two-pages")
+def test_a_page_whose_server_was_killed_says_so(moco: Moco, project: Path, browser: Browser) -> None:
+    assert moco("data").returncode == 0
+    write_own_form(6)
+    path, gone = project / "labels/reply.csv", "document.getElementById('gone').textContent"
+    with command(project) as (running, url):
+        browser.open(url)
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        browser.press("2")
+        browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
+        assert not browser.run(f"return {gone}")
+        running.kill()
+        running.wait()
+        browser.wait(f"{gone}.includes('nothing that is answered now is saved')")  # before anybody answers
+        browser.press("3")
+        browser.wait("document.getElementById('problem').textContent.startsWith('not saved')")
+        assert browser.run("return document.getElementById('count').textContent") == "1 of 6 answered"
+    assert labels(path)["0.png"] == "1"
+    with command(project) as (_, url):  # no lock stays
+        browser.open(url)
+        browser.wait("document.getElementById('count').textContent === '1 of 6 answered'")
+        browser.wait("document.getElementById('name').textContent === '1.png'")
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        browser.press("3")
+        browser.wait("document.getElementById('count').textContent === '2 of 6 answered'")
+    assert [labels(path)[name] for name in ("0.png", "1.png", "2.png")] == ["1", "2", ""]
+
+
+@pytest.mark.slow
+def test_nobody_answers_for_a_picture_that_could_not_be_sent(form: Path, tmp_path: Path, browser: Browser) -> None:
+    def picture(place: int) -> np.ndarray:
+        if place == 1:
+            raise ConnectionError("lost")
+        return np.zeros((32, 32, 3), np.uint8)
+
+    with served(Reply(form, tmp_path / "reply.csv", CLASSES), picture) as server:
+        browser.open(address(server))
+        browser.wait("document.getElementById('image').naturalWidth === 32")
+        browser.press("2")
+        browser.wait("document.getElementById('name').textContent === '2.png'")
+        browser.wait("document.getElementById('image').complete")
+        browser.press("3")
+        time.sleep(0.5)
+        assert labels(tmp_path / "reply.csv")["2.png"] == ""

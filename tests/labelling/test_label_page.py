@@ -43,11 +43,12 @@ def test_every_answer_is_in_the_file_at_once_and_the_next_start_goes_on(form: Pa
     reply = Reply(form, path, CLASSES)
     assert [line.name for line in reply.lines] == ["0.png", "2.png", "4.png", "1.png", "3.png", "5.png"], "by cluster"
     with served(reply) as server:
-        assert ask(server, "/answer", {"place": 1, "label": "owl"}, **{"X-Token": server.token}) == (200, b"saved")
+        code, said = ask(server, "/answer", {"place": 1, "label": "owl", "before": ""}, **{"X-Token": server.token})
+        assert (code, json.loads(said)) == (200, {"changes": [[1, "owl"]], "version": 1})
         assert labels(path) == {"0.png": "", "1.png": "", "2.png": "owl", "3.png": "", "4.png": "", "5.png": ""}
         assert path.read_text().splitlines()[3] == f"2.png,owl,3,0.5,0,{2:032x}", "as it stood, but for the label"
-        ask(server, "/answer", {"place": 0, "label": "dog"}, **{"X-Token": server.token})
-        ask(server, "/answer", {"place": 1, "label": ""}, **{"X-Token": server.token})
+        ask(server, "/answer", {"place": 0, "label": "dog", "before": ""}, **{"X-Token": server.token})
+        ask(server, "/answer", {"place": 1, "label": "", "before": "owl"}, **{"X-Token": server.token})
         assert labels(path)["2.png"] == "" and labels(path)["0.png"] == "dog"
     again = Reply(form, path, CLASSES)
     assert again.answered == 1 and again.labels[0] == "dog"
@@ -65,7 +66,7 @@ def test_only_who_has_the_token_and_the_right_host_is_served(form: Path, tmp_pat
             ("/", None),
             ("/state", None),
             ("/image/0", None),
-            ("/answer", {"place": 0, "label": "dog"}),
+            ("/answer", {"place": 0, "label": "dog", "before": ""}),
         ):
             assert ask(server, path, body)[0] == 403
             assert ask(server, path, body, **{"X-Token": "guess"})[0] == 403
@@ -74,8 +75,9 @@ def test_only_who_has_the_token_and_the_right_host_is_served(form: Path, tmp_pat
         assert ask(server, "/image/5", **good)[1].startswith(b"\x89PNG")
         for path in ("/image/6", "/image/-1", "/image/..%2f", "/secret", "/page.html"):
             assert ask(server, path, **good)[0] == 404
-        bad = ({"place": 9, "label": "dog"}, {"place": 0, "label": "fox"}, {"place": True, "label": "dog"}, [1], "x",
-               {"place": 0, "label": ["dog"]})  # fmt: skip
+        bad = ({"place": 9, "label": "dog", "before": ""}, {"place": 0, "label": "fox", "before": ""}, [1], "x",
+               {"place": True, "label": "dog", "before": ""}, {"place": 0, "label": ["dog"], "before": ""},
+               {"place": 0, "label": "dog"})  # fmt: skip
         for body in bad:
             assert ask(server, "/answer", body, **good)[0] == 400, body
         assert not (tmp_path / "reply.csv").exists()
@@ -85,7 +87,7 @@ def test_only_who_has_the_token_and_the_right_host_is_served(form: Path, tmp_pat
 @pytest.mark.fault("read-only")
 def test_an_answer_that_cannot_be_written_is_told(form: Path, read_only: Path) -> None:
     with served(Reply(form, read_only / "reply.csv", CLASSES)) as server:
-        code, said = ask(server, "/answer", {"place": 0, "label": "dog"}, **{"X-Token": server.token})
+        code, said = ask(server, "/answer", {"place": 0, "label": "dog", "before": ""}, **{"X-Token": server.token})
         assert code == 500 and b"cannot be written" in said
 
 
@@ -112,7 +114,7 @@ def test_a_reply_goes_on_when_a_new_request_has_come(form: Path, tmp_path: Path)
     path = tmp_path / "labels/reply.csv"
     reply = Reply(form, path, CLASSES)
     assert not reply.earlier
-    reply.answer(0, "dog")
+    reply.answer(0, "dog", "")
     form.write_text(f"{HEADER}\n9.png,,1,0.5,0,{9:032x}\n")
     again = Reply(form, path, CLASSES)
     assert again.earlier and again.answered == 1 and len(again.lines) == 6
@@ -123,10 +125,35 @@ def test_a_reply_goes_on_when_a_new_request_has_come(form: Path, tmp_path: Path)
 def test_what_another_program_wrote_is_not_overwritten(form: Path, tmp_path: Path) -> None:
     path = tmp_path / "labels/reply.csv"
     one, other = Reply(form, path, CLASSES), Reply(form, path, CLASSES)
-    one.answer(0, "dog")
+    one.answer(0, "dog", "")
     with pytest.raises(UserError, match=r"changed by another program.*again"):
-        other.answer(1, "cat")
+        other.answer(1, "cat", "")
     assert other.answered == 0 and labels(path)["0.png"] == "dog" and labels(path)["2.png"] == ""
+
+
+@pytest.mark.fault("two-pages", 4)
+def test_an_answer_replaces_only_what_its_giver_has_seen(form: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reply.csv"
+    with served(Reply(form, path, CLASSES)) as server:
+
+        def answer(label: str, before: str, since: int) -> tuple[int, Any]:
+            body = {"place": 0, "label": label, "before": before, "since": since}
+            code, said = ask(server, "/answer", body, **{"X-Token": server.token})
+            return code, json.loads(said)
+
+        assert answer("dog", "", 0) == (200, {"changes": [[0, "dog"]], "version": 1})
+        for label, before in (("cat", ""), ("", ""), ("owl", "cat")):
+            code, said = answer(label, before, 0)
+            assert code == 409 and "'dog'" in said["problem"] and said["changes"] == [[0, "dog"]], (label, before)
+            assert labels(path)["0.png"] == "dog"
+        assert answer("dog", "owl", 1) == (200, {"changes": [], "version": 1}), "as it is: nothing is lost"
+        assert answer("owl", "dog", 1)[0] == 200 and labels(path)["0.png"] == "owl"
+        assert answer("", "owl", 2)[0] == 200 and labels(path)["0.png"] == ""
+        assert answer("cat", "owl", 3)[0] == 409, "it was taken back"
+        found = json.loads(ask(server, "/changes?since=2", **{"X-Token": server.token})[1])
+        assert found == {"changes": [[0, ""]], "version": 3}
+        for since in ("", "9", "-1", "x"):
+            assert json.loads(ask(server, f"/changes?since={since}", **{"X-Token": server.token})[1])["version"] == 3
 
 
 def test_the_command_serves_what_was_asked_and_ends_with_a_count(moco: Moco, project: Path) -> None:
@@ -142,9 +169,9 @@ def test_the_command_serves_what_was_asked_and_ends_with_a_count(moco: Moco, pro
         while not (found := re.search(r"http://127.0.0.1:(\d+)/\?token=(\S+)", said)):
             said += running.stdout.readline()
         url = f"http://127.0.0.1:{found[1]}/answer"
-        body = json.dumps({"place": 0, "label": "3"}).encode()
+        body = json.dumps({"place": 0, "label": "3", "before": ""}).encode()
         with urllib.request.urlopen(urllib.request.Request(url, body, {"X-Token": found[2]}), timeout=5) as answer:
-            assert answer.read() == b"saved"
+            assert json.loads(answer.read())["version"] == 1
         assert_one_line_error(moco("label"), "labels/reply.csv", "another `moco label` is open on it")
         running.send_signal(signal.SIGINT)
         rest = running.stdout.read()

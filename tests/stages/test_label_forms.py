@@ -16,7 +16,7 @@ from stage_helpers import run_all
 from conftest import Moco, assert_one_line_error, write_params
 from moco.data.cache import DecodedSplit
 from moco.data.decode import digests_of
-from moco.data.extra_labels import label_number
+from moco.data.label_meaning import ClassNames
 from moco.errors import UserError
 from moco.stages.extra_file import EXTRA_LABELS, content, packed, read_extra
 from moco.stages.workspace import CONTENT
@@ -120,7 +120,7 @@ def test_numbers_of_a_tensor_are_not_taken_for_names(moco: Moco, project: Path, 
     done = moco("data")
     assert done.returncode == 0, done.stderr
     assert "20 line(s) say again what train says" in moco("train_extra").stderr
-    assert label_number("here", "1", ["1", "2"]) == 0
+    assert ClassNames(["1", "2"]).find("here", "1") == (0, False)
 
 
 def test_extra_labels_of_a_pool_that_has_changed_are_refused(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_labels_of_val_change_nothing_but_the_report(moco: Moco, pretrained: Pat
         (["17,5"], ("labels.csv:2", "label 5 is out of range", "0 to 4")),
         (["17,-1"], ("labels.csv:2", "label -1 is out of range")),
         (["17,two"], ("labels.csv:2", "'two' is no class")),
-        (["17,2.0"], ("labels.csv:2", "'2.0' is no class")),
+        (["17,2.5"], ("labels.csv:2", "'2.5' is no class")),
         (["17,"], ("labels.csv", "no label in it that could be used")),
         (["17,2", "3,1", "17.png,3"], ("labels.csv:4", "label 3 here and 2 in labels.csv:2")),
         (["17,2", "3"], ("labels.csv:3", "1 columns")),
@@ -167,8 +167,8 @@ def test_wrong_header_file_and_setting(moco: Moco, pretrained: Path) -> None:
     assert_one_line_error(
         moco("train_extra"), "labels.csv:1", "no column 'label'", "'lable'", "image,label is expected"
     )
-    (pretrained / "labels.csv").write_bytes(b"image,label\n\xff\xfe,1\n")
-    assert_one_line_error(moco("train_extra"), "labels.csv", "cannot be read")
+    (pretrained / "labels.csv").write_bytes(b"image,label\n\xff\x81,1\n")
+    assert_one_line_error(moco("train_extra"), "labels.csv", "not a text in UTF-8", "[E-LABEL-FILE]")
     (pretrained / "labels.csv").write_text("")
     assert_one_line_error(moco("train_extra"), "labels.csv:1", "header")
     (pretrained / "labels.csv").unlink()
@@ -215,10 +215,11 @@ def test_images_that_stand_in_train_or_val_too(moco: Moco, pretrained: Path) -> 
 
 
 def test_names_of_classes_are_labels(moco: Moco, pretrained: Path) -> None:
-    (pretrained / "dataset/classes.txt").write_text("cat\ndog\nowl\nfox\n1\n")
+    (pretrained / "dataset/classes.txt").write_text("cat\ndog\nowl\nfox\n3D\n")
     run_all(moco, "data", "pretrain")
-    write_labels(pretrained, ["17,owl", "3,fox", "39,1", "8,3", "21,dog"])  # 1 is a name here, of class 4
-    run_all(moco, "train_extra")
+    write_labels(pretrained, ["17,owl", "3,fox", "39,3D", "8,3", "21,dog"])
+    done = moco("train_extra")
+    assert done.returncode == 0 and "1 label(s) are positions of classes, counted from 0: 0 is cat" in done.stderr
     by_name = result(pretrained)
     write_labels(pretrained, ["17,2", "3,3", "39,4", "8,fox", "21,dog"])
     run_all(moco, "train_extra")

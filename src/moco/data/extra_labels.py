@@ -3,8 +3,7 @@
 In pools of numbered images (the contract's folders and torchvision's sets) an image's name is its number, with or
 without `.png`, which gives the row of the decoded pool. In a class tree it is the path below unlabeled/ (without that,
 below train/), and the row is found by the content of that file. Images that come with their labels, in folders, are
-known by their content alone, and need not be in the pool. A label is the name of a class, else its number. Where the
-names of classes are numbers themselves, the name is meant.
+known by their content alone, and need not be in the pool. Which class a label means, moco.data.label_meaning says.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from moco.data.cache import DecodedSplit
 from moco.data.class_tree import pool_folder
 from moco.data.decode import ChunkReport, read_image, summarise
 from moco.data.label_files import Line, read_lines
+from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest
-from moco.errors import Say, UserError
-from moco.params import nearest
+from moco.errors import Say, UserError, quoted
 
-CLASSES_SHOWN = 5
 UNANSWERED, REPEATED, IN_TRAIN, IN_VAL, USED = "no label yet", "repeated", "in train", "in val", "used"
 TOLD = {
     UNANSWERED: "have no label yet",
@@ -79,20 +77,24 @@ def read_extra_labels(
     of_train = dict(zip(map(bytes, train.digests), train.labels.tolist(), strict=True))
     of_val = set(map(bytes, splits["val"].digests))
     seen: dict[bytes, Answer] = {}
-    answers = []
+    answers, names, positions = [], ClassNames(manifest.classes), 0
     for line in lines:
         digest = images.digest(line)
         if line.content and digest.hex() != line.content:
             raise UserError(
-                f"{line.place}: '{line.name}' is another image than was asked for: content {digest.hex()} here, "
-                f"{line.content} there; the dataset has changed since the request"
+                f"{line.place}: {quoted(line.name)} is another image than was asked for: content {digest.hex()} here, "
+                f"{quoted(line.content)} there; the dataset has changed since the request",
+                "E-LABEL-CONTENT",
             )
-        label = label_number(line.place, line.label, manifest.classes, line.numbered) if line.label else -1
+        label, by_position = _label(line, names)
+        positions += by_position
         answer = Answer(line, digest, label, _status(line, digest, label, seen, of_train, of_val, manifest.classes))
         answers.append(answer)
         if line.label:
             seen.setdefault(digest, answer)
     _tell(answers, say)
+    if positions and not names.are_positions:
+        say(f"note: {positions} label(s) are positions of classes, counted from 0: {names.positions()}")
     used = sorted((a for a in answers if a.status == USED), key=lambda answer: images.rank(answer.digest))
     rank = {id(answer): number for number, answer in enumerate(a for a in answers if a.status == USED)}
     return ExtraLabels(
@@ -119,12 +121,14 @@ def _status(
     first = seen.get(digest)
     if first is not None and first.label != label:
         raise UserError(
-            f"{line.place}: '{line.name}' has the label {classes[label]} here and {classes[first.label]} in "
-            f"{first.line.place}"
+            f"{line.place}: {quoted(line.name)} has the label {classes[label]} here and {classes[first.label]} in "
+            f"{first.line.place}",
+            "E-LABEL-CONFLICT",
         )
     if (theirs := of_train.get(digest, label)) != label:
         raise UserError(
-            f"{line.place}: '{line.name}' has the label {classes[label]} here and {classes[theirs]} in train"
+            f"{line.place}: {quoted(line.name)} has the label {classes[label]} here and {classes[theirs]} in train",
+            "E-LABEL-CONFLICT",
         )
     if first is not None:
         return REPEATED
@@ -149,17 +153,11 @@ def _refuse_foreign_reply(path: Path, lines: list[Line], images: _Images) -> Non
         )
 
 
-def label_number(place: str, text: str, classes: list[str], numbered: bool = False) -> int:
-    """Of a class's name or number; `numbered`: of its number alone. Raises UserError, naming the place, where it is
-    neither."""
-    if text in classes and not numbered:
-        return classes.index(text)
-    if re.fullmatch(r"-?[0-9]{1,9}", text):
-        if 0 <= int(text) < len(classes):
-            return int(text)
-        raise UserError(f"{place}: label {text} is out of range; {len(classes)} classes: 0 to {len(classes) - 1}")
-    shown = ", ".join(classes[:CLASSES_SHOWN]) + (", …" if len(classes) > CLASSES_SHOWN else "")
-    raise UserError(f"{place}: label '{text}' is no class{nearest(text, classes)}; classes: {shown}")
+def _label(line: Line, names: ClassNames) -> tuple[int, bool]:
+    """(label, -1 where there is none; whether it was given as a position). Raises UserError where it is no class."""
+    if not line.label:
+        return -1, False
+    return (names.position(line.place, int(line.label)), True) if line.numbered else names.find(line.place, line.label)
 
 
 class _Images:
@@ -182,7 +180,10 @@ class _Images:
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         digest = self._of_file(line, str(self.folder / name)) if inside else b""
         if digest not in self.rows:
-            raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool as `moco data` found it")
+            raise UserError(
+                f"{line.place}: {quoted(line.name)} is not in the unlabelled pool as `moco data` found it",
+                "E-LABEL-IMAGE",
+            )
         return digest
 
     def rank(self, digest: bytes) -> tuple[int, bytes]:
@@ -194,10 +195,13 @@ class _Images:
         return self._read(line, str(line.file)) if row is None else gather(self.pool.images, np.array([row]))[0]
 
     def _number(self, line: Line) -> int:
-        found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png)?", line.name.strip())
+        found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png|\.0)?", line.name.strip())  # 17.0: pandas
         last = len(self.numbers) + len(self.manifest.left_out) - 1
         if found is None or (number := int(found[1])) > last:
-            raise UserError(f"{line.place}: '{line.name}' is not in the unlabelled pool, which has 0.png to {last}.png")
+            raise UserError(
+                f"{line.place}: {quoted(line.name)} is not in the unlabelled pool, which has 0.png to {last}.png",
+                "E-LABEL-IMAGE",
+            )
         if number in self.manifest.left_out:
             raise UserError(f"{line.place}: '{line.name}' could not be read and was left out (data.unreadable)")
         return int(np.searchsorted(self.numbers, number))
@@ -215,5 +219,6 @@ class _Images:
             if line.file is not None:
                 raise UserError(f"{line.place}: cannot be used: {error}") from None
             raise UserError(
-                f"{line.place}: '{line.name}' is not in the unlabelled pool {self.folder}: {error}"
+                f"{line.place}: {quoted(line.name)} is not in the unlabelled pool {self.folder}: {error}",
+                "E-LABEL-IMAGE",
             ) from None

@@ -17,6 +17,7 @@ from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
 from moco.data.decode import DIGEST_BYTES
+from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest, SplitSummary
 from moco.data.sources import open_dataset
 from moco.errors import Say, UserError
@@ -41,6 +42,8 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
     """
     with open_dataset(config, scratch, say) as dataset:
         classes = _check_labels(dataset, config.classes)
+        if config.source != "classes" and (numbers := ClassNames(classes)).are_misleading:
+            say(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
         _limit_labels(dataset, config.labelled, classes, say)
         built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable)
         manifest = _describe(dataset, classes, config, built)

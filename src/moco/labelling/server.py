@@ -24,7 +24,7 @@ from moco.config import Config
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Interrupted, Say, UserError
-from moco.labelling.reply import Reply
+from moco.labelling.reply import AnsweredMeanwhileError, Reply
 from moco.stages.workspace import FORM, MANIFEST, RUNS, scratch_folder
 
 HOST = "127.0.0.1"
@@ -47,7 +47,7 @@ def run(config: Config, path: Path, port: int, say: Say) -> None:
 def _run(config: Config, path: Path, port: int, say: Say) -> None:
     manifest = load_manifest(MANIFEST)
     pool = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["unlabeled"]
-    reply = Reply(FORM, path, manifest.classes)
+    reply = Reply(FORM, path, manifest.classes, say)
     rows = {bytes(digest).hex(): row for row, digest in enumerate(pool.digests)}
     for line in reply.lines:
         if line.content not in rows:
@@ -78,7 +78,11 @@ def address(server: Server) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / (the page), /state, /image/PLACE, and POST /answer."""
+    """Answers GET / (the page), /state, /changes?since=VERSION, /image/PLACE, and POST /answer.
+
+    A version is the number of answers so far. Pages ask for the changes since theirs, which tells them what others have
+    answered, and that the server still lives.
+    """
 
     server: Server
 
@@ -89,9 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/":
             self._send(self.server.page.encode(), "text/html; charset=utf-8")
         elif path == "/state":
-            names = [line.name for line in self.server.reply.lines]
-            state = {"classes": self.server.reply.classes, "names": names, "labels": self.server.reply.labels}
-            self._send(json.dumps(state).encode(), "application/json")
+            self._send_json(self.server.state())
+        elif path == "/changes":
+            self._send_json(self.server.changes(parse_qs(urlsplit(self.path).query).get("since", [""])[0]))
         elif path.startswith("/image/") and (place := _place(path[7:], len(self.server.reply.lines))) is not None:
             data = io.BytesIO()
             Image.fromarray(self.server.picture(place)).save(data, "png")
@@ -105,9 +109,9 @@ class Handler(BaseHTTPRequestHandler):
         length = _place(self.headers.get("Content-Length", ""), LONGEST)
         try:
             given = json.loads(self.rfile.read(length or 0))
-            place, label = given["place"], given["label"]
+            place, label, before = given["place"], given["label"], given["before"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            self._refuse(400, "an object with place and label is expected")
+            self._refuse(400, "an object with place, label and before (the label that was shown) is expected")
             return
         if type(place) is not int or not 0 <= place < len(self.server.reply.lines):
             self._refuse(400, "no such image")
@@ -116,16 +120,19 @@ class Handler(BaseHTTPRequestHandler):
         elif urlsplit(self.path).path != "/answer":
             self._refuse(404, "not found")
         else:
-            self._answer(place, label)
+            self._answer(place, label, before, str(given.get("since", "")))
 
-    def _answer(self, place: int, label: str) -> None:
+    def _answer(self, place: int, label: str, before: str, since: str) -> None:
+        """Sends the changes since the page's version, the answer among them, or says why it is not saved."""
         try:
             with self.server.lock:
-                self.server.reply.answer(place, label)
+                self.server.reply.answer(place, label, before)
+        except AnsweredMeanwhileError as error:
+            self._send_json({"problem": str(error), **self.server.changes(since)}, 409)
         except UserError as error:
             self._refuse(500, str(error))
         else:
-            self._send(b"saved", "text/plain")
+            self._send_json(self.server.changes(since))
 
     def _allowed(self) -> bool:
         """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
@@ -142,6 +149,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, code: int, why: str) -> None:
         self._send(why.encode(), "text/plain; charset=utf-8", code)
+
+    def _send_json(self, content: dict[str, Any], code: int = 200) -> None:
+        self._send(json.dumps(content).encode(), "application/json", code)
 
     def _send(self, content: bytes, kind: str, code: int = 200) -> None:
         self.send_response(code)
@@ -173,6 +183,22 @@ class Server(ThreadingHTTPServer):
             f"style-src 'nonce-{nonce}'; frame-ancestors 'none'; base-uri 'none'"
         )
         super().__init__((HOST, port), Handler)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a page shows, and the version that it is of."""
+        with self.lock:
+            names, labels = [line.name for line in self.reply.lines], self.reply.labels
+            return {"classes": self.reply.classes, "names": names, "labels": labels, "version": self._version}
+
+    def changes(self, since: str) -> dict[str, Any]:
+        """Return the answers since a version, all where it is none, as [place, label], and the present version."""
+        with self.lock:
+            first = _place(since, self._version + 1) or 0
+            return {"changes": self.reply.changes[first:], "version": self._version}
+
+    @property
+    def _version(self) -> int:
+        return len(self.reply.changes)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away is nothing to tell; anything else is."""

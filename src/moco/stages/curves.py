@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 
+from moco.csv_files import csv_text
 from moco.files import write_text
 from moco.tracking.metric_log import metric_history
 
@@ -21,12 +20,8 @@ def write_curve(log: Path, path: Path, metric: str, joined: bool = False) -> Pat
         if metric in line["metrics"] or (joined and line["step"] in measured):
             rows.setdefault(line["step"], {}).update(line["metrics"])
     columns = sorted({name for row in rows.values() for name in row})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", *columns], lineterminator="\n")
-    writer.writeheader()
-    for step, row in sorted(rows.items()):
-        writer.writerow({"step": step, **row})
-    write_text(path, text.getvalue())
+    table = [[step, *(row.get(name) for name in columns)] for step, row in sorted(rows.items())]
+    write_text(path, csv_text([["step", *columns], *table]))
     return path
 
 

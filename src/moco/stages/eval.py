@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.util
-import io
 import json
 import re
 import sys
@@ -21,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco.config import HOUSEKEEPING, Config, flatten
+from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
@@ -284,8 +283,4 @@ def _write(folder: Path, scores: Scores, results: dict[str, float], classes: lis
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([list(rows[0]), *(list(row.values()) for row in rows)])

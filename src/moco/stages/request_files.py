@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moco.config import Config
+from moco.csv_files import csv_text
 from moco.data.label_files import read_table
 from moco.errors import UserError
 from moco.files import working_folder, write_atomically, write_text
@@ -40,17 +40,15 @@ class Asked:
 
 def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
     """Replaces models/request/ as a whole; writes reports/request/ and what MLflow gets."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    table: list[Sequence[object]] = [COLUMNS]
     for rank, name in enumerate(asked.names):
         label = asked.labels[rank] if asked.labels else ""
         content = bytes(asked.digests[rank]).hex()
-        table.writerow([name, label, rank + 1, f"{asked.scores[rank]:.6g}", asked.clusters[rank], content])
+        table.append([name, label, rank + 1, f"{asked.scores[rank]:.6g}", asked.clusters[rank], content])
     REQUEST.parent.mkdir(parents=True, exist_ok=True)
     with working_folder(REQUEST.parent, f".{REQUEST.name}-") as work:
         new = work / REQUEST.name
-        write_text(new / FORM.name, text.getvalue())
+        write_text(new / FORM.name, csv_text(table))
         (new / "gallery").mkdir()
         for number, first in enumerate(range(0, len(asked.names), PAGE), 1):
             sheet = _page(asked, range(first, min(first + PAGE, len(asked.names))))
@@ -73,7 +71,7 @@ def keep_answers(config: Config) -> None:
         return
     content = FORM.read_bytes()
     with contextlib.suppress(UserError):  # no form of ours: whatever it is, it is kept
-        if not any(line.label for line in read_table(FORM)):
+        if not any(line.label for line in read_table(FORM, say).lines()):
             return
     copy = LABELS / f"reply-{hashlib.sha256(content).hexdigest()[:8]}.csv"
     if not copy.exists():

@@ -119,9 +119,7 @@ def train_classifier(
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
         weights = _with_layer(architecture, encoder, classes, fit)
         made_from = encoder_provenance(encoder.sha256, manifest)
-        found = Classifier(
-            architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results
-        )
+        found = Classifier(architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results)
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
         files = write_classifier(folder, found, manifest, config.eval, kept)

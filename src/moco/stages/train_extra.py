@@ -5,10 +5,9 @@ Without any it hands on what `train` made, so that `dvc repro` runs to its end b
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moco.config import Config
+from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest
@@ -124,15 +124,13 @@ def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor)
 
 def _table(train: DecodedSplit | None, answers: list[Answer], manifest: Manifest | None) -> str:
     """All labels and where each is from: train's by number, then every line that was read."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "content", "label", "class", "source", "status"])
+    table: list[Sequence[object]] = [["image", "content", "label", "class", "source", "status"]]
     if train is not None and manifest is not None:
         assert train.labels is not None
         for number, (digest, label) in enumerate(zip(train.digests, train.labels.tolist(), strict=True)):
             content = bytes(digest).hex()
-            table.writerow([f"train/{number}", content, label, manifest.classes[label], "train", "used"])
+            table.append([f"train/{number}", content, label, manifest.classes[label], "train", "used"])
         for each in answers:
             named = ["", ""] if each.label < 0 else [each.label, manifest.classes[each.label]]
-            table.writerow([each.line.name, each.digest.hex(), *named, each.line.place, each.status])
-    return text.getvalue()
+            table.append([each.line.name, each.digest.hex(), *named, each.line.place, each.status])
+    return csv_text(table)

@@ -30,7 +30,8 @@ class SplitSummary:
 class Manifest:
     """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1].
     settings: those of section `data` that decide the content, by dotted name. left_out: numbers of the unlabeled
-    images that could not be used, counted in the source."""
+    images that could not be used, counted in the source. decoding: version of the rules by which files became pixels.
+    adjusted: how many images of each split are not decoded as they are stored, by the names of decode.ADJUSTED."""
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -43,6 +44,8 @@ class Manifest:
     splits: dict[str, SplitSummary]
     duplicates_train_val: int
     left_out: list[int] = field(default_factory=list)
+    decoding: int = 1
+    adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,8 @@ from moco.data import cache
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
-from moco.data.decode import DIGEST_BYTES
+from moco.data.decode import DECODING, DIGEST_BYTES
+from moco.data.decode_outcome import count_adjusted
 from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest, SplitSummary
 from moco.data.sources import open_dataset
@@ -27,6 +28,7 @@ from moco.files import own_folder
 # in the manifest.
 LOCATION = {
     "data.unreadable",
+    "data.max_pixels",
     "data.path",
     "data.mounted",
     "data.copy_to_scratch",
@@ -45,7 +47,7 @@ def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
         if config.source != "classes" and (numbers := ClassNames(classes)).are_misleading:
             say(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
         _limit_labels(dataset, config.labelled, classes, say)
-        built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable)
+        built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable, config.max_pixels)
         manifest = _describe(dataset, classes, config, built)
         place = cache.install(built, manifest.digest, scratch)
     say(f"decoded cache: {place}")
@@ -60,6 +62,12 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
     Raises UserError where the source no longer holds what the manifest says, or section `data` of the settings
     is no longer the one that it was made from.
     """
+    if manifest.decoding != DECODING:
+        raise UserError(
+            "models/manifest.json: made by other rules of decoding (EXIF orientation, transparency, 16 bits); run "
+            "`moco data` again",
+            "E-DATA-DECODING",
+        )
     different = [name for name, value in _settings(config).items() if manifest.settings.get(name) != value]
     if different:
         raise UserError(f"{', '.join(different)}: changed since the manifest was made; run `moco data` again")
@@ -191,4 +199,6 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         splits=splits,
         duplicates_train_val=len(seen["train"] & seen["val"]),
         left_out=built.left_out,
+        decoding=DECODING,
+        adjusted=count_adjusted(built.reports),
     )

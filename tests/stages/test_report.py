@@ -96,7 +96,7 @@ def test_report_tells_of_other_data_another_network_and_earlier_versions(moco: M
     write_params(project, pretrain__width=6)
     run_all(moco, "pretrain", "train")
     text = moco("report").stdout
-    assert "of another network than the encoder" in text
+    assert "of another network than the classifier" in text
     assert "not comparable" in row(text, "labels alone")[0], "val has other labels now"
     for path in (project / "reports").glob("*/provenance.json"):
         path.unlink()

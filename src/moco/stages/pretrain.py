@@ -23,7 +23,7 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.errors import DivergedError, Interrupted, Say, UserError
 from moco.files import sha256
-from moco.model.encoder import Architecture, last_width
+from moco.model.encoder import last_width
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture, described
 from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
@@ -194,7 +194,7 @@ def _run(
             report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
             summary = {"images_seen": seen, "minutes": state.seconds / 60}
             summary |= {"steps_back": steps_back} if steps_back else {}
-            record.artifact(_provenance(report, manifest, architecture, len(monitor.held)))
+            record.artifact(_provenance(report, manifest, len(monitor.held)))
             record.artifact(write_metrics(record.path, report / "metrics.json", summary))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
@@ -204,10 +204,9 @@ def _run(
         processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
 
 
-def _provenance(report: Path, manifest: Manifest, architecture: Architecture, held: int) -> Path:
+def _provenance(report: Path, manifest: Manifest, held: int) -> Path:
     """Write what models/encoder.pth is of. held: images that kNN accuracy was measured on."""
-    found = {"encoder": sha256(ENCODER), "architecture": architecture.as_dict(), "images": {"knn_accuracy": held}}
-    return write_provenance(report, manifest, **found)
+    return write_provenance(report, manifest, encoder=sha256(ENCODER), images={"knn_accuracy": held})
 
 
 def _draw(record: Run, images: np.ndarray, views: Views) -> None:

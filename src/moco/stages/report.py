@@ -139,12 +139,9 @@ def _baseline(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
     if not baseline:
         return []
     notes = _broken(baseline)
-    network, pretrain = baseline.provenance.get("architecture"), found["pretrain"]
-    if (
-        network and pretrain.encoder and network != pretrain.provenance.get("architecture")
-        and (pipeline is None or pipeline.results.encoder == pretrain.encoder)
-    ):  # fmt: skip
-        notes.append("of another network than the encoder")
+    network, train = baseline.provenance.get("architecture"), found["train"]
+    if pipeline and train.weights == pipeline.results.weights and network != train.provenance.get("architecture"):
+        notes.append("of another network than the classifier")
     random, supervised = "random_val_accuracy", "supervised_val_accuracy"
     knn, effort = (baseline, "random_val_knn_accuracy"), _effort(baseline.metrics, "supervised_")
     return [

@@ -81,7 +81,7 @@ project() {
   cat >"$prefix/bin/moco" <<'SCRIPT'
 #!/bin/sh
 if [ -f src/moco/cli.py ]; then export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"; fi
-exec /opt/moco/bin/python -m moco.cli "$@"
+exec /opt/moco/bin/python -P -m moco.cli "$@"
 SCRIPT
   chmod 755 "$prefix/bin/moco"
 }

@@ -20,6 +20,7 @@ MODULES = {
 # A module may import from its own level's package and from every level below.
 LEVELS = [
     {"moco", "moco.errors"},
+    {"moco.environment", "moco.safe_path"},
     {"moco.files", "moco.config", "moco.memory", "moco.cores"},
     {"moco.params", "moco.holder", "moco.csv_files"},
     {"moco.data", "moco.model", "moco.selection"},
@@ -33,7 +34,8 @@ LEVELS = [
 ]
 # These decide nothing about a stage's outputs: they carry values, messages, records and whole files.
 CARRIERS = {
-    "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
+    "moco", "moco.cli", "moco.config", "moco.environment", "moco.params", "moco.errors", "moco.files",
+    "moco.safe_path", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
     "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files",
     "moco.stages.provenance", "moco.training.significance",

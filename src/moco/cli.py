@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from moco import safe_path  # noqa: F401  # before all that imports more
+
+# isort: split
+
 import os
 import sys
 import traceback
@@ -10,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from moco import environment
 from moco.cli_cluster import image_app, slurm_app
 from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
@@ -177,11 +182,16 @@ def evaluate(
     classifier: Annotated[
         Path, typer.Option(help="Its folder. Reports of another than the default go to reports/eval-NAME.")
     ] = Path("models/classifier"),
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Run its submission.py though this project did not write it.")
+    ] = False,
 ) -> None:
     """Score a classifier on val, through its submission.py and model_sub.pth alone."""
     config = _load(params)
     from moco.stages import eval as stage
+    from moco.stages.known_submission import ask_before_running
 
+    ask_before_running(classifier, yes, typer.confirm if sys.stdin.isatty() else None)
     stage.run(config, classifier)
 
 
@@ -219,6 +229,7 @@ def main() -> None:
     alone, as full memory.
     """
     tells = not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
+    environment.shield(lambda text: typer.echo(one_line(text), err=True) if tells else None)
     try:
         with raise_on_signals():
             app()

@@ -44,11 +44,17 @@ def origin(
     restore: Annotated[
         bool, typer.Option("--restore", help="Check out its commit here and write its params.yaml.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --restore: apply the recorded changes, which are shown without it.")
+    ] = False,
 ) -> None:
     """Tell what a registered classifier was made from, and how to make it again."""
     from moco.tracking import lineage
 
-    lineage.show(load(params).tracking, version, restore, typer.echo)
+    def ask(question: str) -> bool:
+        return yes or (sys.stdin.isatty() and typer.confirm(question))
+
+    lineage.show(load(params).tracking, version, ask if restore else None, typer.echo)
 
 
 @runs_app.command()

@@ -146,14 +146,16 @@ def test_eval_needs_two_files_alone_and_tells_of_weights_that_are_no_numbers(moc
     (best,) = folder.glob("model_best_*.pth")
     for content in (b"damaged", b""):
         best.write_bytes(content)
-        done = moco("eval", "--classifier", "handed-in")
+        done = moco("eval", "--classifier", "handed-in", "--yes")
         assert done.returncode == 0 and "warning: what the classifier was made with is not known" in done.stderr
     torch.save([1], best)
-    assert moco("eval", "--classifier", "handed-in").returncode == 0
+    assert moco("eval", "--classifier", "handed-in", "--yes").returncode == 0
     state = torch.load(folder / "model_sub.pth", weights_only=True)
     state["fc.bias"][:] = float("nan")
     torch.save(state, folder / "model_sub.pth")
-    assert_one_line_error(moco("eval", "--classifier", "handed-in"), "outputs for 10 of 10 images are no numbers")
+    assert_one_line_error(
+        moco("eval", "--classifier", "handed-in", "--yes"), "outputs for 10 of 10 images are no numbers"
+    )
 
 
 @pytest.mark.parametrize(

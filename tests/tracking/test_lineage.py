@@ -140,7 +140,7 @@ def test_a_fresh_clone_makes_the_champion_again_bit_for_bit(project: Path, datas
     again = project / "again"
     command(project, "git", "clone", "-q", str(place), str(again))
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db"}
-    told = command(again, "moco", "origin", "champion", "--restore", **store)
+    told = command(again, "moco", "origin", "champion", "--restore", "--yes", **store)
     assert wanted in told and "`dvc repro train`" in told
     assert not (again / "later.txt").exists()
     assert "# not committed" in (again / "src/moco/training/schedules.py").read_text()

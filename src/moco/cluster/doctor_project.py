@@ -35,6 +35,7 @@ TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"
 # Exit code 0 where a lock that another process holds could be taken as well.
 TAKE_LOCK = """
 import sys
+sys.path[:1] == [''] and sys.path.pop(0)
 from filelock import FileLock, Timeout
 try:
     FileLock(sys.argv[1], timeout=0.1).acquire()

@@ -11,14 +11,14 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 from moco.cluster.sweep import PARAMS, Sweep
+from moco.environment import python_module
 from moco.errors import Say, UserError
 from moco.files import account, write_text
 
-DVC = (sys.executable, "-m", "dvc")  # also where the environment is not activated
+DVC = tuple(python_module("dvc"))  # also where the environment is not activated
 # Written last into a sweep's folder: a digest of all that its workspaces were made from.
 MADE = "made-from"
 SOURCES = ("src", "dvc.yaml")  # what decides, with params.yaml and the labels, what a task comes to

@@ -41,6 +41,7 @@ from moco.stages.workspace import (
     scratch_folder,
 )  # fmt: skip
 from moco.tracking import pictures
+from moco.tracking.canvas import shown
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training.checkpoints import load_weights
@@ -105,7 +106,8 @@ def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: 
     """The images of which the classifier was surest and wrong."""
     wrong = np.flatnonzero(scores.predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong])][:WORST]
-    said = [f"{classes[scores.labels[i]]}\nas {classes[scores.predicted[i]]}" for i in worst]
+    names = [shown(name) for name in classes]
+    said = [f"{names[scores.labels[i]]}\nas {names[scores.predicted[i]]}" for i in worst]
     pictures.mistakes(np.stack([val.images[i] for i in worst]), said).save(path, "png")
 
 

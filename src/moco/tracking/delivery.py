@@ -1,7 +1,7 @@
 """The process that carries a run's metric log to MLflow while the run goes on: beside it, so that whatever a server
 does, or does not do, costs the training nothing.
 
-    python -m moco.tracking.delivery RUN-FOLDER
+    moco.environment.python_module("moco.tracking.delivery", RUN-FOLDER)
 
 Its standard input tells which store (one line of JSON), and by its end that the run has ended, in whatever way. What
 could not be brought there stands in the one line that it writes.

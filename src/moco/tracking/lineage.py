@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moco.config import TrackingConfig
-from moco.errors import Say, UserError
+from moco.errors import Say, UserError, one_line
 from moco.files import write_text
 from moco.tracking.store import available, client, explain, sqlite_file, store_uri
 
 PARAMS, PATCH = "params.yaml", "changes.patch"
+# Lines of a patch: modes of symbolic links and submodules, and names that files are moved or copied from and to.
+SPECIAL = re.compile(
+    rb"^(?:(?:new|old|deleted) (?:file )?mode|index [0-9a-f]+\.\.[0-9a-f]+) 1[26]0000\s*$", re.MULTILINE
+)
+MOVED = re.compile(rb"^(?:rename|copy) (?:from|to) (.+)$", re.MULTILINE)
+GIT_OWN = (".git", ".gitmodules", "git~1")  # what git takes orders from
 # What is told of the run, in this order: tag and words.
 TOLD = (
     ("git_commit", "commit"), ("git_dirty", "with changes"), ("dvc_experiment", "DVC experiment"),
@@ -21,11 +29,11 @@ TOLD = (
 )  # fmt: skip
 
 
-def show(config: TrackingConfig, wanted: str, restore: bool, say: Say) -> None:
-    """Tells what a version was made from. restore: checks its commit out here, with what was not committed, and writes
-    its params.yaml.
+def show(config: TrackingConfig, wanted: str, ask: Callable[[str], bool] | None, say: Say) -> None:
+    """Tell what a version was made from. ask: given where its commit is to be checked out here, with what was not
+    committed, and its params.yaml to be written; asked before the recorded changes, which are shown, are applied.
 
-    Raises UserError where there is no such version, or the folder has changes that would be lost.
+    Raise UserError where there is no such version, the folder has changes that would be lost, or nobody agrees.
     """
     if not available():
         raise UserError("mlflow is not installed here; run this where it is")
@@ -40,14 +48,14 @@ def show(config: TrackingConfig, wanted: str, restore: bool, say: Say) -> None:
             version = _version(connected, config.registered_model, wanted)
             run = connected.get_run(version.run_id)
             _tell(version, run, say)
-            if restore:
+            if ask is not None:
                 names = {file.path for file in connected.list_artifacts(version.run_id)}
                 kept = {
                     name: connected.download_artifacts(version.run_id, name, folder)
                     for name in (PARAMS, PATCH) if name in names
                 }  # fmt: skip
-                _restore(run.data.tags, kept, say)
-            _advise(version, run, restore, say)
+                _restore(run.data.tags, kept, ask, say)
+            _advise(version, run, ask is not None, say)
     except UserError:
         raise
     except Exception as error:  # MLflow and its HTTP layers raise many kinds
@@ -79,7 +87,7 @@ def _tell(version: Any, run: Any, say: Say) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         if value:
-            say(f"{name:<{width}}  {value}")
+            say(one_line(f"{name:<{width}}  {value}"))
 
 
 def _of_images(tags: dict[str, str]) -> str:
@@ -88,9 +96,11 @@ def _of_images(tags: dict[str, str]) -> str:
     return tags.get("best_held_out_accuracy", "") + (f" of {images} images" if images else "")
 
 
-def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
+def _restore(tags: dict[str, str], kept: dict[str, str], ask: Callable[[str], bool], say: Say) -> None:
     if "git_commit" not in tags:
         raise UserError("the run knows no commit: it was made outside of a git repository")
+    if not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", tags["git_commit"]):
+        raise UserError("the run's tag git_commit is not a commit: somebody has changed it", "E-ORIGIN-COMMIT")
     if PARAMS not in kept:
         raise UserError("the run has no params.yaml: it is of an earlier version, or has not been synced whole")
     if "patch_left_out" in tags:
@@ -99,6 +109,13 @@ def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
         )
     if changed := _git("status", "--porcelain", "--untracked-files=no"):
         raise UserError(f"{changed.split()[-1]}: changed here, and would be lost; commit or stash it, then repeat")
+    if PATCH in kept:
+        _show_patch(kept[PATCH], say)
+        if not ask("Apply these changes?"):
+            raise UserError(
+                "the run's changes to its commit are shown above, and may hold any code; look at them, then add --yes",
+                "E-ORIGIN-UNSEEN-PATCH",
+            )
     before = _git("rev-parse", "--abbrev-ref", "HEAD")
     _git("checkout", "--quiet", "--detach", tags["git_commit"])
     if PATCH in kept:
@@ -109,6 +126,25 @@ def _restore(tags: dict[str, str], kept: dict[str, str], say: Say) -> None:
             raise
     write_text(Path(PARAMS), Path(kept[PARAMS]).read_text(encoding="utf-8"))
     say(f"checked out {tags['git_commit'][:12]}{' with its changes' if PATCH in kept else ''}; {PARAMS} is the run's")
+
+
+def _show_patch(patch: str, say: Say) -> None:
+    """Say which files a recorded patch changes, and how much. Raise UserError for one that makes links or leads out."""
+    text = Path(patch).read_bytes()
+    if SPECIAL.search(text):
+        raise UserError(
+            "the run's changes make a symbolic link or a submodule, which could lead anywhere; they are not applied",
+            "E-ORIGIN-LINK",
+        )
+    names = [line.split("\t")[-1] for line in _git("apply", "--numstat", "-z", patch).split("\0") if line]
+    for name in (*names, *(found.decode(errors="replace") for found in MOVED.findall(text))):
+        parts = Path(name.strip('"')).parts
+        if Path(name).is_absolute() or ".." in parts or any(part.lower().rstrip(". ") in GIT_OWN for part in parts):
+            raise UserError(
+                f"the run's changes lead out of the project ({name}); they are not applied", "E-ORIGIN-LINK"
+            )
+    for line in _git("apply", "--stat", patch).splitlines():
+        say(one_line(line))
 
 
 def _advise(version: Any, run: Any, restored: bool, say: Say) -> None:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,7 @@ class Origin:
     dataset: dict[str, Any]
     pipeline: dict[str, Any]
     files: dict[str, bytes]
+    warning: str = ""  # for the user, where the commit should be known and is not
 
 
 UNKNOWN = Origin({}, {}, {}, {})
@@ -67,7 +69,25 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
         tags["patch_left_out"] = f"{len(patch)} bytes"
     elif patch:
         files["changes.patch"] = patch
-    return Origin(tags, dataset, pipeline, files)
+    return Origin(tags, dataset, pipeline, files, "" if "git_commit" in tags else no_commit())
+
+
+def no_commit() -> str:
+    """Return one line that says why this folder's commit cannot be read; '' where it is in no git repository."""
+    here = Path.cwd()
+    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+        return ""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False, timeout=20)
+        said = " ".join(done.stderr.decode(errors="replace").split())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    cure = "make a commit" if "unknown revision" in said else "see to it that `git status` works here"
+    if "safe.directory" in said:
+        folder = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+        said = "the folder belongs to another user"
+        cure = f"`git config --global --add safe.directory {shlex.quote(str(folder))}` allows it"
+    return f"warning: this run is recorded without its commit, as git cannot read it ({said[:120]}); {cure}"
 
 
 def _patch() -> bytes:

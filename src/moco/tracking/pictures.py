@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from moco.tracking.canvas import shown, writer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TILE = 72  # pixels of a small image's side, at least
 FRAME, GAP, CAPTION = 3, 6, 14  # pixels
@@ -41,9 +47,17 @@ def grid(rows: Sequence[Sequence[Tile]]) -> Image.Image:
             x, y = GAP + column * step_x, GAP + row * step_y
             draw.rectangle((x, y, x + size[0] + 2 * FRAME - 1, y + size[1] + 2 * FRAME - 1), fill=tile.colour)
             sheet.paste(Image.fromarray(tile.image).resize(size, Image.Resampling.NEAREST), (x + FRAME, y + FRAME))
-            words = "\n".join(line[: max(1, size[0] // 6)] for line in tile.caption.split("\n"))
+            words = "\n".join(_drawable(line, max(1, size[0] // 6)) for line in tile.caption.split("\n"))
             draw.text((x + FRAME, y + size[1] + 2 * FRAME), words, fill="black", spacing=0)
     return sheet
+
+
+def _drawable(line: str, longest: int) -> str:
+    """Return a caption's line for Pillow, whose plain font (without FreeType) knows Latin-1 alone."""
+    text = shown(line, longest) if line else ""
+    if isinstance(ImageFont.load_default(), ImageFont.ImageFont):
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    return text
 
 
 def views(images: np.ndarray, augment: Callable[[Tensor, torch.Generator], Tensor], count: int = 6) -> Image.Image:
@@ -97,7 +111,11 @@ def flat_map(features: np.ndarray) -> np.ndarray:
 
 
 def draw_map(features: np.ndarray, labels: np.ndarray, classes: list[str]) -> Callable[[Path], None]:
-    """Of some validation images: features N x D, labels N. Returns what writes the PNG."""
+    """Return what writes a map of some validation images as a PNG. features: N x D; labels: N."""
+    return writer(lambda: _map(features, labels, [shown(name) for name in classes]))
+
+
+def _map(features: np.ndarray, labels: np.ndarray, classes: list[str]) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -114,16 +132,20 @@ def draw_map(features: np.ndarray, labels: np.ndarray, classes: list[str]) -> Ca
             of_class[:, 1],
             color=colours(number if len(classes) <= 20 else number / len(classes)),
             s=14,
-            label=name,
+            label=f" {name}",  # as the legend leaves out what begins with _
         )
     if len(classes) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xticks=[], yticks=[], title=f"features of {len(chosen)} validation images")
-    return lambda path: figure.savefig(path, format="png", dpi=110)
+    return figure
 
 
 def draw_curves(history: list[dict[str, object]], names: Sequence[str]) -> Callable[[Path], None]:
-    """Metrics over the steps, one below the other. history: lines of the metric log. Returns what writes the PNG."""
+    """Return what writes metrics over the steps, one below the other, as a PNG. history: lines of the metric log."""
+    return writer(lambda: _curves(history, names))
+
+
+def _curves(history: list[dict[str, object]], names: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
 
     lines = {name: [(line["step"], line["metrics"][name]) for line in history if name in line["metrics"]]  # type: ignore[index, operator]
@@ -138,4 +160,4 @@ def draw_curves(history: list[dict[str, object]], names: Sequence[str]) -> Calla
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "")
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
-    return lambda path: figure.savefig(path, format="png", dpi=110)
+    return figure

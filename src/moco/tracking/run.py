@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from moco.config import TrackingConfig
+from moco.environment import python_module
 from moco.errors import Interrupted, Say, UserError
 from moco.files import write_atomically
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
@@ -68,13 +68,15 @@ class Run:
         self.metric_log.sync()  # the first line is the run's identity
         self._begin_delivery()
         self.sampler.start()
+        if origin.warning:
+            self.say(origin.warning)
 
     def _begin_delivery(self) -> None:
         if not store_uri(self.config) or self.config.offline or not available():
             return
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "moco.tracking.delivery", str(self.folder)], stdin=subprocess.PIPE,
+                python_module("moco.tracking.delivery", str(self.folder)), stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 start_new_session=True,  # Ctrl-C is for the run alone
             )  # fmt: skip

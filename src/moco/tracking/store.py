@@ -18,6 +18,7 @@ from moco.files import home, write_atomically
 from moco.tracking.metric_log import as_text
 
 SQLITE = "sqlite:///"
+AWKWARD = "%?#"  # signs of an address, which some versions of SQLAlchemy decode
 BATCH = 500  # metrics a request
 NO_ANSWER = "does not answer"
 KINDS = ("https?", "sqlite", "postgresql", "mysql", "mssql", "databricks(-uc)?")
@@ -54,13 +55,27 @@ def shared_uri(config: TrackingConfig) -> str:
     """The store's address for workspaces elsewhere, which would take a relative path for their own; '' where
     params.yaml says enough (and so that no script holds a server's password)."""
     uri = store_uri(config)
-    return uri if sqlite_file(uri) else ""
+    if (path := sqlite_file(uri)) and not Path(uri.removeprefix(SQLITE)).is_absolute():
+        raise UserError(
+            f"{path}: a sweep's tasks cannot be told of a store in a folder with {' '.join(AWKWARD)} in its name; "
+            "rename the folder", "E-STORE-ADDRESS",
+        )  # fmt: skip
+    return uri if path else ""
 
 
 def absolute(uri: str) -> str:
     """The same store from any folder: a SQLite file's path made absolute, anything else as it is."""
-    path, (_, question, options) = sqlite_file(uri), uri.partition("?")
-    return uri if path is None else f"{SQLITE}{path}{question}{options}"
+    path, (before, question, options) = sqlite_file(uri), uri.partition("?")
+    if path is None:
+        return uri
+    if set(str(path)) & set(AWKWARD) and home() == Path():  # said from here, as all processes of a project see it
+        path = Path(os.path.relpath(path))
+    if found := set(str(path)) & set(AWKWARD):
+        raise UserError(
+            f"{before.removeprefix(SQLITE)}: the path of a SQLite store cannot have {' '.join(sorted(found))}, which "
+            f"mean something else in an address; rename the folder ({path})", "E-STORE-ADDRESS",
+        )  # fmt: skip
+    return f"{SQLITE}{path}{question}{options}"
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -143,13 +158,19 @@ def client(uri: str) -> Any:
     return _client(uri)
 
 
-def _client(uri: str) -> Any:
+def _quiet_mlflow() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow  # noqa: F401
 
     for name in ("alembic", "mlflow"):  # after the import, which sets them; they tell of every migration
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _client(uri: str) -> Any:
+    _quiet_mlflow()
+    from mlflow import MlflowClient
+
     return MlflowClient(tracking_uri=uri)
 
 
@@ -181,5 +202,10 @@ def create(uri: str) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="moco-store-") as scratch:
         built = Path(scratch) / "mlflow.db"
-        _client(f"{SQLITE}{built}").search_experiments()  # which makes the tables
+        _quiet_mlflow()
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        # It makes the tables. Without a place for artifacts it would write the current folder's name into its SQL as it
+        # is, which fails where that has a quote.
+        SqlAlchemyStore(f"{SQLITE}{built}", artifact_location(uri))  # type: ignore[no-untyped-call]
         write_atomically(path, lambda copy: shutil.copyfile(built, copy), replace=False)

@@ -10,15 +10,21 @@ import sys
 from collections.abc import Callable
 
 from moco.config import TrackingConfig
+from moco.environment import RUN_MODULE
 from moco.errors import Interrupted, UserError
 from moco.files import account
 from moco.tracking.store import available, client, explain, store_uri, stray, without_password
 
 HOST = "127.0.0.1"
+# Ends the server and its workers when `moco ui` is gone, by SIGKILL too: its standard input is then at an end.
+END_WITH_PARENT = (
+    "import os, signal, threading; threading.Thread(daemon=True, "
+    "target=lambda: (os.read(0, 1), os.killpg(0, signal.SIGKILL))).start(); "
+)
 
 
 def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
-    """Runs until stopped; returns MLflow's exit code. Raises UserError where it cannot start."""
+    """Run until stopped; return MLflow's exit code. Raise UserError where it cannot start."""
     if not available():
         raise UserError("mlflow is not installed here; run this where it is")
     uri = store_uri(config)
@@ -39,13 +45,14 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         say(f"note: {found}")
     say(f"MLflow UI: http://{HOST}:{port}   (stop with Ctrl-C)")
     say(f"from another machine: ssh -L {port}:{HOST}:{port} {account()}@{socket.gethostname()}")
+    # One person looks, often on a login node: neither several workers nor those of MLflow's jobs are of use.
     command = [
-        sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port),
+        sys.executable, "-c", END_WITH_PARENT + RUN_MODULE, "mlflow", "ui", "--host", HOST, "--port", str(port),
         "--workers", "1",
     ]  # fmt: skip
-    # One person looks, often on a login node: neither several workers nor those of MLflow's jobs are of use.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
-    server = subprocess.Popen(command, env=environment, start_new_session=True)  # with the workers that it starts
+    # A session of its own, with the workers that it starts. The pipe is closed by the end of this process.
+    server = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.PIPE)
     try:
         return server.wait()
     except Interrupted:  # the way to end it

@@ -1,0 +1,91 @@
+"""Which variables of the environment reach this program, and how it starts Python processes of its own.
+
+Notebooks, shells, git hooks and the allocation that a job was submitted from set variables for their own purposes.
+docs/environment.md lists those that are read here; what is not meant for this program is taken out at its start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import MutableMapping
+
+from moco.errors import Say
+
+# Variables of MLflow that say how a server or an artifact store is reached, by the beginnings of their names. Others
+# would choose an experiment, a run, a registry or a way of sending that nobody here has asked for.
+MLFLOW_KEPT = (
+    "MLFLOW_TRACKING_", "MLFLOW_HTTP_REQUEST_", "MLFLOW_S3_", "MLFLOW_GCS_", "MLFLOW_ARTIFACT_UPLOAD_",
+    "MLFLOW_SERVER_", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "MLFLOW_SUPPRESS_PRINTING",
+    "MLFLOW_ALLOW_HTTP_REDIRECTS",
+)  # fmt: skip
+FOREIGN = (
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",  # of a hook
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_NAMESPACE",
+    "PYTHONWARNINGS",  # `error` would end a run on a remark that a library makes about another
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # would let weights run code
+    "MATPLOTLIBRC",
+)  # fmt: skip
+# Runs a module as `python -m` does, without the current folder on the path of modules: there, a random.py of the user's
+# would be imported in place of Python's. (`-P` does the same from Python 3.11 on.)
+RUN_MODULE = (
+    "import sys; sys.path[:1] == [''] and sys.path.pop(0); import runpy; "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+left_out: list[str] = []  # names of variables that `shield` has taken out of this process's environment
+
+
+def shield(say: Say, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take out of the environment what is meant for other programs, and remember the names in `left_out`."""
+    strangers = [
+        name for name in environment
+        if name in FOREIGN or (name.startswith(("MLFLOW_", "_MLFLOW_")) and not name.startswith(MLFLOW_KEPT))
+    ]  # fmt: skip
+    for name in strangers:
+        del environment[name]
+    if "PYTHONWARNINGS" in strangers:
+        sys.warnoptions.clear()
+        warnings.resetwarnings()
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+    for name in ("SLURM_TMPDIR", "TMPDIR"):  # of another node, say, from which the job was submitted
+        folder = environment.get(name)
+        if folder and not os.access(folder, os.W_OK | os.X_OK):
+            say(f"note: {name} is {folder}, which is not there or cannot be written; it is not used")
+            strangers.append(name)
+            del environment[name]
+    left_out[:] = sorted({*left_out, *strangers})
+    environment["MPLBACKEND"] = "Agg"  # pictures are files here; a notebook's backend is not installed everywhere
+    environment["PYTHONSAFEPATH"] = "1"  # for processes that libraries start: see RUN_MODULE
+    if path := environment.get("PYTHONPATH"):
+        here = os.path.realpath(os.curdir)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            folder for folder in path.split(os.pathsep) if folder and os.path.realpath(folder) != here
+        )
+    if sys.version_info < (3, 11):
+        _isolate_workers()
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding must not end a run at a sign it lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module like `python -m`, whatever files lie in the current folder."""
+    return [sys.executable, "-c", RUN_MODULE, module, *arguments]
+
+
+def _isolate_workers() -> None:
+    """Start multiprocessing's workers with `-I`, as Python 3.10 knows no PYTHONSAFEPATH. They take the path of modules
+    from this process."""
+    from multiprocessing import util
+
+    original = util._args_from_interpreter_flags  # type: ignore[attr-defined]
+    if getattr(original, "isolates", False):
+        return
+
+    def isolated() -> list[str]:
+        return [*original(), "-I"]
+
+    isolated.isolates = True  # type: ignore[attr-defined]
+    util._args_from_interpreter_flags = isolated  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from moco.cli_options import PARAMS, Params, load
 from moco.cli_runs import runs_app
 from moco.cores import wait_asleep_where_shared
 from moco.errors import AloneError, Interrupted, UserError, one_line
-from moco.memory import FullMemory, full_memory
+from moco.memory import FullMemory, full_memory, refuse_queue
 from moco.training.interrupt import raise_on_signals
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare",
 
 # What takes less memory.
 SMALLER = {
-    "pretrain": "lower pretrain.batch_size or raise pretrain.accumulate",
-    "profile": "lower pretrain.batch_size or raise pretrain.accumulate",
+    "pretrain": "lower pretrain.batch_size or pretrain.queue, or raise pretrain.accumulate",
+    "profile": "lower pretrain.batch_size or pretrain.queue, or raise pretrain.accumulate",
     "baseline": "lower baseline.batch_size",
     "finetune": "lower finetune.batch_size or finetune.pool",
     "train": "lower train.views",
@@ -96,6 +96,7 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train the encoder by momentum contrast on the unlabelled images; writes models/encoder.pth."""
     config = _load(params)
+    refuse_queue(config.pretrain.queue, config.pretrain.dim)
     from moco.stages import pretrain as stage
 
     stage.run(config, resume)
@@ -108,6 +109,7 @@ def profile(
 ) -> None:
     """Tell where the time of a pretraining step goes on this machine. Trains nothing and writes nothing."""
     config = _load(params)
+    refuse_queue(config.pretrain.queue, config.pretrain.dim)
     from moco.stages import profile as stage
 
     stage.run(config, steps, typer.echo)

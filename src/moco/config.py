@@ -85,15 +85,15 @@ class PretrainConfig:
 
     encoder: str
     stem: Literal["imagenet", "small"]
-    width: Count
+    width: Annotated[int, Range(1, 4096)]
     stages: Annotated[int, Range(1, 6)]
     convolutions: Annotated[int, Range(1, 2)]
     head: Literal["mlp", "linear"]
-    dim: Count
+    dim: Annotated[int, Range(1, 65536)]
     queue: Count
     momentum: Share
     momentum_schedule: Literal["constant", "cosine"]
-    temperature: Positive
+    temperature: Annotated[float, Range(1e-3, 1e3)]  # logits divided by it must fit a float16
     loss: Literal["asymmetric", "symmetric"]
     batch_norm: Literal["plain", "split", "sync"]
     splits: Count
@@ -203,7 +203,7 @@ class RequestConfig:
     ]
     budget: CountOrZero
     dimensions: Count
-    bandwidth: Positive
+    bandwidth: Annotated[float, Range(1e-6, 1e6)]  # of distances between features of unit length
     loss_views: Annotated[int, Range(2)]
     answers: Literal["people", "generator"]
     seed: Seed
@@ -222,7 +222,7 @@ class RuntimeConfig:
     """The machine at hand. Nothing here is meant to change a result, so no stage is rerun for it."""
 
     device: str
-    threads: CountOrZero
+    threads: Annotated[int, Range(0, 1024)]  # far beyond the cores, libgomp dies of a segmentation fault
     deterministic: bool
     cuda_graphs: bool
     gpu_kernels: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from typing import NamedTuple
 
@@ -25,6 +26,20 @@ WORDS = {
     "can't start new thread": "no thread can be started: memory, or the number of processes, is at its limit",
 }
 ASKED = re.compile(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [MGT]i?B)")
+
+
+def refuse_queue(length: int, dim: int) -> None:
+    """Raise UserError where a queue of so many keys of `dim` float32 numbers is larger than the machine's memory."""
+    needed = length * dim * 4
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # the system does not tell
+        return
+    if needed > there:
+        raise UserError(
+            f"pretrain.queue: {length} keys of {dim} numbers (pretrain.dim) take {needed / 2**30:,.0f} GiB, and this "
+            f"machine has {there / 2**30:,.0f} GiB; lower pretrain.queue", "E-MEMORY-QUEUE",
+        )  # fmt: skip
 
 
 class FullMemory(NamedTuple):

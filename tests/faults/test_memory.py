@@ -53,7 +53,7 @@ def test_a_run_that_memory_does_not_hold_says_so_and_goes_on_where_there_is_more
     code, said = Started(project, "pretrain", room=ROOM).finish()
     assert code == 1 and "continuing from" in said, said
     # Which library is refused first is chance.
-    assert_one_line(said, "memory", "lower pretrain.batch_size or raise pretrain.accumulate")
+    assert_one_line(said, "memory", "lower pretrain.batch_size or pretrain.queue, or raise pretrain.accumulate")
     assert before and {path: path.read_bytes() for path in before} == before
     code, said = Started(project, "pretrain").finish()
     assert code == 0 and "continuing from" in said, said
@@ -78,7 +78,7 @@ def test_of_two_processes_the_one_whose_memory_is_full_says_so(large: Path, tmp_
     ("error", "words"),
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of"),
-         f"{GPU} (asked for 2.50 GiB more): lower pretrain.batch_size or raise pretrain.accumulate, or set "
+         f"{GPU} (asked for 2.50 GiB more): lower pretrain.batch_size or pretrain.queue, or raise pretrain.accumulate, or set "
          "runtime.cuda_graphs: false, or run where there is more"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), f"{GPU}: lower"),
         (RuntimeError("CUDA error: out of memory"), f"{GPU}, or the machine's that is kept in place for it: lower"),

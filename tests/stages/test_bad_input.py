@@ -30,6 +30,11 @@ def edit_params(project: Path, edit: Callable[[dict[str, dict[str, object]]], No
     ("section", "key", "value", "words"),
     [
         ("pretrain", "tempreature", 0.2, ("pretrain.tempreature", "unknown key", "temperature")),
+        ("pretrain", "queue", 10**11, ("pretrain.queue", "GiB", "E-MEMORY-QUEUE")),
+        ("pretrain", "temperature", 1e-300, ("pretrain.temperature", "at least 0.001")),
+        ("pretrain", "dim", 10**9, ("pretrain.dim", "at most 65536")),
+        ("request", "bandwidth", 1e-300, ("request.bandwidth", "at least 1e-06 and at most 1e+06")),
+        ("runtime", "threads", 100000, ("runtime.threads", "at most 1024")),
         ("pretrain", "epochs", "many", ("pretrain.epochs", "whole number", "'many'")),
         ("pretrain", "epochs", 0, ("pretrain.epochs", "at least 1")),
         ("pretrain", "batch_size", 2.5, ("pretrain.batch_size", "whole number")),

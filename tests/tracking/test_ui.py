@@ -49,6 +49,29 @@ def test_the_address_that_is_printed_answers_and_ctrl_c_ends_it(project: Path) -
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "nothing is left running"
 
 
+@pytest.mark.slow
+def test_the_server_ends_when_moco_ui_is_killed(project: Path) -> None:
+    write_params(project, tracking__uri="sqlite:///mlflow.db")
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "moco.cli", "ui", "--port", str(port)], cwd=project,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    deadline = time.monotonic() + 240
+    while not answers():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while answers():
+        assert time.monotonic() < deadline, "a server is left that nobody will stop"
+        time.sleep(0.2)
+
+
 def test_a_port_in_use_is_one_line(moco: Moco, project: Path) -> None:
     write_params(project, tracking__uri="sqlite:///mlflow.db")
     with socket.socket() as taken:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from moco.tracking.store import shared_uri
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.
 WARNING = 300
 LOGS = Path("slurm/logs")
+# How variables begin that Slurm sets in an allocation, and those among them that say how to reach Slurm itself.
+OF_A_JOB = (
+    "SLURM_", "SLURMD_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "SRUN_", "PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL",
+)  # fmt: skip
+OF_SLURM = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 TWO_GPUS = "_2gpu"  # a job of this ending is the stage before it, on two GPUs of one node
 PIPELINE = ("pretrain", "train", "baseline", "finetune", "eval", "request", "train_extra", "eval_extra")
 JOBS = (*PIPELINE, "pretrain_2gpu", "pretrain_continue")
@@ -200,9 +207,23 @@ def _check(profile: Profile, path: Path, say: Say) -> None:
         say(f"warning: {path}: GRES asks for GPUs, and CONTAINER_OPTIONS has no --nv: the image would not see them")
 
 
+def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the allocation that this process may run in.
+
+    sbatch would take its numbers of tasks and processors for the new job's, and the job its GPUs and restarts for its
+    own."""
+    inside = "SLURM_JOB_ID" in environment
+    return {
+        name: value for name, value in environment.items()
+        if not inside or name in OF_SLURM or not name.startswith(OF_A_JOB)
+    }  # fmt: skip
+
+
 def _sbatch(arguments: list[str], text: str, job: str) -> str:
     """The job's id, on a line of its own: some sites' sbatch says more."""
-    done = subprocess.run(arguments, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        arguments, input=text, capture_output=True, text=True, check=False, env=outside_of_jobs(os.environ)
+    )
     if done.returncode != 0:
         reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
         raise UserError(f"{job}: Slurm refuses the job: {reason or f'exit code {done.returncode}'}")

@@ -92,5 +92,6 @@ lock-image: install
 	printf 'hypothesis>=6.100\npytest>=8\npytest-timeout>=2.3\n' | uv pip compile --quiet --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --no-header - -o requirements/image-test.txt
 
+# All results and records of this project; `moco clean` takes only what can be made again without loss.
 clean:
 	rm -rf build runs models mlartifacts mlflow.db* dvc.lock reports

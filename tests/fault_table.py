@@ -70,6 +70,7 @@ ROWS = {
                   "refused"),
     "determinism": ("another folder, another clone", "the same bits of `model_sub.pth`"),
     "long-run": ("20,000 steps", "memory, file handles and the log's growth stay flat"),
+    "clean": ("moco clean beside results, records and a run at work", "only what can be made again goes, after a yes"),
     "strange-code": ("a stranger's submission.py, a patch in the tracking store",
                      "shown, and run or applied after a yes; links and ways out of the project are refused"),
     "environment": ("variables that notebooks, hooks and other allocations have set",

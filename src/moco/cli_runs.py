@@ -20,7 +20,7 @@ def report() -> None:
 
     from moco.stages import report as stage
 
-    stage.run(Console())
+    stage.run(Console(markup=False, emoji=False))
 
 
 @runs_app.command()
@@ -34,7 +34,7 @@ def compare(
 
     from moco.tracking import compare as table
 
-    table.show(Path(), Console(), param or [], metric or [], sort)
+    table.show(Path(), Console(markup=False, emoji=False), param or [], metric or [], sort)
 
 
 @runs_app.command()
@@ -66,6 +66,17 @@ def sync(
     from moco.tracking.sync import sync_all
 
     sync_all(Path(), load(params).tracking, typer.echo, runs or [])
+
+
+@runs_app.command()
+def clean(
+    params: Params = PARAMS,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it; without this it is listed alone.")] = False,
+) -> None:
+    """List what can be deleted without losing a result or a record: old decoded caches and checkpoints."""
+    from moco.stages import clean as command
+
+    command.run(load(params).runtime.scratch, yes, typer.echo)
 
 
 @runs_app.command()

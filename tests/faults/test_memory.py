@@ -78,7 +78,8 @@ def test_of_two_processes_the_one_whose_memory_is_full_says_so(large: Path, tmp_
     ("error", "words"),
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of"),
-         f"{GPU} (asked for 2.50 GiB more): lower pretrain.batch_size or pretrain.queue, or raise pretrain.accumulate, or set "
+         f"{GPU} (asked for 2.50 GiB more): lower pretrain.batch_size or pretrain.queue, or raise "
+         "pretrain.accumulate, or set "
          "runtime.cuda_graphs: false, or run where there is more"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), f"{GPU}: lower"),
         (RuntimeError("CUDA error: out of memory"), f"{GPU}, or the machine's that is kept in place for it: lower"),

@@ -209,27 +209,6 @@ case "$*" in *" dvc "*) mkdir busy || echo clash >>clashes; sleep 0.2; rmdir bus
 
 
 @pytest.mark.fault("environment")
-def test_what_leaks_from_the_job_that_submitted_this_one_is_not_believed(project: Path, tmp_path: Path) -> None:
-    """Its restarts, its GPUs and its scratch; what Slurm grants this job stays."""
-    for granted, gpus in (("cpu=2,mem=1G,node=1", ""), ("cpu=2,gres/gpu=1", "3")):
-        fake(project, "recorder", f'#!/bin/sh\n{STALE}echo "$@" >>record\n')
-        fake(project, "scontrol", f"#!/bin/sh\necho 'JobId=9 ReqTRES={granted} AllocTRES={granted}'\n")
-        (project / "record").unlink(missing_ok=True)
-        profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
-        done = launch(
-            project, "train", MOCO_PROFILE=profile, PATH=f"{project / 'bin'}:{os.environ['PATH']}", SLURM_JOB_ID="9",
-            SLURM_RESTART_COUNT="2", SLURM_GPUS_ON_NODE="1", SLURM_JOB_GPUS="3", CUDA_VISIBLE_DEVICES="3",
-            SLURM_TMPDIR=str(tmp_path / "gone"), TMPDIR=str(tmp_path),
-        )  # fmt: skip
-        said = (project / "record").read_text()
-        assert done.returncode == 0, done.stderr
-        assert "start 0," in done.stdout and "SLURM_RESTART_COUNT=0" in said
-        assert ("SLURM_JOB_GPUS=3" in said) == ("CUDA_VISIBLE_DEVICES=3" in said) == bool(gpus)
-        assert f"TMPDIR={tmp_path} " in said
-        (project / "slurm/logs/.job-9.begun").unlink()
-
-
-@pytest.mark.fault("environment")
 def test_a_job_is_submitted_without_the_allocation_that_it_is_submitted_from() -> None:
     theirs = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": "1", "SLURM_GPUS_ON_NODE": "2",
               "CUDA_VISIBLE_DEVICES": "0,1", "SBATCH_CPU_BIND": "quiet"}  # fmt: skip

@@ -21,7 +21,7 @@ from moco.cli_runs import runs_app
 from moco.cores import wait_asleep_where_shared
 from moco.errors import AloneError, Interrupted, UserError, one_line
 from moco.memory import FullMemory, full_memory, refuse_queue
-from moco.training.interrupt import raise_on_signals
+from moco.training.interrupt import end_with_dvc, raise_on_signals
 
 if TYPE_CHECKING:
     from moco.config import Config
@@ -234,6 +234,7 @@ def main() -> None:
     environment.shield(lambda text: typer.echo(one_line(text), err=True) if tells else None)
     try:
         with raise_on_signals():
+            end_with_dvc()
             app()
     except UserError as error:
         if tells or isinstance(error, AloneError):

@@ -33,7 +33,7 @@ TEST = 3000  # images of the pool
 def one_fit(opened: Opened, rows: np.ndarray, features: Tensor, right: Tensor, seed: int) -> dict[str, float]:
     """Accuracy by rule, in per cent. rows: of the pool, whose labels are given; features, right: of the test images."""
     pool, train, classes = opened.splits["unlabeled"], opened.splits["train"], len(opened.manifest.classes)
-    section = dataclasses.replace(opened.config.train, seed=seed)
+    section = dataclasses.replace(opened.config.train, seed=seed, solver="sgd")
     assert train.labels is not None
     extra = DecodedSplit(gather(pool.images, rows), opened.truth[rows], pool.digests[rows])
     stack = feature_sets(opened.body, [train, extra] if len(rows) else [train], opened.views, section, CPU)

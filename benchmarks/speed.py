@@ -200,9 +200,9 @@ def linear(args: argparse.Namespace) -> None:
     network = build_encoder(architecture, 1)
     width, body = feature_width(network), strip_head(network).eval()
     config = TrainConfig(
-        epochs=200, batch_size=512, lr=30.0 / 2, sgd_momentum=0.9, weight_decay=0.0, schedule="step", warmup=0.0,
-        milestones=(0.3, 0.4, 0.6, 0.8), features="last", feature_scaling="none", views=args.views, holdout=0.1,
-        refit=False, seed=0,
+        solver="sgd", epochs=200, batch_size=512, lr=30.0 / 2, sgd_momentum=0.9, weight_decay=0.0, schedule="step",
+        warmup=0.0, milestones=(0.3, 0.4, 0.6, 0.8), features="last", feature_scaling="none", views=args.views,
+        holdout=0.1, refit=False, seed=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         images = write_images(Path(place) / "train", 5000, args.size)

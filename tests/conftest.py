@@ -90,7 +90,7 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
         monitor_every=1, holdout=0.4,
         knn_neighbours=3, precision="fp32", warmup=0.0, checkpoint_every=1,
     )  # fmt: skip
-    params["train"].update(features="pyramid", epochs=3, batch_size=8, views=1, holdout=0.4)
+    params["train"].update(solver="sgd", features="pyramid", epochs=3, batch_size=8, views=1, holdout=0.4)
     params["eval"].update(batch_size=4)
     params["baseline"].update(epochs=2, minutes=None, batch_size=4)
     params["finetune"].update(epochs=3, batch_size=4, lr=0.01, weight_decay=0.0001, pool=0, holdout=0.4, warmup=0.0)

@@ -129,6 +129,7 @@ class PretrainConfig:
 class TrainConfig:
     """Linear classifier on frozen features."""
 
+    solver: Literal["lbfgs", "sgd"]
     epochs: Count
     batch_size: Count
     lr: Positive

@@ -167,11 +167,13 @@ def train(model: MomentumContrast, batches: list[int]) -> None:
         model.update(contrast.keys, KEY_MOMENTUM)
 
 
-def test_a_positive_as_near_as_the_nearest_negative_is_picked() -> None:
+def test_a_positive_no_nearer_than_the_nearest_negative_is_not_picked() -> None:
     query = torch.tensor([[1.0, 0.0]])
     near, nearer = torch.tensor([[0.5, 0.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.0], [0.75, 0.0]])
     found = [info_nce(query, torch.tensor([[0.5, 0.0]]), queue, 0.5)[1].item() for queue in (near, nearer)]
-    assert found == [1.0, 0.0]
+    assert found == [0.0, 0.0]
+    far = torch.tensor([[0.4999, 0.0]])
+    assert info_nce(query, torch.tensor([[0.5, 0.0]]), far, 0.5)[1].item() == 1.0
     assert info_nce(query * torch.nan, torch.tensor([[0.5, 0.0]]), near, 0.5)[1].item() == 0, "a broken one is not"
 
 

@@ -18,7 +18,7 @@ from conftest import Moco, assert_one_line_error, write_params
 from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
 from moco.params import load
-from moco.stages import finetune as stage
+from moco.stages import best_epoch
 from moco.stages.supervised import SupervisedStep
 from moco.tracking.metric_log import read_events
 from moco.training.features import stratified_holdout
@@ -56,7 +56,11 @@ def test_it_leaves_the_files_of_a_classifier_and_its_reports(moco: Moco, project
     assert {"weights", "optimizer", "epoch", "held_out_accuracy"} <= set(content)
     assert content["settings"]["finetune.epochs"] == "3" and "pretrain.lr" in content["settings"]
     assert same(content["weights"], weights(folder))
-    assert set(found) == {"held_out_accuracy", "val_accuracy", "best_epoch", "minutes", "images_seen", "extra_labels"}
+    assert set(found) == {
+        "held_out_accuracy", "best_held_out_accuracy", "held_out_images", "val_accuracy", "best_epoch", "minutes",
+        "images_seen", "images_per_second", "labelled_images_seen", "views_seen", "extra_labels",
+        "start_held_out_accuracy", "better_than_start",
+    }  # fmt: skip
     with (project / "reports/finetune/epochs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [0, 1, 2, 3], "the start, and every epoch"
@@ -80,7 +84,7 @@ def test_a_scorer_that_knows_only_the_contract_gets_the_reported_accuracy(
         return correct(self, *arguments)
 
     monkeypatch.setattr(SupervisedStep, "correct", watched)
-    monkeypatch.setattr(stage, "clearly_better", lambda best, last, count: best > last)
+    monkeypatch.setattr(best_epoch, "clearly_better", lambda best, last, count: best > last)
     write_params(project, finetune__lr=20.0, finetune__epochs=10)
     run_all(moco, "finetune")
     assert metrics(project)["best_epoch"] < 10, "chosen so that the last weights are not the best"

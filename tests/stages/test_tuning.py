@@ -20,7 +20,7 @@ from moco.errors import UserError
 from moco.model.small_resnet import SmallResNet
 from moco.params import load
 from moco.stages import finetune
-from moco.stages.finetune import BestEpoch
+from moco.stages.best_epoch import BestEpoch
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
 from moco.training.loop import LoopState

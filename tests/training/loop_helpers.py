@@ -33,6 +33,8 @@ class Recorder:
     updates: list[float] = field(default_factory=list)
     metrics: Callable[[int], dict[str, Any]] = lambda number: {"loss": torch.tensor(float(number))}
     pause: float = 0.0
+    began_at: float = -1.0
+    timed_monitor: bool = False
     save_pause: float = 0.0
 
     def step(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
@@ -54,6 +56,9 @@ class Recorder:
         self.events.append(("monitor", len(self.batches)))
         return {"knn_accuracy": 0.5}
 
+    def start(self, fraction: float) -> None:
+        self.began_at = fraction
+
     def update(self, fraction: float, rate: float, words: str) -> None:
         assert rate > 0
         self.updates.append(fraction)
@@ -67,7 +72,7 @@ class Recorder:
         images = np.arange(pool, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
         hooks = Hooks(
             lambda metrics, step: self.logs.append((step, metrics)), every[0], self, self.stop,
-            self.monitor, every[1], self.save, every[2],
+            self.monitor, every[1], self.save, every[2], timed_monitor=self.timed_monitor,
         )  # fmt: skip
         sampler = EpochSampler(np.arange(pool), BATCH, seed=3)
         run_loop(self.step, sampler, Fetcher(images, pin=False), length, state, hooks)

@@ -13,7 +13,7 @@ from moco.errors import UserError
 from moco.training.linear import LinearFit, clearly_better, fit_linear, make_scaling
 
 CONFIG = TrainConfig(
-    epochs=12, batch_size=16, lr=1.0, sgd_momentum=0.9, weight_decay=0.0, schedule="cosine", warmup=0.0,
+    solver="sgd", epochs=12, batch_size=16, lr=1.0, sgd_momentum=0.9, weight_decay=0.0, schedule="cosine", warmup=0.0,
     milestones=(), features="last", feature_scaling="standardize", views=1, holdout=0.2, refit=False, seed=3,
 )  # fmt: skip
 CLASSES, WIDTH = 4, 6
@@ -220,5 +220,5 @@ def test_rate_follows_batch_and_schedule() -> None:
 
 def test_a_rate_that_ends_in_no_numbers_is_told() -> None:
     views, labels = blobs(64, 0)
-    with pytest.raises(UserError, match=r"train\.lr: .* no numbers any more in epoch \d+; lower it"):
+    with pytest.raises(UserError, match=r"train\.lr: .* NaN or infinite in epoch \d+; lower it"):
         fit_linear(views, labels, views[0], labels, CLASSES, replace(CONFIG, lr=1e38), lambda *_: None)

@@ -46,11 +46,15 @@ class Peers(Protocol):
         """The parts of all along the first dimension."""
 
 
+TIE = 1e-5  # cosine similarities that differ by less, as products of float32 do by rounding, are equal
+
+
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """InfoNCE with one positive per query and the queue as negatives (MoCo, equation 1).
 
     queries, keys: B x D, unit length, row i of both from the same image. queue: K x D, unit length.
-    Returns the mean loss and the share of queries whose positive has the largest logit.
+    Returns the mean loss and the fraction of queries whose positive has the largest logit; a tie, which rounding may
+    hide, is not a hit: collapsed features have only ties.
     """
     with torch.autocast(queries.device.type, enabled=False):  # similarities are divided by a small temperature
         queries = queries / temperature  # of B x D numbers, where the logits are B x K
@@ -59,7 +63,7 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
         logits = torch.cat([positive, negative], 1)
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     with torch.no_grad():
-        accuracy = (positive >= negative.amax(1, keepdim=True)).float().mean()
+        accuracy = (positive - negative.amax(1, keepdim=True) > TIE / temperature).float().mean()
     return F.cross_entropy(logits, target), accuracy
 
 

@@ -8,6 +8,7 @@ rate is nothing. val is measured once.
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from moco.stages.train import classifier_views, classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
-from moco.training.loop import LoopState
+from moco.training.loop import LoopState, run_effort
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
 NETWORK = ("encoder", "stem", "width", "stages", "convolutions")  # of section `pretrain`
@@ -54,11 +55,11 @@ def run(config: Config) -> None:
         _, linear, correct = classify(random, splits, views, config.train, classes, device, lambda *_: None)
         say(f"baseline: linear classifier on random weights: val {linear['val_accuracy']:.2%}")
         network = _network(architecture, classes, section.seed)
-        supervised, right = _supervised(network, splits, views, section, device, precision, record)
+        supervised, right, steps = _supervised(network, splits, views, section, device, precision, record)
         say(f"baseline: supervised on the labels alone: val {supervised['val_accuracy']:.2%}")
         results = {f"random_{name}": value for name, value in linear.items()}
-        results.update({f"supervised_{name}": value for name, value in supervised.items()})
-        record.log(results, 0)
+        results.update(_named(supervised))
+        record.log(results, steps + 1)
         path = REPORTS / "baseline" / "metrics.json"
         write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
         record.artifact(path)
@@ -77,21 +78,31 @@ def _network(architecture: Architecture, classes: int, seed: int) -> nn.Module:
 def _supervised(
     network: nn.Module, splits: dict[str, DecodedSplit], views: Views, section: BaselineConfig,
     device: torch.device, precision: torch.dtype, record: Run,
-) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
-    """Trains from scratch on all labels; returns the results and which images of val are right, booleans."""
+) -> tuple[dict[str, float], np.ndarray, int]:  # fmt: skip
+    """Train from scratch on all labels; return the results, which images of val are right (booleans), and the number
+    of steps."""
     train, val = splits["train"], splits["val"]
     assert train.labels is not None and val.labels is not None
-    sampler = EpochSampler(np.arange(len(train.labels)), section.batch_size, section.seed)
+    sampler = EpochSampler(
+        np.arange(len(train.labels)), even_batch(len(train.labels), section.batch_size), section.seed
+    )  # fmt: skip
     step = SupervisedStep(
         network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision
     )  # fmt: skip
     state = LoopState()
-    train_supervised("baseline", step, train.images, sampler, state, record.log)
+    log = record.log
+    train_supervised("baseline", step, train.images, sampler, state, lambda metrics, at: log(_named(metrics), at))
     refuse_broken(network, state.step)
     correct = step.correct(val.images, val.labels)
-    results = {
-        "val_accuracy": float(correct.mean()),
-        "minutes": state.seconds / 60,
-        "images_seen": float(state.step * sampler.batch_size),
-    }
-    return results, correct
+    found = {"val_accuracy": float(correct.mean()), **run_effort(state, sampler.batch_size)}
+    return found, correct, state.step
+
+
+def even_batch(count: int, most: int) -> int:
+    """Return a batch size, at most `most`, whose whole batches leave out fewer images than there are batches."""
+    return count // math.ceil(count / most)
+
+
+def _named(metrics: dict[str, float]) -> dict[str, float]:
+    """Return them under the names that tell supervised training from the linear classifier on random weights."""
+    return {f"supervised_{name}": value for name, value in metrics.items()}

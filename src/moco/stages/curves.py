@@ -26,9 +26,10 @@ def write_curve(log: Path, path: Path, metric: str, joined: bool = False) -> Pat
 
 
 def write_metrics(log: Path, path: Path, extra: dict[str, float]) -> Path:
-    """A JSON file with the last value of every metric, and `extra`."""
+    """Write a JSON file with the last value of every metric, and `extra`, without what describes a window of steps."""
     last: dict[str, float] = {}
     for line in metric_history(log):
         last.update(line["metrics"])
+    last.pop("data_wait_share", None)
     write_text(path, json.dumps({**last, **extra}, indent=2, sort_keys=True) + "\n")
     return path

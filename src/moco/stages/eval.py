@@ -46,6 +46,7 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, set_up
+from moco.training.progress import ProgressDisplay
 
 WORST = 24  # mistakes drawn
 
@@ -175,6 +176,22 @@ def load_network(submission: ModuleType, path: Path, hint: str) -> nn.Module:
     return network.eval()
 
 
+def _outputs(
+    network: nn.Module, transform: Callable[[Image.Image], Tensor], images: np.ndarray, device: torch.device
+) -> Tensor:
+    """Return the network's outputs for a batch, B x C, on the CPU. Raises UserError as `score` does."""
+    try:
+        outputs = network(torch.stack([transform(Image.fromarray(image)) for image in images]).to(device))
+    except Exception as error:
+        if full_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise UserError(f"eval_transform or the network of submission.py cannot do with val: {reason}") from None
+    if outputs.dim() != 2 or len(outputs) != len(images):
+        raise UserError(f"the network's outputs have shape {tuple(outputs.shape)}; images x classes are expected")
+    return outputs.float().cpu()  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def score(
     network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
@@ -184,18 +201,10 @@ def score(
     outputs that are no numbers, and where the network fails."""
     assert split.labels is not None
     parts = []
-    for first in range(0, len(split.images), batch):
-        try:
-            images = [transform(Image.fromarray(image)) for image in split.images[first : first + batch]]
-            outputs = network(torch.stack(images).to(device))
-            parts.append(outputs.float().cpu())
-        except Exception as error:
-            if full_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-            raise UserError(f"eval_transform or the network of submission.py cannot do with val: {reason}") from None
-        if outputs.dim() != 2 or len(outputs) != len(images):
-            raise UserError(f"the network's outputs have shape {tuple(outputs.shape)}; images x classes are expected")
+    with ProgressDisplay("eval").counting(len(split.images)) as advance:
+        for first in range(0, len(split.images), batch):
+            parts.append(_outputs(network, transform, split.images[first : first + batch], device))
+            advance(len(parts[-1]))
     logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
     if broken := int((~logits.softmax(1).isfinite()).any(1).sum()):
         raise UserError(f"the classifier's outputs for {broken} of {len(logits)} images are no numbers")
@@ -266,8 +275,8 @@ def _write(folder: Path, scores: Scores, results: dict[str, float], classes: lis
         {
             "class": name,
             "images": int(truth[i]),
-            "recall": f"{right[i] / max(truth[i], 1):.4f}",
-            "precision": f"{right[i] / max(claimed[i], 1):.4f}",
+            "recall": f"{right[i] / truth[i]:.4f}" if truth[i] else "",
+            "precision": f"{right[i] / claimed[i]:.4f}" if claimed[i] else "",
         }
         for i, name in enumerate(classes)
     ]

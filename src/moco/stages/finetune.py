@@ -2,8 +2,9 @@
 
 It starts from the encoder with a new last layer, or from model_sub.pth, with one exception. The epoch is to be chosen
 on images that were not trained on, but with `train.refit` the last layer has seen all of train. So that layer is fitted
-again, as stage `train` does it and for as many epochs, without the held-out images; where `train` has held out the same
-ones and not refitted, that gives the layer of model_sub.pth to the bit.
+again, as stage `train` does it (by sgd for as many epochs), without the held-out images; where `train` has held out the
+same ones and not refitted, that gives the layer of model_sub.pth to the bit. The start is a candidate
+beside the epochs.
 
 With `finetune.classifier: classifier_extra` it trains on the extra labels of stage `train_extra` as well.
 """
@@ -16,16 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moco.config import HOUSEKEEPING, Config, flatten
+from moco.config import HOUSEKEEPING, Config, FinetuneConfig, flatten
 from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
+from moco.data.views import Views
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import build_encoder, feature_width, with_features
+from moco.stages.best_epoch import BestEpoch, beside_start
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
@@ -52,62 +55,14 @@ from moco.stages.workspace import (
 )  # fmt: skip
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
+from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
-from moco.training.linear import clearly_better, fit_linear
-from moco.training.loop import LoopState
+from moco.training.linear import fit_linear
+from moco.training.loop import LoopState, run_effort
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
 KEEP = 2  # checkpoints
 STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
-
-
-class BestEpoch:
-    """Callable for the loop, after every epoch: measures the held-out images and keeps the best weights so far.
-
-    best: epoch (from 1; one that the clock cut short counts), accuracy, weights and optimizer, on the CPU; the earlier
-    epoch on a tie; None before the first. last: accuracy after the last epoch so far.
-    images: M x H x W x 3 uint8; labels: M int64.
-    """
-
-    def __init__(self, step: SupervisedStep, state: LoopState, images: np.ndarray, labels: np.ndarray) -> None:
-        self.step, self.state, self.images, self.labels = step, state, images, labels
-        self.best: dict[str, Any] | None = None
-        self.last = 0.0
-
-    def __call__(self) -> dict[str, float]:
-        self.last = self.step.accuracy(self.images, self.labels)
-        if self.best is None or self.last > self.best["accuracy"]:
-            self.best = self._now()
-        return {"held_out_accuracy": self.last}
-
-    def choice(self) -> dict[str, Any]:
-        """The last epoch, unless an earlier one is clearly better, as for the linear classifier.
-
-        Raises ValueError before the first."""
-        if self.best is None:
-            raise ValueError("no epoch has been measured")
-        return self.best if clearly_better(self.best["accuracy"], self.last, len(self.labels)) else self._now()
-
-    def correct(self) -> np.ndarray:
-        """Return which held-out images the network has right now, M booleans."""
-        return self.step.correct(self.images, self.labels)
-
-    def _now(self) -> dict[str, Any]:
-        return {
-            "epoch": self.state.epoch + (self.state.batch > 0),
-            "accuracy": self.last,
-            "weights": _copied(self.step.network.state_dict()),
-            "optimizer": _copied(self.step.optimizer.state_dict()),
-        }
-
-
-def _copied(value: Any) -> Any:
-    """Tensors in dicts and lists, copied to the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {name: _copied(inner) for name, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def run(config: Config) -> None:
@@ -154,11 +109,7 @@ def _run(
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = classifier_views(manifest, device, section.crop_scale)
-    pool = None
-    if section.pool:
-        strong = classifier_views(manifest, device, STRONG_CROPS, STRONG)
-        count = section.pool * sampler.batch_size
-        pool = PoolBatches(splits["unlabeled"].images, count, section.seed, views, strong, section.confidence)
+    pool = _pool(section, splits["unlabeled"], sampler.batch_size, views, manifest)
     precision = choose_precision(config.pretrain.precision, device)
     tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
     step = SupervisedStep(
@@ -168,37 +119,51 @@ def _run(
     choice = BestEpoch(step, state, gather(images, held), labels[held])
     if saved is not None:
         step.load_state(saved)
-        choice.best, choice.last = saved["best"], step.accuracy(choice.images, choice.labels)
+        choice.best, choice.start = saved["best"], saved.get("start")
+        choice.last = step.accuracy(choice.images, choice.labels)
     record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
     if saved is None:
-        record.log({"held_out_accuracy": step.accuracy(choice.images, choice.labels), "epoch": 0}, 0)
+        record.log(choice.begin(), 0)
 
     def save(state: LoopState) -> None:
         refuse_broken(network, state.step)
         record.sync()
-        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
-        record.checkpoint(path, state.step)
+        content = {"loop": state.as_dict(), "best": choice.best, "start": choice.start, **step.state()}
+        record.checkpoint(checkpoints.save(state.epoch, content), state.step)
 
+    say(features.describe_holdout(labels[: len(parts[0].images)], held, section.holdout, "finetune.holdout"))
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
-    train_supervised(
-        "finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every
-    )  # fmt: skip
+    train_supervised("finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every)
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
-    right = choice.correct()
-    correct = {"best_held_out_accuracy": right, "val_accuracy": step.correct(val.images, val.labels)}
+    correct = {"best_held_out_accuracy": choice.correct(), "val_accuracy": step.correct(val.images, val.labels)}
     results = {
-        "held_out_accuracy": chosen["accuracy"],
+        **dict.fromkeys(("held_out_accuracy", "best_held_out_accuracy"), chosen["accuracy"]),
+        "held_out_images": float(len(held)),
         "val_accuracy": float(correct["val_accuracy"].mean()),
         "best_epoch": chosen["epoch"],
-        "minutes": state.seconds / 60,
-        "images_seen": state.step * sampler.batch_size,
+        **run_effort(state, step.images_per_step),
+        "labelled_images_seen": float(state.step * sampler.batch_size),
+        "views_seen": float(state.step * step.views_per_step),
         "extra_labels": float(len(labels) - len(parts[0].images)),
+        **beside_start(choice, chosen),
     }
     made_from = {**start.made_from, "data": manifest.digest, "start": start.digest}
     found = Classifier(start.architecture, settings=chain, made_from=made_from, results=results, **chosen)
-    judged = held_out_record(parts[0].digests[held], labels[held], manifest.classes, right, THESE)
+    judged = held_out_record(
+        parts[0].digests[held], labels[held], manifest.classes, correct["held_out_accuracy"], THESE
+    )
     _write(config, found, manifest, correct, judged, record, state)
+
+
+def _pool(
+    section: FinetuneConfig, split: DecodedSplit, batch_size: int, views: Views, manifest: Manifest
+) -> PoolBatches | None:
+    """Return the batches of the pool that go with those of `batch_size` labelled images, where they are asked for."""
+    if not section.pool:
+        return None
+    strong = classifier_views(manifest, views.device, STRONG_CROPS, STRONG)
+    return PoolBatches(split.images, section.pool * batch_size, section.seed, views, strong, section.confidence)
 
 
 def _source(config: Config) -> Path:
@@ -266,15 +231,16 @@ def _write(
 ) -> None:  # fmt: skip
     """The three files, the reports, and what MLflow gets. judged: the held-out images, for the registry."""
     results = found.results
-    accuracies = {"best_held_out_accuracy": results["held_out_accuracy"], "val_accuracy": results["val_accuracy"]}
-    record.log({**accuracies, "best_epoch": found.epoch}, state.step + 1)
+    accuracies = {name: results[name] for name in ("best_held_out_accuracy", "val_accuracy")}
+    curve = write_curve(record.path, REPORTS / "finetune" / "epochs.csv", "held_out_accuracy", joined=True)
+    record.log(results, state.step + 1)
     files = write_classifier(FINETUNED, found, manifest, config.eval)
     report = REPORTS / "finetune"
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     made = write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
     record.artifact(made)
     record.artifact(report / "metrics.json")
-    record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True))
+    record.artifact(curve)
     tags = {name: f"{value:.4f}" for name, value in accuracies.items()}
     record.model(files, tags, (manifest.height, manifest.width), judged)
     say(

@@ -49,11 +49,11 @@ from moco.training import features
 from moco.training.checkpoints import CheckpointFolder
 from moco.training.distributed import Processes, from_environment
 from moco.training.interrupt import watch_signals
-from moco.training.loop import Hooks, Length, LoopState, run_loop
+from moco.training.loop import Hooks, Length, LoopState, run_effort, run_loop
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 from moco.training.progress import ProgressDisplay
 
-COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); a healthy run is near 1
+COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); runs that learn have 0.3 to 1
 MONITOR_BATCH = 512  # images
 SHOWN = 8  # images whose views are drawn
 
@@ -71,8 +71,15 @@ class Monitor:
         config = self.step.config
         kept, held = features.stratified_holdout(self.train.labels, config.holdout, config.seed)
         if not len(held):
-            raise UserError("pretrain.holdout: no class has two labelled images; none can be held out")
+            raise UserError(
+                "pretrain.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT"
+            )
         self.kept, self.held = kept, held
+
+    def described(self) -> str:
+        """Return a line that says how many images are held out."""
+        assert self.train.labels is not None
+        return features.describe_holdout(self.train.labels, self.held, self.step.config.holdout, "pretrain.holdout")
 
     def __call__(self) -> dict[str, float]:
         step, network = self.step, self.step.model.query_encoder
@@ -90,8 +97,8 @@ class Monitor:
         spread = features.feature_std(shaped)
         if not spread > COLLAPSED_STD:
             raise DivergedError(
-                f"the features collapsed (standard deviation {spread:.4f}, healthy is near 1): lower pretrain.lr, "
-                "raise pretrain.queue or pretrain.momentum"
+                f"the features collapsed (standard deviation {spread:.4f}; runs that learn have 0.3 to 1): lower "
+                "pretrain.lr, raise pretrain.queue or pretrain.momentum"
             )
         return {
             "knn_accuracy": features.knn_accuracy(
@@ -191,11 +198,11 @@ def _run(
         def finish() -> None:
             save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
             assert record is not None
-            report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
-            summary = {"images_seen": seen, "minutes": state.seconds / 60}
-            summary |= {"steps_back": steps_back} if steps_back else {}
+            report = REPORTS / "pretrain"
+            effort = run_effort(state, sampler.batch_size)
+            record.log({**effort, **({"steps_back": steps_back} if steps_back else {})}, state.step + 1)
             record.artifact(_provenance(report, manifest, len(monitor.held)))
-            record.artifact(write_metrics(record.path, report / "metrics.json", summary))
+            record.artifact(write_metrics(record.path, report / "metrics.json", {}))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
             _draw(record, splits["unlabeled"].images, step.views)
@@ -231,13 +238,14 @@ def _train(
     if record is not None:
         precision = str(step.precision).removeprefix("torch.")
         several = f" in {processes.size} processes" if processes.size > 1 else ""
+        say(monitor.described())
         say(f"pretrain: {len(sampler.indices)} images on {step.device}{several}, {precision}; log: {record.path}")
     fetcher = Fetcher(images, pin=step.device.type == "cuda")
     display = ProgressDisplay("pretrain", terminal=None if record is not None else False)
     with watch_signals() as stop, display:
         hooks = Hooks(
             record.log if record is not None else _nothing, section.log_every, display, stop, monitor,
-            section.monitor_every, save, section.checkpoint_every, processes,
+            section.monitor_every, save, section.checkpoint_every, processes, timed_monitor=True,
         )  # fmt: skip
         try:
             run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)

@@ -74,6 +74,9 @@ class SupervisedStep:
             momentum=section.sgd_momentum, weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+        from_pool = 0 if pool is None else pool.sampler.batch_size
+        self.images_per_step = batch_size + from_pool  # each counted once; one of the pool has two views
+        self.views_per_step = batch_size + 2 * from_pool
 
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
         section = self.section
@@ -163,5 +166,7 @@ def train_supervised(
     """
     length = Length(step.section.epochs, step.section.minutes)
     with watch_signals() as stop, ProgressDisplay(name) as display:
-        hooks = Hooks(log, sampler.batches_per_epoch, display, stop, monitor, 1, save, save_every)
+        hooks = Hooks(
+            log, sampler.batches_per_epoch, display, stop, monitor, 1, save, save_every, images=step.images_per_step
+        )
         run_loop(step, sampler, Fetcher(images, pin=step.device.type == "cuda"), length, state, hooks)

@@ -42,11 +42,11 @@ from moco.tracking.run import Run
 from moco.training import features
 from moco.training.linear import LinearFit, fit_linear
 from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.training.progress import ProgressDisplay
 
 FEATURE_BATCH = 256  # images
 CROP_SCALE = (0.5, 1.0)  # of the extra views: light, since the classifier will see whole images
 VAL_NEIGHBOURS = 20
-QUERIES, NEIGHBOURS = 8, 8  # images drawn
 
 Log = Callable[[dict[str, float], int], None]
 Metrics = dict[str, float]
@@ -106,8 +106,10 @@ def train_classifier(
         record.start(chain, origin(config, manifest, device))
         views, classes = linear_views(manifest, device), len(manifest.classes)
 
-        def look(train_features: Tensor, val_features: Tensor) -> None:
-            _draw(record, inputs, train_features, val_features)
+        def look(a: Tensor, b: Tensor) -> None:
+            train, val = inputs.splits["train"], inputs.splits["val"]
+            for name, write in pictures.of_features(train, val, a, b, manifest.classes).items():
+                record.picture(name, write)
 
         body = strip_head(network)
         dtype = views_precision(config, device)
@@ -115,32 +117,30 @@ def train_classifier(
             body, inputs.splits, views, section, classes, device, record.log, look, check, dtype
         )
         _assert_frozen(network, encoder.weights)
-        results.update(more)
-        record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
+        report = REPORTS / stage
+        record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
+        results |= {**more, "iterations" if section.solver == "lbfgs" else "best_epoch": fit.epoch}
+        record.log(results, max(line["step"] for line in metric_history(record.path)) + 1)
         weights = _with_layer(architecture, encoder, classes, fit)
         made_from = encoder_provenance(encoder.sha256, manifest)
         found = Classifier(architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results)
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
         files = write_classifier(folder, found, manifest, config.eval, kept)
-        report = REPORTS / stage
         for path in artifacts:
             record.artifact(path)
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
-        record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
         made = {**made_from, "weights": sha256(files[0]), "architecture": architecture.as_dict()}
         record.artifact(write_provenance(report, manifest, **made, correct=correct))
         judged = held_out(inputs, section, correct["best_held_out_accuracy"])
         tags = {name: f"{value:.4f}" for name, value in results.items()}
         record.model(files, tags, (manifest.height, manifest.width), judged)
-
-        def draw_curves(path: Path) -> None:
-            pictures.draw_curves(metric_history(record.path), ("loss", "held_out_accuracy"))(path)
-
-        record.picture("curves", draw_curves)
+        drawn = ("loss", "held_out_accuracy")
+        record.picture("curves", pictures.draw_curves(metric_history(record.path), drawn))
         run_folder.finish()
+    unit = "iteration" if section.solver == "lbfgs" else "epoch"
     say(
-        f"{stage}: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
+        f"{stage}: {unit} {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {folder}"
     )
 
@@ -192,12 +192,18 @@ def feature_sets(
     network.to(device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(section.seed)
 
-    def one(prepare: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "precision": dtype}
-        return torch.cat([features.extract(network, part.images, prepare, **how) for part in parts])
+    with ProgressDisplay("features").counting(section.views * sum(len(part.images) for part in parts)) as advance:
 
-    random = [one(lambda batch: views(views.to_unit(batch), generator), precision) for _ in range(section.views - 1)]
-    return torch.stack([one(views.plain, torch.float32), *random])
+        def one(prepare: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+            how: dict[str, Any] = {
+                "batch_size": FEATURE_BATCH, "device": device, "precision": dtype, "advance": advance,
+            }  # fmt: skip
+            return torch.cat([features.extract(network, part.images, prepare, **how) for part in parts])
+
+        random = [
+            one(lambda batch: views(views.to_unit(batch), generator), precision) for _ in range(section.views - 1)
+        ]
+        return torch.stack([one(views.plain, torch.float32), *random])
 
 
 def labelled(
@@ -209,7 +215,7 @@ def labelled(
     known = [part.labels for part in parts if part.labels is not None]
     kept, held = features.stratified_holdout(known[0], holdout, seed)
     if not len(held):
-        raise UserError(f"{stage}.holdout: no class has two labelled images; none can be held out")
+        raise UserError(f"{stage}.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT")
     labels = np.concatenate(known)
     return parts, labels, np.concatenate([kept, np.arange(len(known[0]), len(labels))]), held
 
@@ -224,9 +230,10 @@ def classify(
     of both and those of val (N x D each). check: gets the features of both before anything is fitted. precision: as in
     `feature_sets`.
 
-    The epoch is chosen on a held-out part of train; with `refit` the layer is then trained on all labels
-    for so many epochs. val is measured once, at the end, and decides nothing. Images of `extra` are never held out:
-    their labels are not as sure as train's, and so the choice is made on the same images with and without them.
+    Accuracy is measured on a held-out part of train, on which sgd also chooses its epoch; with `refit` the layer is
+    then fitted on all labels: by lbfgs to the optimum, by sgd for so many epochs. val is measured once, at the end, and
+    decides nothing. Images of `extra` are never held out: their labels are not as sure as train's, and so accuracy is
+    measured on the same images with and without them.
     """
     val = splits["val"]
     assert val.labels is not None
@@ -234,15 +241,26 @@ def classify(
     labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.labels)
     stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])
+    say(features.describe_holdout(known[: len(parts[0].images)], held, section.holdout, "train.holdout"))
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
-    results = {"best_held_out_accuracy": fit.accuracy}
     correct = {"best_held_out_accuracy": predictions(fit, stack[0, held]) == known[held]}
+    fit.accuracy = float(correct["best_held_out_accuracy"].mean())
+    results = {
+        "held_out_accuracy": fit.accuracy, "best_held_out_accuracy": fit.accuracy, "held_out_images": float(len(held)),
+    }  # fmt: skip
     if section.refit:
         accuracy = fit.accuracy
         nothing = stack[0, :0], labels[:0]
         fit = fit_linear(stack, labels, *nothing, classes, section, lambda *_: None, stop_after=fit.epoch)
         fit.accuracy = accuracy
-    val_features = features.extract(network, val.images, views.plain, batch_size=FEATURE_BATCH, device=device)
+    if fit.converged is False:
+        say(
+            f"warning: the linear classifier has not converged after {fit.epoch} iterations; raise train.weight_decay, "
+            "or set train.feature_scaling: standardize"
+        )
+    with ProgressDisplay("features of val").counting(len(val.images)) as advance:
+        how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "advance": advance}
+        val_features = features.extract(network, val.images, views.plain, **how)
     correct["val_accuracy"] = predictions(fit, val_features) == val.labels
     correct["val_knn_accuracy"] = features.knn_correct(
         stack[0], labels, val_features, val_labels, neighbours=VAL_NEIGHBOURS, classes=classes
@@ -256,25 +274,6 @@ def classify(
 def predictions(fit: LinearFit, found: Tensor) -> np.ndarray:
     """Return the classes, N int64, that the layer gives to features N x D."""
     return (found @ fit.weight.T + fit.bias).argmax(1).numpy()
-
-
-def _draw(record: Run, inputs: Inputs, train_features: Tensor, val_features: Tensor) -> None:
-    """What the features say of some validation images, and a map of more."""
-    train, val, names = inputs.splits["train"], inputs.splits["val"], inputs.manifest.classes
-    assert train.labels is not None and val.labels is not None
-    known = nn.functional.normalize(train_features[: len(train.labels)], dim=1)
-    near = (nn.functional.normalize(val_features[:QUERIES], dim=1) @ known.T).topk(min(NEIGHBOURS, len(known)), 1)
-    actual, labels = ([names[label] for label in part] for part in (val.labels[:QUERIES], train.labels))
-
-    def draw_neighbours(path: Path) -> None:
-        sheet = pictures.neighbours(val.images[:QUERIES], actual, train.images, labels, near.indices.numpy())
-        sheet.save(path, "png")
-
-    def draw_map(path: Path) -> None:
-        pictures.draw_map(val_features.numpy(), val.labels, names)(path)  # type: ignore[arg-type]
-
-    record.picture("neighbours", draw_neighbours)
-    record.picture("features", draw_map)
 
 
 def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ ADDED: dict[str, Any] = {
     "pretrain.accumulate": 1, "pretrain.features": "last", "train.features": "last", "pretrain.convolutions": 2,
     "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.classifier": "classifier",
     "finetune.start": "classifier", "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0,
-    "finetune.batch_norm": "batch", "finetune.pool": 0, "finetune.confidence": 0.8,
+    "finetune.batch_norm": "batch", "finetune.pool": 0, "finetune.confidence": 0.8, "train.solver": "sgd",
 }  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from moco.data.cache import DecodedSplit
 from moco.tracking.canvas import shown, writer
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ FRAME, GAP, CAPTION = 3, 6, 14  # pixels
 RIGHT, WRONG, PLAIN = (40, 160, 70), (200, 50, 40), (120, 120, 120)
 MAPPED = 500  # images of the feature map: a second or two
 SEED = 0
+QUERIES, NEIGHBOURS = 8, 8  # images drawn
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,26 @@ def _curves(history: list[dict[str, object]], names: Sequence[str]) -> Figure:
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
     return figure
+
+
+def of_features(
+    train: DecodedSplit, val: DecodedSplit, train_features: Tensor, val_features: Tensor, names: list[str]
+) -> dict[str, Callable[[Path], None]]:
+    """Return what draws the neighbours in train of some images of val, and a map of more, by the picture's name.
+
+    train_features, val_features: N x D each, those of train first.
+    """
+    theirs, labels = train.labels, val.labels
+    if theirs is None or labels is None:
+        return {}
+
+    def draw_neighbours(path: Path) -> None:
+        known = F.normalize(train_features[: len(theirs)], dim=1)
+        near = (F.normalize(val_features[:QUERIES], dim=1) @ known.T).topk(min(NEIGHBOURS, len(known)), 1)
+        actual, called = ([names[label] for label in part] for part in (labels[:QUERIES], theirs))
+        neighbours(val.images[:QUERIES], actual, train.images, called, near.indices.numpy()).save(path, "png")
+
+    return {
+        "neighbours": draw_neighbours,
+        "features": draw_map(val_features.numpy(), labels, names),
+    }

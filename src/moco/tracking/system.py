@@ -1,11 +1,14 @@
-"""Samples of the machine while a run goes on: CPU, memory, GPU, under the names of MLflow's system metrics."""
+"""Samples while a run goes on: CPU and memory of the run's process and its children, memory and GPUs of the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,24 +33,57 @@ class SystemSampler:
             self.thread.join(5)  # a driver that hangs is not waited for
 
     def _sample(self) -> None:
-        _cpu()  # the first call begins to count
+        cpu = _Cpu()
         while not self.ended.wait(EVERY):
             with contextlib.suppress(Exception):  # a full disk is the run's to tell; a driver's moods are nobody's
-                self.write({**_cpu(), **_gpu()})
+                self.write({**cpu.sample(), **_gpu()})
 
 
-def _cpu() -> dict[str, float]:
+class _Cpu:
+    """CPU time and memory of this process and its children, and the machine's memory."""
+
+    def __init__(self) -> None:
+        self.began, self.used = time.monotonic(), self._seconds()
+
+    def _seconds(self) -> float:
+        """Return the CPU seconds of this process and its children so far, of those that have ended too."""
+        own = os.times()
+        children = sum(times.user + times.system for child in _children() if (times := _asked(child, "cpu_times")))
+        return float(own.user + own.system + own.children_user + own.children_system + children)
+
+    def sample(self) -> dict[str, float]:
+        """Return what was used since the sample before; nothing without psutil."""
+        if importlib.util.find_spec("psutil") is None:
+            return {}
+        import psutil
+
+        now, used = time.monotonic(), self._seconds()
+        cores = max(used - self.used, 0.0) / max(now - self.began, 1e-9)
+        self.began, self.used = now, used
+        memory = psutil.virtual_memory()
+        own = psutil.Process().memory_info().rss
+        own += sum(info.rss for child in _children() if (info := _asked(child, "memory_info")))
+        return {
+            "system/process_cpu_cores": cores,
+            "system/process_memory_megabytes": own / MEGABYTE,
+            "system/system_memory_usage_percentage": memory.percent,
+            "system/system_memory_usage_megabytes": memory.used / MEGABYTE,
+        }
+
+
+def _children() -> list[Any]:
     if importlib.util.find_spec("psutil") is None:
-        return {}
+        return []
     import psutil
 
-    memory, own = psutil.virtual_memory(), psutil.Process().memory_info().rss
-    return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/system_memory_usage_megabytes": memory.used / MEGABYTE,
-        "system/process_memory_megabytes": own / MEGABYTE,
-    }
+    return list(psutil.Process().children(recursive=True))
+
+
+def _asked(child: Any, what: str) -> Any:
+    """Return what psutil knows of a child, None where it has just ended."""
+    with contextlib.suppress(Exception):
+        return getattr(child, what)()
+    return None
 
 
 def _gpu() -> dict[str, float]:

@@ -31,11 +31,12 @@ def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def extract(
     network: nn.Module, images: np.ndarray, prepare: Callable[[Tensor], Tensor], *, batch_size: int,
-    device: torch.device, precision: torch.dtype = torch.float32,
+    device: torch.device, precision: torch.dtype = torch.float32, advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:  # fmt: skip
     """Outputs of the network in evaluation mode, N x D, fp32, on the CPU.
 
-    images: N x H x W x 3 uint8. prepare: turns a batch of them into the network's input.
+    images: N x H x W x 3 uint8. prepare: turns a batch of them into the network's input. advance: is told the number of
+    images of every batch that is done.
     """
     parts = []
     with eval_mode(network):
@@ -44,6 +45,7 @@ def extract(
             inputs = prepare(batch)  # outside autocast: views are made in fp32, as in training
             with autocast(device, precision):
                 parts.append(network(inputs).float().cpu())
+            advance(len(batch))
     return torch.cat(parts)
 
 
@@ -91,6 +93,21 @@ def effective_rank(features: Tensor) -> float:
     values = torch.linalg.svdvals(features - features.mean(0))
     shares = values / values.sum().clamp(min=1e-12)
     return float(torch.exp(-(shares * torch.log(shares.clamp(min=1e-12))).sum()))
+
+
+def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key: str) -> str:
+    """Return a line that says how many of the images are held out, and why, where that is far from what was asked.
+
+    labels: N int64; held: indices of the held-out ones. fraction: what the setting `key` asks for.
+    """
+    real = len(held) / len(labels)
+    text = f"{key} {fraction:g}: {len(held):,} of {len(labels):,} labelled images are held out ({real:.1%})"
+    counts = np.unique(labels, return_counts=True)[1]
+    if real > 1.25 * fraction:
+        text = f"warning: {text}, since a class holds out one image at least"
+    if alone := int((counts == 1).sum()):
+        text += f"; {alone:,} of {len(counts):,} classes have a single label and hold out none"
+    return text
 
 
 def stratified_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ from moco.training.progress import Display
 
 Step = Callable[[np.ndarray, Tensor, float, int], dict[str, Any]]
 Log = Callable[[dict[str, float], int], None]
+SCHEDULED = ("lr", "key_momentum")  # metrics that are logged as the last step had them, not as means
+MINUTES = 10.0  # between two states, and two monitorings: what a crash may cost, where an epoch takes hours
 
 
 @dataclass
@@ -58,8 +60,10 @@ class Length:
 class Hooks:
     """What happens beside the steps. Every one of them may raise UserError to end the run.
 
-    monitor: called every `monitor_every` epochs and at the end; returns metrics. save: called every
-    `save_every` epochs, at the end and before an interruption ends the run. Both may be left out.
+    monitor: called every `monitor_every` epochs and at the end; returns metrics. save: called every `save_every`
+    epochs, where MINUTES have gone by since the last time, at the end and before an interruption ends the run. Both may
+    be left out. timed_monitor: monitor after MINUTES too, which must then decide nothing, as it follows the clock.
+    images: that the network sees in a step, each counted once however many views it has; None: the sampler's batch.
     processes: where there are several, rank 0 alone calls `log`, `display`, `monitor` and `save`.
     """
 
@@ -72,6 +76,8 @@ class Hooks:
     save: Callable[[LoopState], None] | None = None
     save_every: int = 1
     processes: Processes = SOLO
+    timed_monitor: bool = False
+    images: int | None = None
 
 
 def run_loop(
@@ -87,18 +93,23 @@ def run_loop(
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state, hooks)
     window = _Window(fetcher, hooks.processes, state.unlogged)
+    due = _Due(state, hooks)
+    show = hooks.display.update if hooks.processes.rank == 0 else _hidden
+    hooks.display.start(length.fraction(state, per_epoch))
     # An interruption after a run's or an epoch's last batch leaves monitoring and saving to the resumed run.
     last = length.fraction(state, per_epoch) >= 1 and state.batch < per_epoch
     while not last:
         for indices, images in fetcher.batches(sampler.epoch(state.epoch, state.batch)):
             fraction = length.fraction(state, per_epoch)
-            window.add(step(indices, images, fraction, state.step), sampler.batch_size)
+            window.add(step(indices, images, fraction, state.step), hooks.images or sampler.batch_size)
             state.step += 1
             state.batch += 1
             clock.read(late=state.batch < per_epoch)
             done = length.fraction(state, per_epoch)
+            rate = window.rate()
             if state.step % hooks.log_every == 0 or done >= 1:
-                _report(window, state, per_epoch, done, hooks)
+                _report(window, state, per_epoch, hooks)
+            show(done, rate, window.words)
             if clock.signal is not None:
                 _refuse_divergence(window.loss(), state.step)
                 if done >= 1:
@@ -106,22 +117,62 @@ def run_loop(
                 if hooks.save is not None:
                     _save(hooks.save, state, window)
                 raise Interrupted(clock.signal, saved=hooks.save is not None)
-            if done >= 1:
+            if done >= 1 or state.batch == per_epoch:
                 break
+            _between(due.now(state, per_epoch), window, state, hooks)
         if state.batch >= per_epoch:
             state.epoch, state.batch = state.epoch + 1, 0
         last = length.fraction(state, per_epoch) >= 1
-        if hooks.monitor is not None and (last or (state.batch == 0 and state.epoch % hooks.monitor_every == 0)):
-            _refuse_divergence(window.loss(), state.step)
-            with window.paused():
-                hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
+        monitor, save = due.now(state, per_epoch)
+        if hooks.monitor is not None and (last or monitor):
+            _between((True, False), window, state, hooks)
             clock.read()
             last = length.fraction(state, per_epoch) >= 1
-        if hooks.save is not None and (last or (state.batch == 0 and state.epoch % hooks.save_every == 0)):
-            _refuse_divergence(window.loss(), state.step)
-            with window.paused():
-                _save(hooks.save, state, window)
+        if hooks.save is not None and (last or save):
+            _between((False, True), window, state, hooks)
             clock.read()  # time may run out here: then one more step ends the run properly
+
+
+def _hidden(fraction: float, rate: float, words: str) -> None:
+    """Takes what processes other than rank 0 have to show."""
+
+
+def run_effort(state: LoopState, images_per_step: int) -> dict[str, float]:
+    """Return what the whole run took: images that the network saw, wall-clock minutes, and images a second of these."""
+    images = state.step * images_per_step
+    rate = images / state.seconds if state.seconds else 0.0
+    return {"images_seen": float(images), "minutes": state.seconds / 60, "images_per_second": rate}
+
+
+class _Due:
+    """When to monitor and to save: after so many epochs, and after MINUTES without."""
+
+    def __init__(self, state: LoopState, hooks: Hooks) -> None:
+        self.hooks, self.monitored, self.saved = hooks, state.seconds, state.seconds
+
+    def now(self, state: LoopState, per_epoch: int) -> tuple[bool, bool]:
+        """Return whether to monitor and to save after this step; the clock is the one that all processes agree on."""
+        whole = state.batch == 0 and state.epoch > 0
+        hooks, limit = self.hooks, 60 * MINUTES
+        monitor = whole and state.epoch % hooks.monitor_every == 0
+        monitor |= hooks.timed_monitor and state.seconds - self.monitored >= limit
+        save = (whole and state.epoch % hooks.save_every == 0) or state.seconds - self.saved >= limit
+        self.monitored = state.seconds if monitor else self.monitored
+        self.saved = state.seconds if save else self.saved
+        return monitor, save
+
+
+def _between(todo: tuple[bool, bool], window: _Window, state: LoopState, hooks: Hooks) -> None:
+    """Monitor and save, as `todo` says, in this order, outside the time that rates are measured in."""
+    monitor, save = todo
+    if hooks.monitor is not None and monitor:
+        _refuse_divergence(window.loss(), state.step)
+        with window.paused():
+            hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
+    if hooks.save is not None and save:
+        _refuse_divergence(window.loss(), state.step)
+        with window.paused():
+            _save(hooks.save, state, window)
 
 
 class _Clock:
@@ -144,7 +195,7 @@ class _Window:
     """Metrics between two log lines."""
 
     def __init__(self, fetcher: Fetcher, processes: Processes, values: dict[str, list[Any]]) -> None:
-        self.fetcher, self.processes = fetcher, processes
+        self.fetcher, self.processes, self.words = fetcher, processes, ""
         self.clear()
         self.values.update({name: list(steps) for name, steps in values.items()})
 
@@ -164,6 +215,10 @@ class _Window:
         for name, value in metrics.items():
             self.values.setdefault(name, []).append(value)
 
+    def rate(self) -> float:
+        """Return the images a second so far; nothing is read from the device."""
+        return self.images / (time.perf_counter() - self.began)
+
     def unlogged(self) -> dict[str, list[Any]]:
         """What is not in the log yet, on the CPU; of several processes the mean of each step."""
         values = {
@@ -182,7 +237,9 @@ class _Window:
         return self.processes.mean({"loss": _mean(self.values.get("loss", [0.0]))})["loss"]
 
     def read(self) -> dict[str, float]:
-        result = self.processes.mean({name: _mean(values) for name, values in self.values.items()})
+        result = self.processes.mean(
+            {name: float(values[-1]) if name in SCHEDULED else _mean(values) for name, values in self.values.items()}
+        )
         spent = time.perf_counter() - self.began
         result["images_per_second"] = self.images / spent
         result["data_wait_share"] = (self.fetcher.waited - self.waited) / spent
@@ -208,13 +265,12 @@ def _refuse_divergence(loss: float, step: int) -> None:
         raise DivergedError.because(f"the loss became {loss} near step {step}")
 
 
-def _report(window: _Window, state: LoopState, per_epoch: int, done: float, hooks: Hooks) -> None:
+def _report(window: _Window, state: LoopState, per_epoch: int, hooks: Hooks) -> None:
     metrics = window.read()
     _refuse_divergence(metrics.get("loss", 0.0), state.step)
     epoch = state.epoch + state.batch / per_epoch
     hooks.processes.alone(hooks.log, {**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
-    if hooks.processes.rank == 0:
-        hooks.display.update(done, metrics["images_per_second"], f"loss {metrics.get('loss', 0.0):.3f}")
+    window.words = f"loss {metrics.get('loss', 0.0):.3f}"
 
 
 def _monitor(monitor: Callable[[], dict[str, float]], log: Log, step: int) -> None:

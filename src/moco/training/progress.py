@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -11,11 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY = 15.0  # seconds between two lines in a file
+FIRST_LINE = 5.0  # seconds to the first
 LENGTH = 1000  # steps of the bar, whatever it counts
 
 
 class Display(Protocol):
-    """What the loop tells: `fraction` of the whole, `rate` in images/s, and a few words."""
+    """What the loop tells: the `fraction` of the whole where it begins, then after every step, with the `rate` in
+    images/s and a few words."""
+
+    def start(self, fraction: float) -> None: ...
 
     def update(self, fraction: float, rate: float, words: str) -> None: ...
 
@@ -28,12 +34,12 @@ def clock(seconds: float) -> str:
 
 
 class ProgressDisplay:
-    """Context manager. Remaining time is that of the whole run at the speed of this part of it."""
+    """Context manager. The time left is that of the rest at the mean speed since `start`, pauses included."""
 
     def __init__(self, title: str, terminal: bool | None = None) -> None:
         self.title = title
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
-        self.began, self.first, self.last_line = time.monotonic(), 0.0, 0.0
+        self.began, self.first, self.last_line = time.monotonic(), 0.0, time.monotonic() - LINE_EVERY + FIRST_LINE
         self.bar: Progress | None = None
 
     def __enter__(self) -> ProgressDisplay:
@@ -51,16 +57,31 @@ class ProgressDisplay:
         if self.bar is not None:
             self.bar.stop()
 
+    def start(self, fraction: float) -> None:
+        """Begin to measure time; a resumed run does not begin at 0."""
+        self.began, self.first = time.monotonic(), fraction
+
+    @contextmanager
+    def counting(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Show how many images of `total` are done: yields what to call with the number of each batch that is."""
+        done = 0
+
+        def advance(images: int) -> None:
+            nonlocal done
+            done += images
+            rate = done / max(time.monotonic() - self.began, 1e-9)
+            self.update(done / max(total, 1), rate, f"{done:,} of {total:,} images")
+
+        with self:
+            yield advance
+
     def update(self, fraction: float, rate: float, words: str) -> None:
         now = time.monotonic()
-        spent = now - self.began
-        if not self.first:
-            self.first = fraction  # a resumed run does not begin at 0
-        done = fraction - self.first
+        spent, done = now - self.began, fraction - self.first
         left = clock(spent / done * (1 - fraction)) if done > 0 else "-"
         text = f"{fraction:4.0%} {rate:,.0f} images/s {left} left  {words}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=fraction * LENGTH, words=text)
-        elif now - self.last_line >= LINE_EVERY or fraction >= 1:
+        elif now - self.last_line >= LINE_EVERY or (fraction >= 1 and now - self.began >= LINE_EVERY):
             self.last_line = now
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)

@@ -51,6 +51,8 @@ ROWS = {
                   "refused with what the other answered; what was saved is there, the page says that it is gone"),
     "short-pool": ("a budget above what the pool has", "all of it is asked for, and said"),
     "bad-params": ("parameter files of any content", "one line with the place; the nearest name for a typo"),
+    "source-changed": ("images changed in place, with settings and DVC's cache of before; a source that goes",
+                       "the content that is there decides, or one line; read again only where files changed"),
     "data-layout": ("folders of a class tree misspelt, nested, spelt otherwise, beside each other; a single class",
                     "read, or one line that names the folder and the nearest name"),
     "class-names": ("class names in two Unicode forms, with spaces at their ends, unseen characters, case alone",

@@ -51,6 +51,7 @@ BEHIND_THE_MANIFEST = {
         "label_meaning",
         "manifest",
         "prepare",
+        "source_files",
         "sources",
         "squashfs",
         "squashfs_reader",

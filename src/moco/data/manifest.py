@@ -13,6 +13,7 @@ import numpy as np
 from moco.errors import UserError
 
 FORMAT = 2
+EDITED = "digest and content disagree"
 SPLITS = ("unlabeled", "train", "val")
 
 
@@ -62,19 +63,28 @@ class Manifest:
         return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+def parse_manifest(text: str) -> Manifest:
+    """Return the manifest of a file's text. Raises ValueError where it is none, or was edited by hand."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(text)
         tree.pop("format")
         digest = tree.pop("digest")
         tree["splits"] = {name: SplitSummary(**split) for name, split in tree["splits"].items()}
         tree["mean"], tree["std"] = tuple(tree["mean"]), tuple(tree["std"])
         manifest = Manifest(**tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("not a manifest") from error
+    if manifest.digest != digest:
+        raise ValueError(EDITED)
+    return manifest
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+    try:
+        return parse_manifest(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `moco data` (or `dvc repro data`) first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a manifest of this version; run `moco data` again") from None
-    if manifest.digest != digest:
-        raise UserError(f"{path}: digest and content disagree; run `moco data` again")
-    return manifest
+    except ValueError as error:
+        found = EDITED if str(error) == EDITED else "not a manifest of this version"
+        raise UserError(f"{path}: {found}; run `moco data` again") from None

@@ -53,6 +53,8 @@ ROWS = {
     "bad-params": ("parameter files of any content", "one line with the place; the nearest name for a typo"),
     "source-changed": ("images changed in place, with settings and DVC's cache of before; a source that goes",
                        "the content that is there decides, or one line; read again only where files changed"),
+    "overlap": ("one image in two splits, or in two classes",
+                "told with every result; the pool loses what stands in val"),
     "data-layout": ("folders of a class tree misspelt, nested, spelt otherwise, beside each other; a single class",
                     "read, or one line that names the folder and the nearest name"),
     "class-names": ("class names in two Unicode forms, with spaces at their ends, unseen characters, case alone",

@@ -50,6 +50,7 @@ BEHIND_THE_MANIFEST = {
         "generated",
         "label_meaning",
         "manifest",
+        "overlaps",
         "prepare",
         "source_files",
         "sources",

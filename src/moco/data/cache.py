@@ -24,18 +24,17 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
 
+from moco.data import overlaps
+from moco.data.class_names import first_ten
 from moco.data.dataset import Dataset, Split
 from moco.data.decode import (
     DIGEST_BYTES,
     Chunk,
     ChunkReport,
+    copy_array,
     decode_chunk,
     read_image,
-    resize_and_crop,
-    summarise,
-    write_at,
 )
 from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import SquashfsImage
@@ -46,7 +45,6 @@ from moco.memory import full_memory
 CHUNK = 1024  # images
 SWEEPING = ".sweep.lock"
 BUILDING = ".building-"  # begins the name of a folder that is not complete
-PROBLEMS_NAMED = 10
 CHECK_ALL_BELOW = 1 << 29  # bytes; larger files are checked by samples, so that a start stays under 2 s
 SAMPLED_CHUNKS = 8
 
@@ -64,7 +62,8 @@ class DecodedSplit:
 class Built:
     """A complete cache in a folder that is not yet at its place, and what was learned while decoding. lock: held
     as long as the folder is in use, so that others can tell it from the remains of a process that was killed.
-    left_out: numbers of the unlabeled images that could not be used."""
+    left_out: numbers of the unlabeled images that could not be used; in_val: of those that also stand in val, each with
+    its row there."""
 
     folder: Path
     lock: FileLock
@@ -72,6 +71,7 @@ class Built:
     width: int
     reports: dict[str, list[ChunkReport]]
     left_out: list[int] = field(default_factory=list)
+    in_val: list[tuple[int, int]] = field(default_factory=list)
 
 
 def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
@@ -91,11 +91,14 @@ def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
     raise UserError("unlabeled: none of the first 100 files is a readable image; check data.path")
 
 
-def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadable: int = 0) -> Built:
+def build(
+    dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadable: int = 0, exclude_val: bool = False
+) -> Built:
     """Decodes all images on all cores into a new folder below `parent`.
 
-    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. Raises UserError, naming the
-    first images concerned, where others cannot; nothing is left behind.
+    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. exclude_val: those of
+    it that also stand in val are left out. Raises UserError, naming the first images concerned, where others cannot;
+    nothing is left behind.
     """
     height, width = image_size(dataset, resize)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
@@ -124,9 +127,17 @@ def build(dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadab
                     reports = _decode_split(split, (height, width), resize, folder, decode)
                 built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
-        problems = [named for name, split in dataset.splits.items() for named in _problems(split, built.reports[name])]
-        if problems:
-            raise UserError(f"{len(problems)} image(s) cannot be used: {_shown(problems)}")
+            problems = [
+                named for name, split in dataset.splits.items() for named in _problems(split, built.reports[name])
+            ]
+            if problems:
+                raise UserError(f"{len(problems)} image(s) cannot be used: {first_ten(problems)}")
+            pool = dataset.splits["unlabeled"]
+            kept, built.in_val = overlaps.pool_without_val(built.reports, len(pool), built.left_out)
+            if exclude_val and built.in_val:
+                overlaps.refuse_nothing(kept)
+                pool.keep(kept)
+                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode)
         _write_index(built, dataset)
         return built
     except BaseException as error:
@@ -141,17 +152,12 @@ def _problems(split: Split, reports: list[ChunkReport]) -> list[str]:
     return [f"{split.image_name(i)} ({why})" for report in reports for i, why in report.problems]
 
 
-def _shown(problems: list[str]) -> str:
-    more = len(problems) - PROBLEMS_NAMED
-    return ", ".join(problems[:PROBLEMS_NAMED]) + (f", and {more} more" if more > 0 else "")
-
-
 def _to_leave_out(split: Split, reports: list[ChunkReport], allowed: int, say: Say) -> list[int]:
     """Numbers of the images that cannot be used; none where they are more than allowed."""
     bad = [number for report in reports for number, _ in report.problems]
     if not 0 < len(bad) <= allowed or len(bad) == len(split):
         return []
-    say(f"warning: {len(bad)} image(s) cannot be used and are left out: {_shown(_problems(split, reports))}")
+    say(f"warning: {len(bad)} image(s) cannot be used and are left out: {first_ten(_problems(split, reports))}")
     return bad
 
 
@@ -198,7 +204,7 @@ def _decode_split(
     with output.open("wb") as file:
         file.truncate(len(split) * size[0] * size[1] * 3)
     if split.array is not None:
-        reports = list(_copy_array(split.array, resize, output))
+        reports = list(copy_array(split.array, resize, output, CHUNK))
     else:
         files = split.files
         chunks = [
@@ -210,17 +216,6 @@ def _decode_split(
     if split.labels is not None:
         np.save(folder / f"{split.name}_label.npy", split.labels)
     return reports
-
-
-def _copy_array(array: np.ndarray, resize: int | None, output: Path) -> Iterator[ChunkReport]:
-    for n, first in enumerate(range(0, len(array), CHUNK)):
-        part = np.ascontiguousarray(array[first : first + CHUNK])
-        if resize is not None:
-            part = np.stack([np.asarray(resize_and_crop(Image.fromarray(image), resize)) for image in part])
-        report = ChunkReport(n, first)
-        summarise(report, part)
-        write_at(str(output), first * part[0].nbytes, part)
-        yield report
 
 
 def _write_index(built: Built, dataset: Dataset) -> None:

@@ -12,13 +12,13 @@ import numpy as np
 from filelock import FileLock
 
 from moco.config import DataConfig, flatten
-from moco.data import cache, source_files
+from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
-from moco.data.decode import DIGEST_BYTES
 from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest, SplitSummary, parse_manifest
+from moco.data.overlaps import Overlaps
 from moco.data.source_files import Record, Source
 from moco.data.sources import open_dataset
 from moco.errors import Say, UserError
@@ -86,8 +86,9 @@ def _read(config: DataConfig, scratch: Path, say: Say) -> Manifest:
         if config.source != "classes" and (numbers := ClassNames(classes)).are_misleading:
             tell(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
         _limit_labels(dataset, config.labelled, classes, tell)
-        built = cache.build(dataset, config.resize, cache.caches(scratch), tell, config.unreadable)
-        manifest = _describe(dataset, classes, config, built)
+        built = cache.build(dataset, config.resize, cache.caches(scratch), tell, config.unreadable, config.exclude_val)
+        found = _overlaps(dataset, built)
+        manifest = _describe(dataset, classes, config, built, found)
         place = cache.install(built, manifest.digest, scratch)
         after = source_files.stamp(source) if source else None
     if before and after and before[0] != after[0]:
@@ -97,8 +98,8 @@ def _read(config: DataConfig, scratch: Path, say: Say) -> Manifest:
             "E-DATA-CHANGING",
         )
     say(f"decoded cache: {place}")
-    if manifest.duplicates_train_val:
-        tell(f"warning: {manifest.duplicates_train_val} image(s) of val also stand in train")
+    for warning in overlaps.warnings(found, dataset, classes):
+        tell(warning)
     if source and before:
         record = Record(before[0], before[1], source_files.reader(), manifest.to_json(), warnings)
         source_files.write_record(config, source, scratch, record)
@@ -231,11 +232,17 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
     return dataset.classes or [str(label) for label in range(count)]
 
 
-def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: Built) -> Manifest:
-    splits, seen = {}, {}
+def _overlaps(dataset: Dataset, built: Built) -> Overlaps:
+    labels = dataset.splits["train"].labels
+    assert labels is not None
+    train, val = (overlaps.digests(built.reports[name]) for name in ("train", "val"))
+    return overlaps.overlaps(train, val, labels)
+
+
+def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: Built, found: Overlaps) -> Manifest:
+    splits = {}
     for name, reports in built.reports.items():
         digests = b"".join(report.digests for report in reports)
-        seen[name] = {digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)}
         labels = dataset.splits[name].labels
         splits[name] = SplitSummary(
             len(dataset.splits[name]),
@@ -259,6 +266,9 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         mean=(mean[0] / 255, mean[1] / 255, mean[2] / 255),
         std=(std[0] / 255, std[1] / 255, std[2] / 255),
         splits=splits,
-        duplicates_train_val=len(seen["train"] & seen["val"]),
+        duplicates_train_val=len(found.val_in_train),
         left_out=built.left_out,
+        excluded=[list(pair) for pair in built.in_val] if config.exclude_val else [],
+        classes_twice=len(found.classes_twice),
+        val_in_pool=len(built.in_val),
     )

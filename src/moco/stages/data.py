@@ -20,3 +20,5 @@ def run(config: DataConfig, runtime: RuntimeConfig) -> None:
         f"data: {counts} images of {manifest.width}x{manifest.height} pixels, {len(manifest.classes)} classes "
         f"-> {MANIFEST}"
     )
+    for note in manifest.notes():
+        say(f"data: {note}")

@@ -55,6 +55,8 @@ ROWS = {
                        "the content that is there decides, or one line; read again only where files changed"),
     "overlap": ("one image in two splits, or in two classes",
                 "told with every result; the pool loses what stands in val"),
+    "other-data": ("an encoder or a classifier of other classes, another order of them, other images or another size",
+                   "refused in one line that says which; told where it may be meant"),
     "data-layout": ("folders of a class tree misspelt, nested, spelt otherwise, beside each other; a single class",
                     "read, or one line that names the folder and the nearest name"),
     "class-names": ("class names in two Unicode forms, with spaces at their ends, unseen characters, case alone",

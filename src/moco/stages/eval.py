@@ -26,6 +26,7 @@ from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
+from moco.stages.joins import check_scored
 from moco.stages.provenance import write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -83,6 +84,9 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
         ours |= flatten(config.finetune, "finetune")
     if maker and settings and (different := differences(settings, ours, HOUSEKEEPING)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
+    check_scored(
+        classifier, best, submission, manifest, f"run `moco {maker}` again" if maker else "train it again", say
+    )
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": weights}, manifest.digest)

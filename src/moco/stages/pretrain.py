@@ -189,7 +189,7 @@ def _run(
         _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
         def finish() -> None:
-            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
+            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest, chain)
             assert record is not None
             report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
             summary = {"images_seen": seen, "minutes": state.seconds / 60}

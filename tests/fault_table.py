@@ -57,6 +57,7 @@ ROWS = {
                 "told with every result; the pool loses what stands in val"),
     "other-data": ("an encoder or a classifier of other classes, another order of them, other images or another size",
                    "refused in one line that says which; told where it may be meant"),
+    "small-data": ("a queue, a batch or its splits larger than the pool", "told with the real number, or refused"),
     "data-layout": ("folders of a class tree misspelt, nested, spelt otherwise, beside each other; a single class",
                     "read, or one line that names the folder and the nearest name"),
     "class-names": ("class names in two Unicode forms, with spaces at their ends, unseen characters, case alone",

@@ -103,6 +103,8 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
             record.picture("mistakes", lambda path: _draw_mistakes(val, scores, manifest.classes, path))
         folder.finish()
     say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {report}")
+    for note in manifest.notes():
+        say(f"eval: {note}")
 
 
 def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moco.data.manifest import load_manifest
 from moco.errors import UserError
-from moco.stages.workspace import REPORTS
+from moco.stages.workspace import MANIFEST, REPORTS
 
 
 def _read(stage: str) -> dict[str, Any]:
@@ -64,4 +65,7 @@ def run(console: Console) -> None:
             f"pretrained, all weights fine-tuned{more}", percent(finetune, "val_accuracy"), "-", *effort(finetune, "")
         )  # fmt: skip
     console.print(table)
+    if MANIFEST.is_file():
+        for note in load_manifest(MANIFEST).notes():
+            console.print(f"Note: {note}.", markup=False)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")

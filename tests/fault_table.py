@@ -37,6 +37,8 @@ ROWS = {
     "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),
     "damaged-cache": ("a decoded cache is truncated or changed", "built anew"),
     "bad-images": ("files that are no images, bombs, wrong sizes, odd modes", "named in one line with the reason"),
+    "unlisted": ("links that lead nowhere or to folders, loops, pipes, sockets, folders and files without rights",
+                 "named, whatever the source; an error, of the pool beyond what `data.unreadable` leaves out"),
     "damaged-squashfs": ("bytes of a squashfs image of PNG files flipped, images cut off",
                          "one line, or the same dataset; no hang"),
     "bad-labels": ("label tensors of wrong types, shapes, lengths and values", "one line that names the file"),

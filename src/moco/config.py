@@ -76,6 +76,7 @@ class DataConfig:
     labelled: Count | None
     unreadable: CountOrZero
     exclude_val: bool
+    max_pixels: Count
     generated: GeneratedConfig
 
 

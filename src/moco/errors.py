@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Say = Callable[[str], None]
 LONGEST = 300  # characters of a line that reports an error, with "error: " and its code
@@ -28,6 +28,17 @@ def shortened(text: str, limit: int) -> str:
 def quoted(text: str) -> str:
     """Return the beginning of what somebody wrote, in quotes: a cell of a table can be as large as the file."""
     return f"'{text}'" if len(text) <= QUOTED else f"'{text[: QUOTED - 1]}…'"
+
+
+def first_of(items: Sequence[str], room: int = 160) -> str:
+    """Return the first ten items as a message shows them, fewer where they take more than `room` characters."""
+    shown: list[str] = []
+    for item in items[:10]:
+        if shown and sum(map(len, shown)) + 2 * len(shown) + len(item) > room:
+            break
+        shown.append(item if len(item) <= room else f"{item[: room // 2]}…{item[-room // 2 :]}")
+    more = len(items) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
 
 
 class UserError(Exception):

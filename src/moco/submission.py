@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 
 from moco.config import EvalConfig
+from moco.data import as_seen
 from moco.data.manifest import Manifest
 from moco.model import small_resnet
 from moco.model.encoder import Architecture
 
-HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch and torchvision alone.
+HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch, torchvision, numpy and Pillow.
 
     model = get_model(); model.load_state_dict(torch.load("model_sub.pth", weights_only=True)); model.eval()
-    logits = model(eval_transform(image).unsqueeze(0))   # image: PIL, RGB
+    logits = model(eval_transform(image).unsqueeze(0))   # image: PIL, as opened from its file
 """
 '''
 
@@ -43,18 +44,24 @@ def _model_source(architecture: Architecture, classes: int) -> tuple[str, str]:
     return "from torch import nn\nfrom torchvision import models, transforms", definition
 
 
+def _as_seen_source() -> str:
+    """Return what turns an opened file into the picture that a person sees, as the training images were."""
+    text = inspect.getsource(as_seen)
+    return text[text.index("# EXIF") :].strip()
+
+
 def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -> str:
     """The text of submission.py for one architecture, data set and team."""
     imports, model = _model_source(architecture, len(manifest.classes))
-    steps = []
+    steps = ["as_seen"]
     if manifest.resize is not None:
-        steps = [f"transforms.Resize({manifest.resize})", f"transforms.CenterCrop({manifest.resize})"]
+        steps += [f"transforms.Resize({manifest.resize})", f"transforms.CenterCrop({manifest.resize})"]
     steps += ["transforms.ToTensor()", f"transforms.Normalize({manifest.mean!r}, {manifest.std!r})"]
     transform = "".join(f"        {step},\n" for step in steps)
     return (
-        f"{HEADER}\nfrom __future__ import annotations\n\n{imports}\n\n"
+        f"{HEADER}\nfrom __future__ import annotations\n\nimport numpy as np\nfrom PIL import Image\n{imports}\n\n"
         f"team_id = {config.team_id}\nteam_name = {config.team_name!r}\n"
         f"email_address = {config.email_address!r}\n"
-        f"class_names = {manifest.classes!r}\n\n"
+        f"class_names = {manifest.classes!r}\n\n{_as_seen_source()}\n\n\n"
         f"eval_transform = transforms.Compose(\n    [\n{transform}    ]\n)\n\n\n{model}"
     )

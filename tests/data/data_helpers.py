@@ -24,7 +24,7 @@ def data_config(path: Path, source: str = "folder", **changes: Any) -> DataConfi
     settings: dict[str, Any] = {
         "source": source, "path": str(path), "mounted": "", "copy_to_scratch": False, "download": False,
         "classes": None, "resize": None, "labelled": None, "unreadable": 0, "exclude_val": True,
-        "generated": generated_config(),
+        "max_pixels": 178956970, "generated": generated_config(),
     }  # fmt: skip
     return DataConfig(**(settings | changes))
 

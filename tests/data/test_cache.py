@@ -98,14 +98,11 @@ def test_many_chunks_in_worker_processes_give_the_same_cache(
     assert cache.damage(cache.cache_folder(tmp_path / "other", found.digest)) is None
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
 def test_other_modes_are_converted_as_pillow_does(dataset: Path, scratch: Path, mode: str) -> None:
     path = dataset / "unlabeled" / "3.png"
     with Image.open(path) as image:
-        other = image.convert("RGBA") if mode in ("RGBA", "LA") else image
-        if mode in ("RGBA", "LA"):
-            other.putalpha(Image.linear_gradient("L").resize(image.size))
-        other = other.convert(mode)
+        other = image.convert(mode)
     other.save(path, "TIFF" if mode == "CMYK" else "PNG")  # a wrong suffix is no reason to refuse an image
     _, splits = decoded(dataset, scratch)
     np.testing.assert_array_equal(splits["unlabeled"].images[3], pillow(path))
@@ -136,8 +133,8 @@ def test_images_need_not_be_square(dataset: Path, scratch: Path) -> None:
 
 def damaged_png(kind: str) -> bytes:
     buffer = io.BytesIO()
-    if kind == "16-bit":
-        Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(buffer, "PNG")
+    if kind == "float":
+        Image.fromarray(np.full((32, 32), 40000, np.float32)).save(buffer, "TIFF")
         return buffer.getvalue()
     if kind == "animation":
         frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green")]
@@ -161,8 +158,8 @@ def damaged_png(kind: str) -> bytes:
         ("text", "train/6.png (not an image)"),
         ("empty", "train/6.png (not an image)"),
         ("other size", "train/6.png (23x20 pixels, not 32x32 as the first image (data.resize brings"),
-        ("animation", "train/6.png (has 3 frames)"),
-        ("16-bit", "train/6.png (mode I;16 has more than 8 bits a channel)"),
+        ("animation", "train/6.png (has 3 frames; save one of them)"),
+        ("float", "train/6.png (floats from 40000 to 40000; 0 to 1 is expected; scale all images alike)"),
     ],
 )
 def test_unusable_image_is_named_with_its_reason(dataset: Path, scratch: Path, kind: str, words: str) -> None:
@@ -174,8 +171,13 @@ def test_unusable_image_is_named_with_its_reason(dataset: Path, scratch: Path, k
 def test_only_the_first_ten_unusable_images_are_named(dataset: Path, scratch: Path) -> None:
     for i in range(5, 18):
         (dataset / "unlabeled" / f"{i}.png").write_text("no image")
-    message = assert_refused(dataset, scratch, "13 image(s)", "unlabeled/5.png", "unlabeled/14.png", ", and 3 more")
-    assert "unlabeled/15.png" not in message
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"13 image\(s\) cannot be used: unlabeled/5\.png .*, and \d+ more") as caught:
+        prepare(data_config(dataset), scratch, said.append)
+    assert len(str(caught.value)) <= 300 and caught.value.code == "E-DATA-UNREADABLE"
+    assert [line for line in said if "not an image" in line] == [
+        f"cannot be used: unlabeled/{i}.png (not an image)" for i in range(5, 15)
+    ]
 
 
 def test_a_pool_without_any_image_is_refused(dataset: Path, scratch: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_dataset_that_goes_away_while_it_is_decoded_is_one_error(dataset: Path
         if message == "decoded 40 images of unlabeled":
             shutil.rmtree(dataset)
 
-    with pytest.raises(UserError, match=r"30 image\(s\) cannot be used: train/0\.png \(not found\).* and 20 more"):
+    with pytest.raises(UserError, match=r"30 image\(s\) cannot be used: train/0\.png \(not found\).* and \d+ more"):
         prepare(data_config(dataset), scratch, say)
     assert left_behind(scratch) == []
 

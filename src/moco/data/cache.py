@@ -26,19 +26,20 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from moco.data import overlaps
-from moco.data.class_names import first_ten
 from moco.data.dataset import Dataset, Split
 from moco.data.decode import (
     DIGEST_BYTES,
+    LARGEST,
     Chunk,
     ChunkReport,
     copy_array,
     decode_chunk,
     read_image,
 )
+from moco.data.decode_outcome import refuse_problems, tell_adjusted, to_leave_out
 from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import SquashfsImage
-from moco.errors import Say, UserError
+from moco.errors import Say, UserError, first_of
 from moco.files import own_folder
 from moco.memory import full_memory
 
@@ -74,33 +75,43 @@ class Built:
     in_val: list[tuple[int, int]] = field(default_factory=list)
 
 
-def image_size(dataset: Dataset, resize: int | None) -> tuple[int, int]:
+def image_size(dataset: Dataset, resize: int | None, largest: int = LARGEST) -> tuple[int, int]:
     """(height, width) after resizing: that of the first unlabelled image that can be read."""
     if resize is not None:
         return resize, resize
     split = dataset.splits["unlabeled"]
     if split.array is not None:
         return split.array.shape[1], split.array.shape[2]
+    problems = []
     with SquashfsImage(split.image) if split.image else contextlib.nullcontext() as packed:
-        for file in split.files[:100]:
+        for number, file in enumerate(split.files[:100]):
             try:
-                image = read_image(file, None, None, packed)
+                image = read_image(file, None, None, packed, largest)
                 return image.shape[0], image.shape[1]
-            except ValueError:
-                continue
-    raise UserError("unlabeled: none of the first 100 files is a readable image; check data.path")
+            except ValueError as error:
+                problems.append(f"{split.image_name(number)} ({error})")
+    reasons = first_of(problems)
+    raise UserError(
+        f"unlabeled: none of the first 100 files is a readable image; check data.path: {reasons}", "E-DATA-UNREADABLE"
+    )
 
 
 def build(
-    dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadable: int = 0, exclude_val: bool = False
+    dataset: Dataset,
+    resize: int | None,
+    parent: Path,
+    say: Say,
+    unreadable: int = 0,
+    exclude_val: bool = False,
+    largest: int = LARGEST,
 ) -> Built:
     """Decodes all images on all cores into a new folder below `parent`.
 
     unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. exclude_val: those of
-    it that also stand in val are left out. Raises UserError, naming the first images concerned, where others cannot;
-    nothing is left behind.
+    it that also stand in val are left out. largest: pixels of an image. Raises UserError, naming the first images
+    concerned, where others cannot; nothing is left behind.
     """
-    height, width = image_size(dataset, resize)
+    height, width = image_size(dataset, resize, largest)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
     folder = parent / f"{BUILDING}{uuid.uuid4().hex}"
     lock = FileLock(f"{folder}.lock")
@@ -120,24 +131,21 @@ def build(
         built = Built(folder, lock, height, width, {})
         with _decoders(dataset) as decode:
             for name, split in dataset.splits.items():
-                reports = _decode_split(split, (height, width), resize, folder, decode)
-                if name == "unlabeled" and (bad := _to_leave_out(split, reports, unreadable, say)):
+                reports = _decode_split(split, (height, width), resize, folder, decode, largest)
+                if name == "unlabeled" and (bad := to_leave_out(split, reports, unreadable, say)):
                     built.left_out = bad
                     split.keep(np.setdiff1d(np.arange(len(split)), bad))
-                    reports = _decode_split(split, (height, width), resize, folder, decode)
+                    reports = _decode_split(split, (height, width), resize, folder, decode, largest)
                 built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
-            problems = [
-                named for name, split in dataset.splits.items() for named in _problems(split, built.reports[name])
-            ]
-            if problems:
-                raise UserError(f"{len(problems)} image(s) cannot be used: {first_ten(problems)}")
+            refuse_problems(dataset, built.reports, say)
             pool = dataset.splits["unlabeled"]
             kept, built.in_val = overlaps.pool_without_val(built.reports, len(pool), built.left_out)
             if exclude_val and built.in_val:
                 overlaps.refuse_nothing(kept)
                 pool.keep(kept)
-                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode)
+                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode, largest)
+        tell_adjusted(built.reports, say)
         _write_index(built, dataset)
         return built
     except BaseException as error:
@@ -146,19 +154,6 @@ def build(
             raise
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: building the decoded cache failed: {reason}") from None
-
-
-def _problems(split: Split, reports: list[ChunkReport]) -> list[str]:
-    return [f"{split.image_name(i)} ({why})" for report in reports for i, why in report.problems]
-
-
-def _to_leave_out(split: Split, reports: list[ChunkReport], allowed: int, say: Say) -> list[int]:
-    """Numbers of the images that cannot be used; none where they are more than allowed."""
-    bad = [number for report in reports for number, _ in report.problems]
-    if not 0 < len(bad) <= allowed or len(bad) == len(split):
-        return []
-    say(f"warning: {len(bad)} image(s) cannot be used and are left out: {first_ten(_problems(split, reports))}")
-    return bad
 
 
 def _discard(folder: Path, lock: FileLock) -> None:
@@ -198,7 +193,7 @@ def _decoders(dataset: Dataset) -> Iterator[Decode]:
 
 
 def _decode_split(
-    split: Split, size: tuple[int, int], resize: int | None, folder: Path, decode: Decode
+    split: Split, size: tuple[int, int], resize: int | None, folder: Path, decode: Decode, largest: int
 ) -> list[ChunkReport]:
     output = folder / f"{split.name}.u8"
     with output.open("wb") as file:
@@ -208,7 +203,7 @@ def _decode_split(
     else:
         files = split.files
         chunks = [
-            Chunk(n, first, tuple(files[first : first + CHUNK]), size, resize, str(output), split.image)
+            Chunk(n, first, tuple(files[first : first + CHUNK]), size, resize, str(output), split.image, largest)
             for n, first in enumerate(range(0, len(files), CHUNK))
         ]
         reports = list(decode(chunks))

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from moco.data.class_names import check_names, class_name, first_ten, refuse_one_class
 from moco.data.dataset import Dataset, Split
-from moco.errors import Say, UserError
+from moco.data.listing import images_below, is_folder, shown, subfolders
+from moco.errors import Say, UserError, first_of
 from moco.params import nearest
 
 POOL_NAMES = ("unlabeled", "unlabelled")
 KNOWN = ("train", "val", *POOL_NAMES)
-PASSED_OVER = ("lost+found", "__MACOSX", "@eaDir")  # folders that systems make by themselves
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".gif", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def class_tree(root: Path, say: Say) -> Dataset:
     """Return the dataset of a folder per class: train/NAME/…, val/NAME/…, and unlabeled/… or unlabelled/… (any depth;
     without it, train's images).
 
-    Files that are no images by their names, files beside the classes and folders that are links within a class are
-    counted and told. Hidden ones are not there. Raises UserError for any other folder beside these, and for names of
-    classes that cannot be told apart."""
-    if not root.is_dir():
+    Files that are no images, by name or content, and files beside the classes are told. Hidden files and what systems
+    leave in folders are not there. What cannot be read or followed stands in the splits like an image, so that decoding
+    names it with its reason. Raises UserError for any other folder beside these, and for names of classes that cannot
+    be told apart."""
+    if not is_folder(root):
         raise UserError(f"{root}: dataset folder not found; set data.path in params.yaml")
     _check_layout(root)
     folders = {name: _class_folders(root / name, say) for name in ("train", "val")}
@@ -33,8 +34,9 @@ def class_tree(root: Path, say: Say) -> Dataset:
         raise UserError(f"{root / 'val' / unknown[0]}: class has no folder in train/{nearest(unknown[0], classes)}")
     splits = {}
     for name in ("train", "val"):
-        if loose := sorted(entry.name for entry in shown(root / name) if not entry.is_dir()):
-            say(f"warning: {len(loose)} file(s) in {root / name} are in no class and are left out, first {loose[0]}")
+        of_classes = {folder.name for folder in folders[name].values()}
+        if loose := sorted(entry.name for entry in shown(root / name) if entry.name not in of_classes):
+            say(f"warning: {len(loose)} file(s) in {root / name} are in no class and are left out: {first_of(loose)}")
         below = [images_below(folders[name][each], say) if each in folders[name] else [] for each in classes]
         empty = [class_name for class_name, found in zip(classes, below, strict=True) if not found]
         if len(empty) == len(classes):
@@ -61,13 +63,13 @@ def _check_layout(root: Path) -> None:
     """Raise UserError where train or val is missing, and for a folder beside the known ones: a misspelt one would be
     images that nobody misses."""
     for name in ("train", "val"):
-        if not (root / name).is_dir():
-            deeper = [entry.name for entry in shown(root) if (entry / "train").is_dir() and (entry / "val").is_dir()]
+        if not is_folder(root / name):
+            deeper = [e.name for e in subfolders(root) if os.path.isdir(e / "train") and os.path.isdir(e / "val")]  # noqa: PTH112
             hint = f"; set data.path to {root / deeper[0]}" if deeper else ""
             raise UserError(
                 f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/{hint}", "E-DATA-LAYOUT"
             )
-    others = sorted(e.name for e in shown(root) if e.is_dir() and e.name not in (*KNOWN, *PASSED_OVER))
+    others = [folder.name for folder in subfolders(root) if folder.name not in KNOWN]
     if others:
         raise UserError(
             f"{root}: {len(others)} folder(s) that a class tree does not have: "
@@ -75,14 +77,15 @@ def _check_layout(root: Path) -> None:
             "(or unlabelled/); rename or move them",
             "E-DATA-FOLDER",
         )
-    if all((root / name).is_dir() for name in POOL_NAMES):
+    pools = [name for name in POOL_NAMES if is_folder(root / name)]  # both are looked at: a link may lead nowhere
+    if len(pools) == 2:
         raise UserError(f"{root}: has both unlabeled/ and unlabelled/; move their images into one", "E-DATA-TWO-POOLS")
 
 
 def _class_folders(folder: Path, say: Say) -> dict[str, Path]:
     """Return the folders of the classes by name. Raises UserError for names that cannot be told apart, and where the
     folders are those of a dataset."""
-    found = [entry for entry in shown(folder) if entry.is_dir() and entry.name not in PASSED_OVER]
+    found = subfolders(folder)
     check_names(sorted(entry.name for entry in found), folder, say)
     names = {entry.name for entry in found}
     if names and names <= {*KNOWN, "test"}:  # a class may be called train, but not all of them so
@@ -101,43 +104,11 @@ def _check_depth(split: Path, folders: dict[str, Path], below: list[list[str]], 
     refuse_one_class(split, list(folders))
     deep = [
         name for name, paths in zip(sorted(folders), below, strict=True)
-        if len({Path(path).relative_to(folders[name]).parts[0] for path in paths}) > 1
+        if len({Path(path).relative_to(folders[name]).parts[:1] for path in paths}) > 1
         and all(len(Path(path).relative_to(folders[name]).parts) > 1 for path in paths)
     ]  # fmt: skip
     if len(deep) == len(folders):
         say(f"warning: in every class of {split} all images lie in folders below it; is there one level too many?")
-
-
-def shown(folder: Path) -> list[Path]:
-    """What lies in the folder and is not hidden, in no order."""
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def images_below(folder: Path, say: Say) -> list[str]:
-    """Paths of the images of the folder, at any depth, in the order of their names. Other files and folders that are
-    links are counted and told; hidden ones are not there. Raises UserError for a name that is not UTF-8."""
-    found = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-    files = [path for path in found if path.is_file()]
-    if linked := sorted(str(path) for path in found if path.is_symlink() and path.is_dir()):
-        say(f"warning: {len(linked)} folder(s) in {folder} are links and are left out, first {linked[0]}")
-    other = sorted(str(path) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
-    if other:
-        say(
-            f"warning: {len(other)} file(s) in {folder} are no images by their names and are left out, first {other[0]}"
-        )
-    images = sorted(str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-    if foreign := [path for path in images if not _utf8(path)]:  # label files name images, and are UTF-8
-        first = foreign[0].encode(errors="backslashreplace").decode()
-        raise UserError(f"{folder}: {len(foreign)} name(s) that are not UTF-8, first {first}; rename them")
-    return images
-
-
-def _utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def pool_folder(root: Path) -> Path:

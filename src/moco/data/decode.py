@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import os
+import re
 import stat
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +20,30 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moco.data import as_seen
+from moco.data.image_kinds import HEAD, is_heic, why_not_read
 from moco.data.squashfs_reader import SquashfsImage
 from moco.memory import full_memory
 
+try:
+    from PIL.AvifImagePlugin import SUPPORTED as AVIF
+except ImportError:  # Pillow before 11.3
+    AVIF = False
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF blocks, of large images: nobody knows which ones
 DIGEST_BYTES = 16
+# Version of the rules by which files become pixels, in the manifest: raise it when they change.
+DECODING = 2
+LARGEST = 178_956_970  # pixels of an image, as Pillow has it by default
 # Pillow knows more, by content whatever the name: one of them starts a PostScript interpreter.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-WRONG_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF", *(("AVIF",) if AVIF else ()))
+DARK = 32  # of 255: where the whole set's 16-bit images stay below, they probably hold 12 bits or fewer
+TOO_LARGE = "{} pixels, and data.max_pixels is {}: make it smaller, or raise that"
+ADJUSTED = {
+    "oriented": "turned as EXIF says",
+    "composited": "with transparent parts put on white",
+    "rescaled": "of more than 8 bits a channel brought to 8",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +61,15 @@ class Chunk:
     resize: int | None
     output: str
     image: Path | None = None
+    largest: int = LARGEST
 
 
 @dataclass
 class ChunkReport:
-    """What was found in a chunk: checksum and digests of the pixels, channel sums, and problems by image."""
+    """What was found in a chunk: checksum and digests of the pixels, channel sums, and problems by image.
+
+    adjusted: how many images were, by the names of ADJUSTED. brightest: the largest value in those that were rescaled,
+    -1 where none was."""
 
     index: int
     first: int
@@ -53,6 +78,8 @@ class ChunkReport:
     sums: tuple[int, int, int] = (0, 0, 0)
     squares: tuple[int, int, int] = (0, 0, 0)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    adjusted: Counter[str] = field(default_factory=Counter)
+    brightest: int = -1
 
 
 def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
@@ -66,36 +93,41 @@ def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
 
 
 def read_image(
-    file: str | int, size: tuple[int, int] | None, resize: int | None, packed: SquashfsImage | None = None
+    file: str | int,
+    size: tuple[int, int] | None,
+    resize: int | None,
+    packed: SquashfsImage | None = None,
+    largest: int = LARGEST,
 ) -> np.ndarray:
-    """H x W x 3, uint8. `file`: a path, or an inode reference in `packed`. Raises ValueError with the reason where
-    the file is not such an image."""
+    """Return the image of a file as a person sees it, H x W x 3, uint8. See `read_adjusted`."""
+    return read_adjusted(file, size, resize, packed, largest)[0]
+
+
+def read_adjusted(
+    file: str | int,
+    size: tuple[int, int] | None,
+    resize: int | None,
+    packed: SquashfsImage | None = None,
+    largest: int = LARGEST,
+) -> tuple[np.ndarray, set[str]]:
+    """Return the image of a file as a person sees it, H x W x 3, uint8, and what had to be done (ADJUSTED).
+
+    file: a path, or an inode reference in `packed`. size: (height, width) that it must have; None: any. largest: more
+    pixels than that are refused. Raises ValueError with the reason where the file is not such an image."""
     try:
-        source: str | BinaryIO = io.BytesIO(packed.read(int(file))) if packed else str(file)
-        if not packed and not stat.S_ISREG(Path(str(file)).stat().st_mode):  # a pipe would be waited for, for ever
-            raise ValueError("not a regular file")
-        with Image.open(source, formats=FORMATS) as image:
-            if image.mode in WRONG_MODES:
-                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            if _deep(image):
-                raise ValueError("has more than 8 bits a channel")
+        source = io.BytesIO(packed.read(int(file))) if packed else _file(str(file))
+        with source, _open(source, largest) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # what phones write: a photograph and its preview
-                raise ValueError(f"has {frames} frames")
-            found = (image.height, image.width)
-            if size is not None and resize is None and found != size:
-                raise ValueError(
-                    f"{found[1]}x{found[0]} pixels, not {size[1]}x{size[0]} as the first image "
-                    "(data.resize brings all to one size)"
-                )
-            rgb = image.convert("RGB")
-            return np.asarray(resize_and_crop(rgb, resize) if resize else rgb)
+                raise ValueError(f"has {frames} frames; save one of them")
+            if size is not None and resize is None and size not in (image.size, image.size[::-1]):
+                raise ValueError(_other_size(image.size, size))  # before it takes any memory
+            rgb, done = as_seen.adjusted(image)
+            if size is not None and resize is None and rgb.size != size[::-1]:
+                raise ValueError(_other_size(rgb.size, size))
+            return np.asarray(resize_and_crop(rgb, resize) if resize else rgb), done
     except FileNotFoundError:
-        raise ValueError("not found") from None
-    except UnidentifiedImageError:
-        raise ValueError("not an image") from None
-    except Image.DecompressionBombError:
-        raise ValueError("declares an absurd size") from None
+        raise ValueError("a link that leads nowhere" if Path(str(file)).is_symlink() else "not found") from None
     except ValueError:
         raise
     except Exception as error:  # a damaged file can bring about anything in a decoder
@@ -107,13 +139,54 @@ def read_image(
         raise ValueError(reason) from None
 
 
-def _deep(image: Image.Image) -> bool:
-    """Whether a file of more than 8 bits a channel was opened as one of 8, which drops the rest."""
-    tiles = getattr(image, "tile", [])  # of files alone
-    arguments = [a for tile in tiles for a in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))]
-    if image.format == "PPM":
-        return any(isinstance(a, int) and a > 255 for a in arguments)  # the largest value
-    return image.format != "BMP" and any(isinstance(a, str) and ";16" in a for a in arguments)  # there 16 a pixel
+def _file(path: str) -> BinaryIO:
+    """Open a regular file. Raises ValueError for anything else, OSError where it cannot be read."""
+    kind = os.stat(path).st_mode  # noqa: PTH116 - half the time of Path's
+    if stat.S_ISDIR(kind):
+        if Path(path).is_symlink():
+            raise ValueError("a link to a folder, which is not followed")
+        os.scandir(path).close()  # says why it cannot be listed
+        raise ValueError("a folder")
+    if not stat.S_ISREG(kind):  # a pipe would be waited for, for ever
+        raise ValueError("not a regular file")
+    return open(path, "rb")  # noqa: PTH123
+
+
+def _open(source: BinaryIO, largest: int) -> Image.Image:
+    """Return the image of which a file holds the bytes, not decoded yet. Raises ValueError where it is none of those
+    that are read, or has more pixels than `largest`."""
+    Image.MAX_IMAGE_PIXELS = largest  # Pillow warns of more, and refuses more than the double
+    try:
+        image = Image.open(source, formats=FORMATS)
+        if (pixels := image.width * image.height) > largest:
+            raise ValueError(TOO_LARGE.format(pixels, largest))
+        return image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        declared = re.findall(r"\d+", str(error))[:1]  # it was not opened
+        raise ValueError(TOO_LARGE.format(*declared, largest)) from None
+    except UnidentifiedImageError:
+        source.seek(0)
+        head = source.read(HEAD)
+        if is_heic(head) and _reads_heic():
+            source.seek(0)
+            return Image.open(source, formats=("HEIF",))
+        raise ValueError(why_not_read(head)) from None
+
+
+def _reads_heic() -> bool:
+    """Whether the package pillow-heif is there; Pillow then reads HEIC."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        return True
+    return False
+
+
+def _other_size(found: tuple[int, int], wanted: tuple[int, int]) -> str:
+    """Say which (width, height) an image has instead of (height, width)."""
+    return (
+        f"{found[0]}x{found[1]} pixels, not {wanted[1]}x{wanted[0]} as the first image "
+        "(data.resize brings all to one size)"
+    )
 
 
 def digests_of(images: np.ndarray) -> bytes:
@@ -139,7 +212,11 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
     with SquashfsImage(chunk.image) if chunk.image else contextlib.nullcontext() as packed:
         for i, file in enumerate(chunk.files):
             try:
-                images[i] = read_image(file, chunk.size, chunk.resize, packed)
+                images[i], done = read_adjusted(file, chunk.size, chunk.resize, packed, chunk.largest)
+                if done:
+                    report.adjusted.update(done)
+                    if "rescaled" in done:
+                        report.brightest = max(report.brightest, int(images[i].max()))
             except ValueError as error:
                 report.problems.append((chunk.first + i, str(error)))
             except (MemoryError, OSError, RuntimeError) as error:

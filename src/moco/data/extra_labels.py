@@ -170,6 +170,7 @@ class _Images:
         self.rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
         self.numbers = manifest.pool_numbers()
         self.contents = {digest.hex() for digest in self.rows}
+        self.largest = config.max_pixels
         self.folder = pool_folder(Path(config.path)) if config.source == "classes" else None
 
     def digest(self, line: Line) -> bytes:
@@ -216,9 +217,9 @@ class _Images:
         return report.digests
 
     def _read(self, line: Line, path: str) -> np.ndarray:
-        manifest = self.manifest
+        size = (self.manifest.height, self.manifest.width)
         try:
-            return np.ascontiguousarray(read_image(path, (manifest.height, manifest.width), manifest.resize))
+            return np.ascontiguousarray(read_image(path, size, self.manifest.resize, largest=self.largest))
         except ValueError as error:
             if line.file is not None:
                 raise UserError(f"{line.place}: cannot be used: {error}") from None

@@ -21,7 +21,7 @@ from typing import Any
 
 from moco.csv_files import unguarded
 from moco.data.class_names import first_ten
-from moco.data.class_tree import images_below, shown
+from moco.data.listing import images_below, shown, subfolders
 from moco.data.sources import numbered_images, read_labels
 from moco.errors import Say, UserError, quoted
 from moco.files import refuse_irregular
@@ -84,14 +84,11 @@ def read_lines(path: Path, say: Say) -> list[Line]:
         raise UserError(f"{path}: not found; train_extra.labels names {FORMS}", "E-LABEL-MISSING")
     if not path.is_dir():
         return _file(path, say)
-    try:
-        entries = sorted(shown(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be listed: {error.strerror}", "E-LABEL-FILE") from None
+    entries = sorted(shown(path))
     if (path / "train_label_tensor.pt").exists():
         return list(_dataset(path))
     tables = [entry for entry in entries if entry.suffix.lower() in (*SUFFIXES, *WORKBOOKS) and not entry.is_dir()]
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = subfolders(path)
     if tables and folders:
         raise UserError(
             f"{path}: both label files and folders in it ({tables[0].name}, {folders[0].name}); keep one kind",

@@ -33,7 +33,9 @@ class Manifest:
     settings: those of section `data` that decide the content, by dotted name. left_out: numbers of the unlabeled
     images that could not be used, counted in the source; excluded: [number, row of val] of those that also stand in val
     and were taken out for it. duplicates_train_val, classes_twice, val_in_pool: images of val that also stand in train,
-    of train that stand in two classes, of val in the pool (taken out or not)."""
+    of train that stand in two classes, of val in the pool (taken out or not). decoding: version of the rules by which
+    files became pixels. adjusted: how many images of each split are not decoded as they are stored, by the names of
+    decode.ADJUSTED."""
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -49,6 +51,8 @@ class Manifest:
     excluded: list[list[int]] = field(default_factory=list)
     classes_twice: int = 0
     val_in_pool: int = 0
+    decoding: int = 1
+    adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:

@@ -25,11 +25,11 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
         return [f"{number}.png" for number in numbers[rows].tolist()]
     root = Path(config.path)
     paths = class_tree(root, say).splits["unlabeled"].paths or []
-    folder, found = pool_folder(root), []
+    folder, found, size = pool_folder(root), [], (manifest.height, manifest.width)
     for row in rows.tolist():
         report = ChunkReport(0, 0)
         try:
-            image = read_image(paths[numbers[row]], (manifest.height, manifest.width), manifest.resize)
+            image = read_image(paths[numbers[row]], size, manifest.resize, largest=config.max_pixels)
             summarise(report, np.ascontiguousarray(image)[None])
         except (IndexError, ValueError):
             pass

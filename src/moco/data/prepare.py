@@ -16,6 +16,8 @@ from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
+from moco.data.decode import DECODING
+from moco.data.decode_outcome import count_adjusted
 from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest, SplitSummary, parse_manifest
 from moco.data.overlaps import Overlaps
@@ -28,6 +30,7 @@ from moco.files import own_folder
 # in the manifest.
 LOCATION = {
     "data.unreadable",
+    "data.max_pixels",
     "data.path",
     "data.mounted",
     "data.copy_to_scratch",
@@ -86,7 +89,15 @@ def _read(config: DataConfig, scratch: Path, say: Say) -> Manifest:
         if config.source != "classes" and (numbers := ClassNames(classes)).are_misleading:
             tell(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
         _limit_labels(dataset, config.labelled, classes, tell)
-        built = cache.build(dataset, config.resize, cache.caches(scratch), tell, config.unreadable, config.exclude_val)
+        built = cache.build(
+            dataset,
+            config.resize,
+            cache.caches(scratch),
+            tell,
+            config.unreadable,
+            config.exclude_val,
+            config.max_pixels,
+        )
         found = _overlaps(dataset, built)
         manifest = _describe(dataset, classes, config, built, found)
         place = cache.install(built, manifest.digest, scratch)
@@ -113,6 +124,12 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
     is not there is not missed where the cache is. Raises UserError where the source no longer holds what the manifest
     says, or section `data` of the settings is no longer the one that it was made from.
     """
+    if manifest.decoding != DECODING:
+        raise UserError(
+            "models/manifest.json: made by other rules of decoding (EXIF orientation, transparency, 16 bits); run "
+            "`moco data` again",
+            "E-DATA-DECODING",
+        )
     different = [name for name, value in _settings(config).items() if manifest.settings.get(name) != value]
     if different:
         raise UserError(f"{', '.join(different)}: changed since the manifest was made; run `moco data` again")
@@ -271,4 +288,6 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         excluded=[list(pair) for pair in built.in_val] if config.exclude_val else [],
         classes_twice=len(found.classes_twice),
         val_in_pool=len(built.in_val),
+        decoding=DECODING,
+        adjusted=count_adjusted(built.reports),
     )

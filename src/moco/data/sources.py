@@ -20,8 +20,9 @@ from moco.data.class_names import check_names, class_name
 from moco.data.class_tree import class_tree
 from moco.data.dataset import Dataset, Split
 from moco.data.generated import generate
+from moco.data.image_kinds import is_litter
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
-from moco.errors import Say, UserError
+from moco.errors import Say, UserError, first_of
 from moco.files import refuse_irregular, sha256
 from moco.memory import full_memory
 
@@ -115,24 +116,26 @@ def _tell_links(dataset: Dataset, root: Path, say: Say) -> None:
     for split in dataset.splits.values():
         files = list(map(Path, split.paths or []))
         folders = sorted({path.parent for path in files})
-        asked = [*folders, root / f"{split.name}_label_tensor.pt", *(path for path in files if path.is_symlink())]
+        asked = [*folders, root / f"{split.name}_label_tensor.pt", *(path for path in files if os.path.islink(path))]  # noqa: PTH114 - never raises
         out = [path for path in asked if not Path(os.path.realpath(path)).is_relative_to(inside)]
         if out:
             told = f"{len(out)} file(s) or folder(s) of {split.name} lead out of the dataset by links"
-            say(f"warning: {told}, first {out[0].name}")
+            say(f"warning: {told}: {first_of([path.name for path in out])}")
 
 
 def numbered_images(folder: Folder) -> list[Folder]:
-    """The files 0.png … N-1.png. Raises UserError for a gap, a stray file or an empty folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
+    """Return the files 0.png … N-1.png; what systems leave in folders is passed over. Raises UserError for a gap, a
+    stray file or an empty folder."""
     try:
-        found = {entry.name for entry in folder.iterdir()}
-    except OSError as error:  # a damaged image or a lost network share
-        raise UserError(f"{folder}: cannot be listed: {error.strerror or error}") from None
+        if not folder.is_dir():
+            raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
+        found = {entry.name for entry in folder.iterdir() if not is_litter(entry.name)}
+    except OSError as error:  # no right to do so, a damaged image or a lost network share
+        raise UserError(f"{folder}: cannot be listed: {error.strerror or error}", "E-DATA-LIST") from None
     stray = sorted(name for name in found if not re.fullmatch(r"(0|[1-9][0-9]*)\.png", name))
     if stray:
-        raise UserError(f"{folder}: {len(stray)} file(s) not named NUMBER.png, first {stray[0]!r}; remove them")
+        named = first_of([repr(name) for name in stray])
+        raise UserError(f"{folder}: {len(stray)} file(s) not named NUMBER.png: {named}; remove them")
     if not found:
         raise UserError(f"{folder}: the split is empty; it needs at least 0.png")
     names = [f"{i}.png" for i in range(len(found))]

@@ -82,6 +82,8 @@ ROWS = {
     "gate": ("candidates that are lucky, or were measured on other or too few held-out images",
              "the champion stays (equal candidates, however many, displace it by luck in 5 % at most); the reason has "
              "the numbers"),
+    "chain": ("stages run again one by one, so that reports, encoder and classifier are of different runs",
+              "each row and record has its own run's numbers; what does not belong to the rest says so"),
 }  # fmt: skip
 incomplete: set[str] = set()  # rows of which not all tests were chosen: they stay as they are
 BEGIN, END = "<!-- faults: written by `make faults` -->", "<!-- end of faults -->"

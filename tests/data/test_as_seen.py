@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from moco.data.as_seen import as_seen
 from moco.data.decode import read_adjusted, read_image
 from moco.data.generated import pack
 from moco.data.manifest import Manifest
-from moco.data.prepare import prepare
+from moco.data.prepare import open_decoded, prepare
+from moco.errors import UserError
 from moco.model.encoder import Architecture
 from moco.submission import render
 
@@ -248,3 +250,13 @@ def test_the_scorers_transform_makes_the_pixels_that_were_trained_on(tmp_path: P
         with Image.open(tmp_path / "image") as image:
             found = scope["eval_transform"](image)
         assert torch.equal((found * 255).round().byte().permute(1, 2, 0), torch.from_numpy(expected.copy())), kind
+
+
+def test_a_manifest_of_other_rules_is_refused(tmp_path: Path) -> None:
+    """Else stages would go on with the pixels that a former version decoded."""
+    config = data_config(write_dataset(tmp_path / "dataset", unlabeled=4, train=4, val=4, classes=2))
+    manifest = prepare(config, tmp_path / "scratch", silent)
+    assert len(open_decoded(config, manifest, tmp_path / "scratch", silent)["val"].images) == 4
+    with pytest.raises(UserError, match="moco data") as caught:
+        open_decoded(config, replace(manifest, decoding=1), tmp_path / "scratch", silent)
+    assert caught.value.code == "E-DATA-DECODING"

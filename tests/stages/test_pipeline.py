@@ -39,7 +39,7 @@ def test_every_stage_runs_and_leaves_what_it_promises(moco: Moco, project: Path)
     assert {"weights", "optimizer", "epoch", "held_out_accuracy"} <= set(content)
     table = moco("report")
     assert table.returncode == 0
-    for words in ("random weights", "labels alone", "this pipeline", "moco ui"):
+    for words in ("random weights", "labels alone", "pretrained, linear", "moco ui"):
         assert words in table.stdout
 
 
@@ -190,7 +190,7 @@ def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
 def test_report_shows_the_stages_that_have_results(moco: Moco, project: Path) -> None:
     run_all(moco, "data", "pretrain", "train")
     table = moco("report")
-    assert table.returncode == 0 and "this pipeline" in table.stdout and "labels alone" not in table.stdout
+    assert table.returncode == 0 and "pretrained, linear" in table.stdout and "labels alone" not in table.stdout
     (project / "reports/finetune").mkdir()
     shutil.move(project / "reports/train/metrics.json", project / "reports/finetune")
     assert "fine-tuned" in moco("report").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, Moco, assert_one_line_error, write_params
 from moco.params import load
 from moco.tracking.compare import collect
+from moco.training.significance import wilson
 
 STORE = "sqlite:///mlflow.db"
 
@@ -48,6 +50,34 @@ def test_a_training_after_a_change_of_what_is_logged_belongs_to_its_pipeline(moc
     rows = collect(project)
     assert [row.params["train.lr"] for row in rows] == [2.0, 3.0]
     assert all({"pretrain.loss", "train.val_accuracy"} <= row.metrics.keys() for row in rows)
+
+
+@pytest.mark.fault("chain")
+def test_a_row_has_the_numbers_of_one_chain_and_their_intervals(moco: Moco, project: Path) -> None:
+    """Two runs of the same settings whose encoders differ, as with other sources; the newer one made no classifier."""
+    for stage in ("data", "pretrain", "train", "eval"):
+        assert moco(stage).returncode == 0
+    (row,) = collect(project)
+    loss = row.metrics["pretrain.loss"]
+    assert row.images["eval.val_accuracy"] == 10 and row.images["pretrain.knn_accuracy"] == 10 and not row.left_out
+    shown = moco("compare").stdout
+    accuracy = row.metrics["train.val_accuracy"]
+    low, high = wilson(round(accuracy * 10), 10)
+    assert f"±{max(high - accuracy, accuracy - low):.2g}" in shown and "Wilson" in shown
+    assert moco("pretrain").returncode == 0
+    newer = max((project / "runs/pretrain").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    log = newer / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 9'))
+    path = newer / "artifacts/provenance.json"
+    path.write_text(path.read_text().replace(json.loads(path.read_text())["encoder"], "0" * 64))
+    (row,) = collect(project)
+    assert row.metrics["pretrain.loss"] == loss, "of the encoder that the classifier was made from"
+    for older in (project / "runs/pretrain").iterdir():
+        if older != newer:
+            shutil.rmtree(older)
+    (row,) = collect(project)
+    assert "pretrain.loss" not in row.metrics and row.left_out == ["pretrain"]
+    assert "pretrain is of another encoder" in moco("compare").stdout
 
 
 def test_with_nothing_to_compare_one_line_says_so(moco: Moco, project: Path) -> None:

@@ -63,7 +63,8 @@ def run(config: Config) -> None:
         write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
         record.artifact(path)
         correct = {f"random_{name}": row for name, row in correct.items()} | {"supervised_val_accuracy": right}
-        write_provenance(path.parent, manifest, architecture=architecture.as_dict(), correct=correct)
+        made = write_provenance(path.parent, manifest, architecture=architecture.as_dict(), correct=correct)
+        record.artifact(made)
         folder.finish()
 
 

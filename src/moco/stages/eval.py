@@ -96,7 +96,7 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
         results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream(best)}, 0)
         correct = {"val_accuracy": scores.predicted == scores.labels}
-        write_provenance(report, manifest, **_digests(best), weights=weights, correct=correct)
+        record.artifact(write_provenance(report, manifest, **_digests(best), weights=weights, correct=correct))
         for path in _write(report, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
         if (scores.predicted != scores.labels).any():

@@ -188,7 +188,7 @@ def _run(
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
     right = choice.correct()
-    correct = {"held_out_accuracy": right, "val_accuracy": step.correct(val.images, val.labels)}
+    correct = {"best_held_out_accuracy": right, "val_accuracy": step.correct(val.images, val.labels)}
     results = {
         "held_out_accuracy": chosen["accuracy"],
         "val_accuracy": float(correct["val_accuracy"].mean()),
@@ -275,7 +275,8 @@ def _write(
     files = write_classifier(FINETUNED, found, manifest, config.eval)
     report = REPORTS / "finetune"
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-    write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
+    made = write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
+    record.artifact(made)
     record.artifact(report / "metrics.json")
     record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True))
     tags = {name: f"{value:.4f}" for name, value in accuracies.items()}

@@ -195,7 +195,7 @@ def _run(
             report, seen = REPORTS / "pretrain", state.step * sampler.batch_size
             summary = {"images_seen": seen, "minutes": state.seconds / 60}
             summary |= {"steps_back": steps_back} if steps_back else {}
-            write_provenance(report, manifest, encoder=sha256(ENCODER), architecture=architecture.as_dict())
+            record.artifact(_provenance(report, manifest, len(monitor.held)))
             record.artifact(write_metrics(record.path, report / "metrics.json", summary))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
@@ -203,6 +203,11 @@ def _run(
 
         processes.alone(finish)
         processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
+
+
+def _provenance(report: Path, manifest: Manifest, held: int) -> Path:
+    """Write what models/encoder.pth is of. held: images that kNN accuracy was measured on."""
+    return write_provenance(report, manifest, encoder=sha256(ENCODER), images={"knn_accuracy": held})
 
 
 def _draw(record: Run, images: np.ndarray, views: Views) -> None:

@@ -28,7 +28,8 @@ def write_provenance(report: Path, manifest: Manifest, **found: Any) -> Path:
     """Write provenance.json into a stage's folder of reports and return its path.
 
     found: `encoder` and `weights`, sha256 of files; `start`, that of the classifier that was trained further;
-    `pretraining`, see `pretraining_of`; `correct`, rows of booleans by the metric whose images they are.
+    `pretraining`, see `pretraining_of`; `correct`, rows of booleans by the metric whose images they are; `images`, of
+    other accuracies the number alone.
     """
     correct = {name: pack(row) for name, row in found.pop("correct", {}).items()}
     content = {"format": 1, "data": manifest.digest, **found, **({"correct": correct} if correct else {})}

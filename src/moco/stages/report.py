@@ -1,71 +1,234 @@
-"""The table at the end: this pipeline beside what the labels give without it."""
+"""The table at the end: this pipeline beside what the labels give without it.
+
+Every row follows the digests of what it was made from (moco.stages.provenance). One that is not of the data, encoder or
+classifier in models/ says so below the table; a difference says whether it is more than chance.
+"""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moco.data.manifest import load_manifest
 from moco.errors import UserError
-from moco.stages.workspace import MANIFEST, REPORTS
+from moco.files import sha256
+from moco.stages.provenance import NAME, read_json
+from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MANIFEST, REPORTS
+from moco.training.significance import discordant, mcnemar, percent, unpack, wilson
+
+WIDTH = 130  # columns of what is not a terminal
+CHANCE = 0.05  # p from which on a difference may be chance
+FOLDERS = {"train": CLASSIFIER, "eval": CLASSIFIER, "train_extra": CLASSIFIER_EXTRA, "finetune": FINETUNED}
 
 
-def _read(stage: str) -> dict[str, Any]:
-    path = REPORTS / stage / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+@dataclass(frozen=True)
+class Results:
+    """What a stage has left in reports/STAGE."""
+
+    stage: str
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def __bool__(self) -> bool:
+        return bool(self.metrics)
+
+    @property
+    def weights(self) -> str | None:
+        """sha256 of the classifier's model_sub.pth."""
+        return self.provenance.get("weights")
+
+    @property
+    def encoder(self) -> str | None:
+        """sha256 of the encoder that it was made from."""
+        return self.provenance.get("encoder")
+
+    def correct(self, metric: str) -> np.ndarray | None:
+        """Return which images an accuracy counts as right, N booleans; None where that was not recorded."""
+        try:
+            return unpack(self.provenance["correct"][metric])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+
+@dataclass
+class Row:
+    """accuracy: name of a metric; knn: the stage that measured it and the name; effort: minutes and images, '-' where
+    there are none."""
+
+    label: str
+    results: Results
+    accuracy: str = "val_accuracy"
+    knn: tuple[Results, str] | None = None
+    effort: tuple[str, str] = ("-", "-")
+    notes: list[str] = field(default_factory=list)
+    bold: bool = False
 
 
 def run(console: Console) -> None:
     """Prints the table. Raises UserError where no stage has left results yet."""
-    baseline, pretrain, train, score = (_read(s) for s in ("baseline", "pretrain", "train", "eval"))
-    extra, finetune = _read("train_extra"), _read("finetune")
-    score = score or train  # which measure the same, one of them by the files that are handed in
-    if not (baseline or score or extra or finetune):
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    found = {stage: _read(stage) for stage in ("baseline", "pretrain", "train", "eval", "train_extra", "finetune")}
+    pipeline = _pipeline(found)
+    rows = [*_baseline(found, pipeline), *([pipeline] if pipeline else []), *_extra(found, pipeline)]
+    rows += _finetuned(found, pipeline)
+    if not rows:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
-    table = Table(title="Accuracy on val")
-    table.add_column("features and training")
-    for name in ("top-1", "kNN", "training", "images seen"):
-        table.add_column(name, justify="right")
-
-    def percent(source: dict[str, Any], name: str) -> str:
-        return f"{source[name]:.1%}" if name in source else "-"
-
-    def effort(source: dict[str, Any], prefix: str) -> tuple[str, str]:
-        if f"{prefix}minutes" not in source:
-            return "-", "-"
-        return f"{source[prefix + 'minutes']:.1f} min", f"{source[prefix + 'images_seen']:,.0f}"
-
-    if baseline:
-        table.add_row(
-            "random weights, linear classifier",
-            percent(baseline, "random_val_accuracy"), percent(baseline, "random_val_knn_accuracy"), "-", "-",
-        )  # fmt: skip
-        table.add_row(
-            "supervised on the labels alone",
-            percent(baseline, "supervised_val_accuracy"), "-", *effort(baseline, "supervised_"),
-        )  # fmt: skip
-    if score:
-        table.add_row(
-            "this pipeline: pretrained, linear classifier",
-            percent(score, "val_accuracy"), percent(train, "val_knn_accuracy"), *effort(pretrain, ""),
-            style="bold",
-        )  # fmt: skip
-    if extra.get("extra_labels"):
-        gain = f" ({extra['val_accuracy'] - score['val_accuracy']:+.1%})" if score else ""
-        table.add_row(
-            f"the same with {extra['extra_labels']:,.0f} extra labels{gain}",
-            percent(extra, "val_accuracy"), percent(extra, "val_knn_accuracy"), "-", "-",
-        )  # fmt: skip
-    if finetune:
-        more = f", with {finetune['extra_labels']:,.0f} extra labels" if finetune.get("extra_labels") else ""
-        table.add_row(
-            f"pretrained, all weights fine-tuned{more}", percent(finetune, "val_accuracy"), "-", *effort(finetune, "")
-        )  # fmt: skip
-    console.print(table)
+    _print(console, rows, pipeline)
     if MANIFEST.is_file():
         for note in load_manifest(MANIFEST).notes():
             console.print(f"Note: {note}.", markup=False)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")
+
+
+def _read(stage: str) -> Results:
+    folder = REPORTS / stage
+    return Results(stage, read_json(folder / "metrics.json"), read_json(folder / NAME))
+
+
+def _digest(path: Path) -> str | None:
+    """The file's sha256; None where it is not there, as in a clone without the models."""
+    return sha256(path) if path.is_file() else None
+
+
+def _broken(results: Results) -> list[str]:
+    """Return what of a stage's results does not belong to the files in models/."""
+    if not results.provenance:
+        return ["of an earlier version of this program: what it was made from is not known"]
+    notes = []
+    data = read_json(MANIFEST).get("digest")
+    if data and data != results.provenance.get("data"):
+        notes.append(f"measured on other data than {MANIFEST} describes")
+    if results.stage in FOLDERS:
+        path = FOLDERS[results.stage] / "model_sub.pth"
+        if (weights := _digest(path)) and weights != results.weights:
+            notes.append(f"of another classifier than {path}")
+        if results.encoder and (encoder := _digest(ENCODER)) and encoder != results.encoder:
+            notes.append(f"made from another encoder than {ENCODER}")
+    return notes
+
+
+def _pipeline(found: dict[str, Results]) -> Row | None:
+    """Return the row of models/classifier: by `eval`, which scores the files that are handed in, where that is of this
+    classifier, else by `train`, which measured the same."""
+    train, score = found["train"], found["eval"]
+    if not train and not score:
+        return None
+    wanted = _digest(CLASSIFIER / "model_sub.pth") or train.weights or score.weights
+    chosen = score if score and (not train or score.weights == wanted) else train
+    row = Row("pretrained, linear classifier", chosen, bold=True, notes=_broken(chosen))
+    if score and chosen is train:
+        row.notes.append(
+            "reports/eval is of another classifier: the accuracy is that of `train`; `moco eval` scores it"
+        )
+    if train and train.weights == chosen.weights:
+        row.knn = (train, "val_knn_accuracy")
+        row.effort = _effort(_pretraining(train))
+    if row.effort[0] == "-":
+        row.notes.append("what its pretraining took is not known")
+    return row
+
+
+def _pretraining(results: Results) -> dict[str, Any]:
+    return dict(results.provenance.get("pretraining", {}))
+
+
+def _baseline(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
+    baseline = found["baseline"]
+    if not baseline:
+        return []
+    notes = _broken(baseline)
+    network, train = baseline.provenance.get("architecture"), found["train"]
+    if pipeline and train.weights == pipeline.results.weights and network != train.provenance.get("architecture"):
+        notes.append("of another network than the classifier")
+    random, supervised = "random_val_accuracy", "supervised_val_accuracy"
+    knn, effort = (baseline, "random_val_knn_accuracy"), _effort(baseline.metrics, "supervised_")
+    return [
+        Row("random weights, linear classifier", baseline, random, knn, notes=notes),
+        Row("supervised on the labels alone", baseline, supervised, effort=effort, notes=notes),
+    ]
+
+
+def _extra(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
+    extra = found["train_extra"]
+    if not extra.metrics.get("extra_labels"):
+        return []
+    notes = _broken(extra)
+    if pipeline and pipeline.results.encoder != extra.encoder:
+        notes.append("from another encoder than the row above: the difference is not that of the labels")
+    label = f"the same with {extra.metrics['extra_labels']:,.0f} extra labels"
+    return [Row(label, extra, knn=(extra, "val_knn_accuracy"), notes=notes)]
+
+
+def _finetuned(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
+    """Its minutes and images are added to those of the pretraining that it needs."""
+    tuned = found["finetune"]
+    if not tuned:
+        return []
+    notes = _broken(tuned)
+    starts = {tuned.encoder, pipeline.results.weights if pipeline else None, found["train_extra"].weights}
+    if tuned.provenance.get("start") not in starts and tuned.provenance:
+        notes.append(f"fine-tuned from another classifier than {CLASSIFIER}")
+    count = tuned.metrics.get("extra_labels")
+    label = "pretrained, all weights fine-tuned" + (f", with {count:,.0f} extra labels" if count else "")
+    before, own = _effort(_pretraining(tuned)), _effort(tuned.metrics)
+    effort = (f"{before[0].removesuffix(' min')} + {own[0]}", f"{before[1]} + {own[1]}")
+    if before[0] == "-":
+        effort = own
+        notes.append("without its pretraining, of which it is not known what it took")
+    return [Row(label, tuned, effort=effort, notes=notes)]
+
+
+def _effort(source: dict[str, Any], prefix: str = "") -> tuple[str, str]:
+    if f"{prefix}minutes" not in source or f"{prefix}images_seen" not in source:
+        return "-", "-"
+    return f"{source[prefix + 'minutes']:.1f} min", f"{source[prefix + 'images_seen']:,.0f}"
+
+
+def _print(console: Console, rows: list[Row], pipeline: Row | None) -> None:
+    right = [row.results.correct(row.accuracy) for row in rows]
+    counts = {len(correct) for correct in right if correct is not None}
+    same = f", {counts.pop():,} images" if len(counts) == 1 else ""
+    table = Table(
+        title=f"Accuracy on val{same}, with 95 % intervals; differences to the bold row", title_justify="left"
+    )
+    table.add_column("features and training", min_width=34)
+    for name in ("top-1", "difference", "kNN", "training", "images seen"):
+        table.add_column(name, justify="right")
+    notes: list[str] = []
+    for row in rows:
+        notes += [note for note in row.notes if note not in notes]
+        marks = "".join(f" ({notes.index(note) + 1})" for note in row.notes)
+        cells = [_share(row.results, row.accuracy, not same), _difference(row, pipeline)]
+        cells += [_share(*row.knn, not same) if row.knn else "-", *row.effort]
+        table.add_row(row.label + marks, *cells, style="bold" if row.bold else None)
+    console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", highlight=False)
+
+
+def _share(results: Results, metric: str, counted: bool) -> str:
+    """'55.4 %' and below it its interval and, where rows differ in it, the number of images."""
+    correct = results.correct(metric)
+    if correct is None or not len(correct):
+        return percent(results.metrics[metric]) if metric in results.metrics else "-"
+    low, high = wilson(int(correct.sum()), len(correct))
+    count = f" of {len(correct):,}" if counted else ""
+    return f"{percent(correct.mean())}{count}\n{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _difference(row: Row, pipeline: Row | None) -> str:
+    """'+1.2 points' and below it whether that is more than chance, by McNemar's exact test on the same images."""
+    if pipeline is None or row is pipeline:
+        return "-"
+    ours, theirs = row.results.correct(row.accuracy), pipeline.results.correct(pipeline.accuracy)
+    if ours is None or theirs is None or row.results.provenance["data"] != pipeline.results.provenance["data"]:
+        return "not comparable"
+    chance = mcnemar(*discordant(ours, theirs))
+    words = "p < 0.001" if chance < 0.001 else f"p = {chance:.2g}"
+    return f"{100 * (ours.mean() - theirs.mean()):+.1f} points\n{words}{', chance' if chance >= CHANCE else ''}"

@@ -129,7 +129,8 @@ def train_classifier(
             record.artifact(path)
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
-        write_provenance(report, manifest, **made_from, weights=sha256(files[0]), correct=correct)
+        made = {**made_from, "weights": sha256(files[0]), "architecture": architecture.as_dict()}
+        record.artifact(write_provenance(report, manifest, **made, correct=correct))
         judged = held_out(inputs, section, correct["best_held_out_accuracy"])
         tags = {name: f"{value:.4f}" for name, value in results.items()}
         record.model(files, tags, (manifest.height, manifest.width), judged)

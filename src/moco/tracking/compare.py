@@ -3,6 +3,7 @@ so that it needs no server."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from moco.params import nearest
 from moco.tracking.metric_log import last_values, read_events
 from moco.tracking.pipeline_run import of_pipeline
 from moco.tracking.sync import logs_of
+from moco.training.significance import wilson
+
+PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.stages.provenance)
 
 # Shown where they were measured and nothing else is asked for.
 USUAL = (
@@ -27,18 +31,42 @@ USUAL = (
 @dataclass
 class Pipeline:
     """One row. params: by dotted name; digest: of its data; metrics: last values, by STAGE.METRIC; status: of the run
-    that began last."""
+    that began last. images: number that an accuracy is of, by the same names; left_out: stages with runs that are not
+    of the same encoder or classifier as the others."""
 
     name: str
     params: dict[str, Any]
     digest: str
     metrics: dict[str, float] = field(default_factory=dict)
     status: str = ""
+    images: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run. params: of its chain. made: its digests, {} where an earlier version did not keep them."""
+
+    stage: str
+    params: dict[str, Any]
+    digest: str
+    metrics: dict[str, float]
+    made: dict[str, Any]
+
+    def fits(self, train: Result | None) -> bool:
+        """Whether it is of the same encoder, and where it scored a classifier of the same weights, as a run of `train`;
+        True where either did not keep its digests."""
+        if train is None or not train.made or not self.made:
+            return True
+        if self.stage == "eval":
+            return bool(self.made.get("weights") == train.made.get("weights"))
+        return "encoder" not in self.made or bool(self.made["encoder"] == train.made.get("encoder"))
 
 
 def collect(project: Path) -> list[Pipeline]:
     """Of every pipeline with a run in the project or its sweeps, in the order in which they began. A stage's result is
-    that of every pipeline that has its settings and data, also where it ran once for several; the newest run counts."""
+    that of every pipeline that has its settings and data, also where it ran once for several. The newest classifier
+    counts, and of the other stages the newest run that is of its encoder and weights: a row mixes no two chains."""
     found: dict[str, Pipeline] = {}
     results = []
     for log in logs_of(project):
@@ -51,13 +79,35 @@ def collect(project: Path) -> list[Pipeline]:
             continue
         row = found.setdefault(known["key"], Pipeline(known["name"], known["params"], digest))
         row.status = next((e.get("status", "RUNNING") for e in reversed(events) if e["event"] in ("start", "end")), "")
-        metrics = {f"{start['stage']}.{name}": value for name, value in last_values(log).items()}
-        results.append((start["params"], digest, metrics))
+        results.append(Result(start["stage"], start["params"], digest, last_values(log), _made(log)))
     for row in found.values():
-        for params, digest, metrics in results:
-            if digest == row.digest and of_pipeline(params, row.params):
-                row.metrics |= metrics
+        _fill(row, [each for each in results if each.digest == row.digest and of_pipeline(each.params, row.params)])
     return list(found.values())
+
+
+def _fill(row: Pipeline, results: list[Result]) -> None:
+    """results: in the order in which they began."""
+    trained = [each for each in results if each.stage == "train"]
+    train = max(trained, key=lambda each: (bool(each.made), results.index(each)), default=None)
+    for stage in dict.fromkeys(each.stage for each in results):
+        fitting = [each for each in results if each.stage == stage and each.fits(train)]
+        if not fitting:
+            row.left_out.append(stage)
+            continue
+        known = [each for each in fitting if each.made]
+        fitting = [train] if stage == "train" and train else known or fitting
+        chosen = fitting[-1]
+        row.metrics |= {f"{stage}.{name}": value for name, value in chosen.metrics.items()}
+        counts = {name: int(text.partition(":")[0]) for name, text in chosen.made.get("correct", {}).items()}
+        row.images |= {f"{stage}.{name}": count for name, count in (chosen.made.get("images", {}) | counts).items()}
+
+
+def _made(log: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((log.parent / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def show(project: Path, console: Console, params: list[str], metrics: list[str], sort: str | None) -> None:
@@ -81,9 +131,14 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
         table.add_column(_header(name), justify="right", overflow="fold", min_width=6)  # a cut name is none
     for row in rows:
         cells = [str(row.params.get(name, "")) for name in columns]
-        cells += [_number(row.metrics.get(name)) for name in chosen]
+        cells += [_number(row.metrics.get(name), row.images.get(name)) for name in chosen]
         table.add_row(row.name if row.status == "FINISHED" else f"{row.name} ({row.status.lower()})", *cells)
     console.print(table)
+    if any(row.images.get(name) for row in rows for name in chosen):
+        console.print("±: 95 % interval (Wilson, the longer side) for the number of images that an accuracy is of.")
+    for row in rows:
+        for stage in row.left_out:
+            console.print(f"{row.name}: {stage} is of another encoder or classifier than train, and left out.")
 
 
 def _header(name: str) -> str:
@@ -102,5 +157,9 @@ def _check(option: str, names: list[str], known: set[str]) -> None:
             raise UserError(f"{option} {name}: no pipeline here has it{nearest(name, known)}")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, images: int | None = None) -> str:
+    """The value; of an accuracy whose images were counted, its 95 % interval below."""
+    if value is None or not images:
+        return "" if value is None else f"{value:.4g}"
+    low, high = wilson(round(value * images), images)
+    return f"{value:.4g}\n±{max(high - value, value - low):.2g}"

@@ -19,10 +19,21 @@ def load(path: Path, changes: dict[str, Any] | None = None) -> Config:
     from moco.params import load as read
     from moco.params import parse
 
-    config = read(path)
+    config = _at_home(read(path))
     given = {key: value for key, value in (changes or {}).items() if value is not None}
     if not given:
         return config
     from moco.presets import edit
 
-    return parse(edit(path.read_text(encoding="utf-8"), given, str(path)), path)
+    return _at_home(parse(edit(path.read_text(encoding="utf-8"), given, str(path)), path))
+
+
+def _at_home(config: Config) -> Config:
+    """Return the settings with `data.path` where the images are: in a queued experiment's own folder they are not."""
+    from dataclasses import replace
+
+    from moco.files import home
+
+    if config.data.path and not Path(config.data.path).exists() and home() != Path():  # an absolute path stays
+        return replace(config, data=replace(config.data, path=str(home() / config.data.path)))
+    return config

@@ -75,6 +75,7 @@ class DataConfig:
     resize: Annotated[int, Range(8, 1024)] | None
     labelled: Count | None
     unreadable: CountOrZero
+    exclude_val: bool
     max_pixels: Count
     generated: GeneratedConfig
 

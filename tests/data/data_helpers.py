@@ -23,7 +23,7 @@ def generated_config(**changes: Any) -> GeneratedConfig:
 def data_config(path: Path, source: str = "folder", **changes: Any) -> DataConfig:
     settings: dict[str, Any] = {
         "source": source, "path": str(path), "mounted": "", "copy_to_scratch": False, "download": False,
-        "classes": None, "resize": None, "labelled": None, "unreadable": 0,
+        "classes": None, "resize": None, "labelled": None, "unreadable": 0, "exclude_val": True,
         "max_pixels": 178956970, "generated": generated_config(),
     }  # fmt: skip
     return DataConfig(**(settings | changes))

@@ -125,7 +125,7 @@ def test_resize_equals_torchvisions_resize_and_center_crop(dataset: Path, scratc
 
 def test_images_need_not_be_square(dataset: Path, scratch: Path) -> None:
     for path in dataset.glob("*/*.png"):
-        Image.fromarray(np.full((10, 14, 3), 7, np.uint8)).save(path)
+        Image.fromarray(np.full((10, 14, 3), len(path.parent.name), np.uint8)).save(path)
     manifest, splits = decoded(dataset, scratch)
     assert (manifest.height, manifest.width) == (10, 14)
     assert splits["val"].images.shape == (10, 10, 14, 3)

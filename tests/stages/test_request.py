@@ -280,6 +280,6 @@ def test_in_a_class_tree_images_keep_their_names(moco: Moco, project: Path) -> N
         assert_one_line_error(moco("train_extra"), "reply.csv:2", "is not in the unlabelled pool")
     (tree / "unlabeled/deep, down/ image-00.png").rename(tree / "unlabeled/zero.png")
     write_params(project, data__source="classes", data__path="tree")
-    assert_one_line_error(moco("request", "--budget", "20"), "files have changed", "moco data")
+    assert_one_line_error(moco("request", "--budget", "20"), "unlabeled", "moco data", "E-DATA-CHANGED")
     (tree / "unlabeled/zero.png").rename(tree / "unlabeled" / os.fsdecode(b"caf\xe9.png"))
     assert_one_line_error(moco("data"), "1 name(s) that are not UTF-8", "caf\\udce9.png")

@@ -26,12 +26,12 @@ from moco.cluster.finding import (
 )
 from moco.config import Config, DataConfig, RuntimeConfig
 from moco.data.manifest import load_manifest
+from moco.data.source_files import TORCHVISION_FOLDERS
 from moco.data.squashfs import check_image
 from moco.errors import UserError
 from moco.files import scratch_place
 
 MANIFEST = Path("models/manifest.json")
-TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"}
 # Exit code 0 where a lock that another process holds could be taken as well.
 TAKE_LOCK = """
 import sys

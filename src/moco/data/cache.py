@@ -24,19 +24,17 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
 
+from moco.data import overlaps
 from moco.data.dataset import Dataset, Split
 from moco.data.decode import (
     DIGEST_BYTES,
     LARGEST,
     Chunk,
     ChunkReport,
+    copy_array,
     decode_chunk,
     read_image,
-    resize_and_crop,
-    summarise,
-    write_at,
 )
 from moco.data.decode_outcome import refuse_problems, tell_adjusted, to_leave_out
 from moco.data.manifest import SPLITS
@@ -65,7 +63,8 @@ class DecodedSplit:
 class Built:
     """A complete cache in a folder that is not yet at its place, and what was learned while decoding. lock: held
     as long as the folder is in use, so that others can tell it from the remains of a process that was killed.
-    left_out: numbers of the unlabeled images that could not be used."""
+    left_out: numbers of the unlabeled images that could not be used; in_val: of those that also stand in val, each with
+    its row there."""
 
     folder: Path
     lock: FileLock
@@ -73,6 +72,7 @@ class Built:
     width: int
     reports: dict[str, list[ChunkReport]]
     left_out: list[int] = field(default_factory=list)
+    in_val: list[tuple[int, int]] = field(default_factory=list)
 
 
 def image_size(dataset: Dataset, resize: int | None, largest: int = LARGEST) -> tuple[int, int]:
@@ -97,12 +97,19 @@ def image_size(dataset: Dataset, resize: int | None, largest: int = LARGEST) -> 
 
 
 def build(
-    dataset: Dataset, resize: int | None, parent: Path, say: Say, unreadable: int = 0, largest: int = LARGEST
+    dataset: Dataset,
+    resize: int | None,
+    parent: Path,
+    say: Say,
+    unreadable: int = 0,
+    exclude_val: bool = False,
+    largest: int = LARGEST,
 ) -> Built:
     """Decodes all images on all cores into a new folder below `parent`.
 
-    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. largest: pixels of an image.
-    Raises UserError, naming the first images concerned, where others cannot; nothing is left behind.
+    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. exclude_val: those of
+    it that also stand in val are left out. largest: pixels of an image. Raises UserError, naming the first images
+    concerned, where others cannot; nothing is left behind.
     """
     height, width = image_size(dataset, resize, largest)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
@@ -131,7 +138,13 @@ def build(
                     reports = _decode_split(split, (height, width), resize, folder, decode, largest)
                 built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
-        refuse_problems(dataset, built.reports, say)
+            refuse_problems(dataset, built.reports, say)
+            pool = dataset.splits["unlabeled"]
+            kept, built.in_val = overlaps.pool_without_val(built.reports, len(pool), built.left_out)
+            if exclude_val and built.in_val:
+                overlaps.refuse_nothing(kept)
+                pool.keep(kept)
+                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode, largest)
         tell_adjusted(built.reports, say)
         _write_index(built, dataset)
         return built
@@ -186,7 +199,7 @@ def _decode_split(
     with output.open("wb") as file:
         file.truncate(len(split) * size[0] * size[1] * 3)
     if split.array is not None:
-        reports = list(_copy_array(split.array, resize, output))
+        reports = list(copy_array(split.array, resize, output, CHUNK))
     else:
         files = split.files
         chunks = [
@@ -198,17 +211,6 @@ def _decode_split(
     if split.labels is not None:
         np.save(folder / f"{split.name}_label.npy", split.labels)
     return reports
-
-
-def _copy_array(array: np.ndarray, resize: int | None, output: Path) -> Iterator[ChunkReport]:
-    for n, first in enumerate(range(0, len(array), CHUNK)):
-        part = np.ascontiguousarray(array[first : first + CHUNK])
-        if resize is not None:
-            part = np.stack([np.asarray(resize_and_crop(Image.fromarray(image), resize)) for image in part])
-        report = ChunkReport(n, first)
-        summarise(report, part)
-        write_at(str(output), first * part[0].nbytes, part)
-        yield report
 
 
 def _write_index(built: Built, dataset: Dataset) -> None:

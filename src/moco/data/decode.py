@@ -12,6 +12,7 @@ import stat
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -232,3 +233,15 @@ def write_at(path: str, offset: int, images: np.ndarray) -> None:
     with Path(path).open("r+b") as file:
         file.seek(offset)
         file.write(images.data)
+
+
+def copy_array(array: np.ndarray, resize: int | None, output: Path, chunk: int) -> Iterator[ChunkReport]:
+    """Yield the reports of an array's images (N x H x W x 3), so many at a time, and write them to the output."""
+    for n, first in enumerate(range(0, len(array), chunk)):
+        part = np.ascontiguousarray(array[first : first + chunk])
+        if resize is not None:
+            part = np.stack([np.asarray(resize_and_crop(Image.fromarray(image), resize)) for image in part])
+        report = ChunkReport(n, first)
+        summarise(report, part)
+        write_at(str(output), first * part[0].nbytes, part)
+        yield report

@@ -70,7 +70,7 @@ def read_extra_labels(
     line has a label that can be used, M is 0.
     """
     lines = read_lines(path, say)
-    images = _Images(config, manifest, splits["unlabeled"])
+    images = _Images(config, manifest, splits["unlabeled"], splits["val"])
     _refuse_foreign_reply(path, lines, images)
     train = splits["train"]
     assert train.labels is not None
@@ -163,8 +163,10 @@ def _label(line: Line, names: ClassNames) -> tuple[int, bool]:
 class _Images:
     """The pool's images by name, and those that come with their labels."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, pool: DecodedSplit) -> None:
+    def __init__(self, config: DataConfig, manifest: Manifest, pool: DecodedSplit, val: DecodedSplit) -> None:
         self.manifest, self.pool = manifest, pool
+        self.excluded = {number: bytes(val.digests[row]) for number, row in manifest.excluded}
+        self.of_val = set(self.excluded.values())
         self.rows = {bytes(digest): row for row, digest in enumerate(pool.digests)}
         self.numbers = manifest.pool_numbers()
         self.contents = {digest.hex() for digest in self.rows}
@@ -176,11 +178,12 @@ class _Images:
         if line.file is not None:
             return self._of_file(line, line.file)
         if self.folder is None:
-            return bytes(self.pool.digests[self._number(line)])
+            number = self._number(line)
+            return self.excluded.get(number) or bytes(self.pool.digests[np.searchsorted(self.numbers, number)])
         name = line.name if os.path.isfile(self.folder / line.name) else line.name.strip()  # noqa: PTH113 - never raises
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         digest = self._of_file(line, str(self.folder / name)) if inside else b""
-        if digest not in self.rows:
+        if digest not in self.rows and digest not in self.of_val:
             raise UserError(
                 f"{line.place}: {quoted(line.name)} is not in the unlabelled pool as `moco data` found it",
                 "E-LABEL-IMAGE",
@@ -196,8 +199,9 @@ class _Images:
         return self._read(line, str(line.file)) if row is None else gather(self.pool.images, np.array([row]))[0]
 
     def _number(self, line: Line) -> int:
+        """Return the number of an image of the source."""
         found = re.fullmatch(r"(0|[1-9][0-9]{0,9})(\.png|\.0)?", line.name.strip())  # 17.0: pandas
-        last = len(self.numbers) + len(self.manifest.left_out) - 1
+        last = self.manifest.pool_size - 1
         if found is None or (number := int(found[1])) > last:
             raise UserError(
                 f"{line.place}: {quoted(line.name)} is not in the unlabelled pool, which has 0.png to {last}.png",
@@ -205,7 +209,7 @@ class _Images:
             )
         if number in self.manifest.left_out:
             raise UserError(f"{line.place}: '{line.name}' could not be read and was left out (data.unreadable)")
-        return int(np.searchsorted(self.numbers, number))
+        return number
 
     def _of_file(self, line: Line, path: str) -> bytes:
         report = ChunkReport(0, 0)

@@ -122,15 +122,21 @@ def _write_split(folder: Path, seed: tuple[int, int], classes: np.ndarray, size:
             Image.fromarray(image).save(folder / f"{first + i}.png", compress_level=1)
 
 
+def generated_place(config: GeneratedConfig, parent: Path) -> Path:
+    """Return where the folder `dataset` (or, where `pack` is set, the squashfs image) of these settings lies."""
+    settings = json.dumps({"version": VERSION, **asdict(config)}, sort_keys=True)
+    place = parent / f"generated-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    return place / ("student_dataset.sqsh" if config.pack else "dataset")
+
+
 def generate(config: GeneratedConfig, parent: Path, say: Say) -> Path:
     """The folder `dataset` (or, where `pack` is set, a squashfs image holding it) of these settings.
 
     Drawn on the first call, into parent/KEY, and found there by later ones. Raises UserError where the disk
     is full or mksquashfs is missing.
     """
-    settings = json.dumps({"version": VERSION, **asdict(config)}, sort_keys=True)
-    place = parent / f"generated-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-    result = place / ("student_dataset.sqsh" if config.pack else "dataset")
+    result = generated_place(config, parent)
+    place = result.parent
     if result.exists():
         return result
     if config.pack and shutil.which("mksquashfs") is None:

@@ -13,6 +13,7 @@ import numpy as np
 from moco.errors import UserError
 
 FORMAT = 2
+EDITED = "digest and content disagree"
 SPLITS = ("unlabeled", "train", "val")
 
 
@@ -30,8 +31,11 @@ class SplitSummary:
 class Manifest:
     """height, width: pixels. mean, std: per channel over the unlabeled images, scaled to [0, 1].
     settings: those of section `data` that decide the content, by dotted name. left_out: numbers of the unlabeled
-    images that could not be used, counted in the source. decoding: version of the rules by which files became pixels.
-    adjusted: how many images of each split are not decoded as they are stored, by the names of decode.ADJUSTED."""
+    images that could not be used, counted in the source; excluded: [number, row of val] of those that also stand in val
+    and were taken out for it. duplicates_train_val, classes_twice, val_in_pool: images of val that also stand in train,
+    of train that stand in two classes, of val in the pool (taken out or not). decoding: version of the rules by which
+    files became pixels. adjusted: how many images of each split are not decoded as they are stored, by the names of
+    decode.ADJUSTED."""
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -44,6 +48,9 @@ class Manifest:
     splits: dict[str, SplitSummary]
     duplicates_train_val: int
     left_out: list[int] = field(default_factory=list)
+    excluded: list[list[int]] = field(default_factory=list)
+    classes_twice: int = 0
+    val_in_pool: int = 0
     decoding: int = 1
     adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -56,28 +63,57 @@ class Manifest:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def pool_size(self) -> int:
+        """Images of the pool in the source, used or not."""
+        return self.splits["unlabeled"].count + len(self.left_out) + len(self.excluded)
+
     def pool_numbers(self) -> np.ndarray:
-        """Number in the source of each row of the decoded unlabeled images, rising."""
-        whole = self.splits["unlabeled"].count + len(self.left_out)
-        return np.setdiff1d(np.arange(whole), np.array(self.left_out, np.int64), assume_unique=True)
+        """Return the number in the source of each row of the decoded unlabeled images, rising."""
+        gone = np.array([*self.left_out, *(number for number, _ in self.excluded)], np.int64)
+        return np.setdiff1d(np.arange(self.pool_size), gone, assume_unique=True)
+
+    def notes(self) -> list[str]:
+        """Return what must be known of the data wherever a number that was measured with it is shown."""
+        said = []
+        if self.source.get("pool") == "train":
+            said.append("the pool is train's images")
+        if self.duplicates_train_val:
+            said.append(f"{self.duplicates_train_val} image(s) of val also stand in train: scores on val are too high")
+        if self.classes_twice:
+            said.append(f"{self.classes_twice} image(s) of train stand in two classes")
+        if self.excluded:
+            said.append(f"{len(self.excluded)} image(s) of the pool also stand in val and were taken out of the pool")
+        elif self.val_in_pool:
+            said.append(f"{self.val_in_pool} image(s) of the pool also stand in val: pretraining sees them")
+        return said
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+def parse_manifest(text: str) -> Manifest:
+    """Return the manifest of a file's text. Raises ValueError where it is none, or was edited by hand."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(text)
         tree.pop("format")
         digest = tree.pop("digest")
         tree["splits"] = {name: SplitSummary(**split) for name, split in tree["splits"].items()}
         tree["mean"], tree["std"] = tuple(tree["mean"]), tuple(tree["std"])
         manifest = Manifest(**tree)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("not a manifest") from error
+    if manifest.digest != digest:
+        raise ValueError(EDITED)
+    return manifest
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+    try:
+        return parse_manifest(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run `moco data` (or `dvc repro data`) first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a manifest of this version; run `moco data` again") from None
-    if manifest.digest != digest:
-        raise UserError(f"{path}: digest and content disagree; run `moco data` again")
-    return manifest
+    except ValueError as error:
+        found = EDITED if str(error) == EDITED else "not a manifest of this version"
+        raise UserError(f"{path}: {found}; run `moco data` again") from None

@@ -12,14 +12,16 @@ import numpy as np
 from filelock import FileLock
 
 from moco.config import DataConfig, flatten
-from moco.data import cache
+from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import first_ten, refuse_one_class
 from moco.data.dataset import Dataset
-from moco.data.decode import DECODING, DIGEST_BYTES
+from moco.data.decode import DECODING
 from moco.data.decode_outcome import count_adjusted
 from moco.data.label_meaning import ClassNames
-from moco.data.manifest import Manifest, SplitSummary
+from moco.data.manifest import Manifest, SplitSummary, parse_manifest
+from moco.data.overlaps import Overlaps
+from moco.data.source_files import Record, Source
 from moco.data.sources import open_dataset
 from moco.errors import Say, UserError
 from moco.files import own_folder
@@ -37,30 +39,90 @@ LOCATION = {
 }
 
 
-def prepare(config: DataConfig, scratch: Path, say: Say) -> Manifest:
-    """Opens and decodes the configured dataset, checks everything, leaves the decoded cache behind.
+def prepare(config: DataConfig, scratch: Path, say: Say, may_be_absent: bool = False) -> Manifest:
+    """Return what the configured dataset holds, with its decoded cache on this node; read anew where the files are not
+    those that were read last.
 
-    Raises UserError for whatever makes the data unusable; the cache of another dataset is never touched.
+    may_be_absent: a source that is not there is what was read of it on this node, and told. Raises UserError for
+    whatever makes the data unusable; the cache of another dataset is never touched.
     """
-    with open_dataset(config, scratch, say) as dataset:
+    source = source_files.present_source(config)
+    record = source_files.read_record(config, source, scratch) if source or may_be_absent else None
+    if record is not None and (manifest := _unchanged(source, record, scratch)):
+        for warning in record.warnings:
+            say(warning)
+        if source is None:
+            say(f"warning: {config.path}: not here; what was read of it before is used")
+        else:
+            say("the files of the dataset are as they were when they were read; their content is not read again")
+        return manifest
+    return _read(config, scratch, say)
+
+
+def _unchanged(source: Source | None, record: Record, scratch: Path) -> Manifest | None:
+    """Return the recorded manifest where it still holds, and its cache is sound; None otherwise. source: None where it
+    is not there."""
+    if record.reader != source_files.reader():
+        return None
+    if source is not None and (source_files.stamp(source) != (record.stamp, True) or not record.settled):
+        return None
+    try:
+        manifest = parse_manifest(record.manifest)
+    except ValueError:
+        return None
+    return manifest if cache.damage(cache.cache_folder(scratch, manifest.digest)) is None else None
+
+
+def _read(config: DataConfig, scratch: Path, say: Say) -> Manifest:
+    """Open and decode the dataset, check everything, leave the decoded cache and a record behind."""
+    warnings: list[str] = []
+
+    def tell(line: str) -> None:
+        if line.startswith(("warning", "note")):  # told again as long as the files are the same
+            warnings.append(line)
+        say(line)
+
+    with open_dataset(config, scratch, tell) as dataset:
+        source = source_files.present_source(config)
+        before = source_files.stamp(source) if source else None
         classes = _check_labels(dataset, config.classes)
         if config.source != "classes" and (numbers := ClassNames(classes)).are_misleading:
-            say(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
-        _limit_labels(dataset, config.labelled, classes, say)
-        built = cache.build(dataset, config.resize, cache.caches(scratch), say, config.unreadable, config.max_pixels)
-        manifest = _describe(dataset, classes, config, built)
+            tell(f"note: labels in the tensors are positions in classes.txt, whatever its names: {numbers.positions()}")
+        _limit_labels(dataset, config.labelled, classes, tell)
+        built = cache.build(
+            dataset,
+            config.resize,
+            cache.caches(scratch),
+            tell,
+            config.unreadable,
+            config.exclude_val,
+            config.max_pixels,
+        )
+        found = _overlaps(dataset, built)
+        manifest = _describe(dataset, classes, config, built, found)
         place = cache.install(built, manifest.digest, scratch)
+        after = source_files.stamp(source) if source else None
+    if before and after and before[0] != after[0]:
+        raise UserError(
+            f"{config.path or config.mounted}: its files changed while they were read; run `moco data` again when "
+            "nothing writes there",
+            "E-DATA-CHANGING",
+        )
     say(f"decoded cache: {place}")
-    if manifest.duplicates_train_val:
-        say(f"warning: {manifest.duplicates_train_val} image(s) of val also stand in train")
+    for warning in overlaps.warnings(found, dataset, classes):
+        tell(warning)
+    if source and before:
+        record = Record(before[0], before[1], source_files.reader(), manifest.to_json(), warnings)
+        source_files.write_record(config, source, scratch, record)
     return manifest
 
 
 def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say) -> dict[str, DecodedSplit]:
-    """The decoded images that the manifest describes; built here where this node has no sound cache.
+    """Return the decoded images that the manifest describes; built here where this node has no sound cache.
 
-    Raises UserError where the source no longer holds what the manifest says, or section `data` of the settings
-    is no longer the one that it was made from.
+    Where the files of the source are not those that were read, their content is read again and decides; a source that
+    is not there is not missed where the cache is. Raises UserError where the source no longer holds what the manifest
+    says, or section `data` of the settings is no longer the one that it was made from.
     """
     if manifest.decoding != DECODING:
         raise UserError(
@@ -72,19 +134,37 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
     if different:
         raise UserError(f"{', '.join(different)}: changed since the manifest was made; run `moco data` again")
     place = cache.cache_folder(scratch, manifest.digest)
+    source = source_files.present_source(config)
+    stamp = source_files.stamp(source)[0] if source else None
     # One builder a node: a second job waits here and then finds the cache complete.
     with _locked(place.with_suffix(".building")):
         problem = cache.damage(place) if place.exists() else "not on this node"
         if problem is not None:
             say(f"decoded cache {place}: {problem}; building it")
+        elif source is not None and stamp is not None and not _holds(config, source, stamp, manifest, scratch):
+            problem = "not known to be of these files"
+            say(f"{config.path or config.mounted}: not the files that the manifest was made from; reading them")
+        if problem is not None:
             found = prepare(config, scratch, say)
             if found.digest != manifest.digest:
                 changed = [name for name, split in manifest.splits.items() if found.splits[name] != split]
                 raise UserError(
                     f"{', '.join(changed) or 'classes or image size'}: the dataset is not the one in the manifest "
-                    "any more; run `moco data` again"
+                    "any more; run `moco data` again",
+                    "E-DATA-CHANGED",
                 )
     return cache.open_cache(place)
+
+
+def _holds(config: DataConfig, source: Source, stamp: str, manifest: Manifest, scratch: Path) -> bool:
+    """Whether files of this stamp were read on this node, and were what the manifest describes."""
+    record = source_files.read_record(config, source, scratch)
+    try:
+        return (
+            record is not None and record.stamp == stamp and (parse_manifest(record.manifest).digest == manifest.digest)
+        )
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -169,11 +249,17 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
     return dataset.classes or [str(label) for label in range(count)]
 
 
-def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: Built) -> Manifest:
-    splits, seen = {}, {}
+def _overlaps(dataset: Dataset, built: Built) -> Overlaps:
+    labels = dataset.splits["train"].labels
+    assert labels is not None
+    train, val = (overlaps.digests(built.reports[name]) for name in ("train", "val"))
+    return overlaps.overlaps(train, val, labels)
+
+
+def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: Built, found: Overlaps) -> Manifest:
+    splits = {}
     for name, reports in built.reports.items():
         digests = b"".join(report.digests for report in reports)
-        seen[name] = {digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)}
         labels = dataset.splits[name].labels
         splits[name] = SplitSummary(
             len(dataset.splits[name]),
@@ -197,8 +283,11 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         mean=(mean[0] / 255, mean[1] / 255, mean[2] / 255),
         std=(std[0] / 255, std[1] / 255, std[2] / 255),
         splits=splits,
-        duplicates_train_val=len(seen["train"] & seen["val"]),
+        duplicates_train_val=len(found.val_in_train),
         left_out=built.left_out,
+        excluded=[list(pair) for pair in built.in_val] if config.exclude_val else [],
+        classes_twice=len(found.classes_twice),
+        val_in_pool=len(built.in_val),
         decoding=DECODING,
         adjusted=count_adjusted(built.reports),
     )

@@ -14,6 +14,7 @@ from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import sha256, working_folder, write_text
 from moco.model.encoder import Architecture
+from moco.stages.joins import image_facts
 from moco.stages.workspace import MAKERS
 from moco.submission import render
 from moco.training.checkpoints import load_weights, save_weights
@@ -41,7 +42,8 @@ class Classifier:
 @dataclass(frozen=True)
 class TrainedClassifier:
     """What a later stage takes from the folder. weights: those of model_sub.pth. settings: as text.
-    digest: sha256 of model_sub.pth. made_from: see moco.stages.provenance; {} in files of earlier versions."""
+    digest: sha256 of model_sub.pth. made_from: see moco.stages.provenance; images: see
+    moco.stages.joins; both {} in files of earlier versions."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -50,6 +52,7 @@ class TrainedClassifier:
     settings: dict[str, str]
     digest: str
     made_from: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
 
 
 def write_classifier(
@@ -64,6 +67,7 @@ def write_classifier(
         "architecture": found.architecture.as_dict(),
         "settings": {name: str(value) for name, value in found.settings.items()},
         "classes": manifest.classes,
+        "images": image_facts(manifest),
         "made_from": found.made_from,
         "results": found.results,
         "weights": state,
@@ -98,7 +102,7 @@ def read_classifier(folder: Path) -> TrainedClassifier:
         architecture = Architecture(**best["architecture"])
         return TrainedClassifier(
             architecture, weights, best["epoch"], best["classes"], best["settings"], sha256(folder / WEIGHTS),
-            best.get("made_from", {}),
+            best.get("made_from", {}), best.get("images", {}),
         )  # fmt: skip
     except (KeyError, TypeError):
         raise UserError(f"{paths[0]}: not a file of `moco {maker}`; {hint}") from None

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import sha256
 from moco.model.encoder import Architecture, body_weights
+from moco.stages.joins import image_facts
 from moco.training.checkpoints import load_weights, save_weights
 
 
 class EncoderFile(NamedTuple):
     """weights: without the last layer. digest: of the data they were trained on. settings: of that training and
     its data, by dotted name, as text. projection: weights of the layers that contrast acted on (`fc.…`); empty in files
-    of before they were kept. sha256: of the file."""
+    of before they were kept. sha256: of the file. images: see moco.stages.joins; {} in earlier files."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -24,16 +26,18 @@ class EncoderFile(NamedTuple):
     settings: dict[str, str]
     projection: dict[str, Tensor]
     sha256: str
+    images: dict[str, Any]
 
 
 def save_encoder(
-    path: Path, network: nn.Module, architecture: Architecture, digest: str, settings: dict[str, Any]
+    path: Path, network: nn.Module, architecture: Architecture, manifest: Manifest, settings: dict[str, Any]
 ) -> None:
     """The body and, apart from it, the projection, with what is needed to build them."""
     texts = {name: str(value) for name, value in settings.items()}
     state = network.state_dict()
     projection = {name: value.detach().cpu().clone() for name, value in state.items() if name.startswith("fc.")}
-    content = {"format": 2, "architecture": architecture.as_dict(), "data": digest, "settings": texts}
+    content = {"format": 2, "architecture": architecture.as_dict(), "data": manifest.digest, "settings": texts}
+    content["images"] = image_facts(manifest)
     save_weights(path, {**content, "weights": body_weights(state), "projection": projection})
 
 
@@ -44,7 +48,7 @@ def load_encoder(path: Path) -> EncoderFile:
         architecture = Architecture(**content["architecture"])
         return EncoderFile(
             architecture, content["weights"], content["data"], content["settings"], content.get("projection", {}),
-            sha256(path),
+            sha256(path), content.get("images", {}),
         )  # fmt: skip
     except (KeyError, TypeError):
         raise UserError(f"{path}: not an encoder file; run `moco pretrain` again") from None

@@ -26,6 +26,7 @@ from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
+from moco.stages.joins import check_scored
 from moco.stages.provenance import write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -85,6 +86,9 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
         ours |= flatten(config.finetune, "finetune")
     if maker and settings and (different := differences(settings, ours, HOUSEKEEPING)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
+    check_scored(
+        classifier, best, submission, manifest, f"run `moco {maker}` again" if maker else "train it again", say
+    )
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": weights}, manifest.digest)
@@ -101,6 +105,8 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
             record.picture("mistakes", lambda path: _draw_mistakes(val, scores, manifest.classes, path))
         folder.finish()
     say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {report}")
+    for note in manifest.notes():
+        say(f"eval: {note}")
 
 
 def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: Path) -> None:

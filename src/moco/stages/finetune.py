@@ -33,6 +33,7 @@ from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier,
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.extra_file import read_extra
+from moco.stages.joins import check_classes, check_images, tell_other_data
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
@@ -76,9 +77,10 @@ def run(config: Config) -> None:
     manifest = load_manifest(MANIFEST)
     source = _source(config)
     start = read_classifier(source) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
-    if start.classes != manifest.classes:
-        raise UserError(f"{source}: made for other classes than the data has; run `moco {MAKERS[source]}` again")
     made, maker = _made(config)
+    check_classes(source, start.classes, manifest, f"run `moco {MAKERS[source]}` again")
+    check_images(made, start.images, manifest, f"run `moco {maker}` again")
+    tell_other_data(made, start.made_from.get("data"), start.images, manifest, say)
     if different := differences(start.settings, classifier_settings(config, start.settings), HOUSEKEEPING):
         say(f"warning: {made} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
@@ -180,6 +182,7 @@ def _made(config: Config) -> tuple[Path, str]:
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     """The encoder with a last layer of small random weights (arXiv 1911.05722, section 4.1)."""
     encoder = load_encoder(ENCODER)
+    tell_other_data(ENCODER, encoder.digest, encoder.images, manifest, say)
     architecture = with_features(encoder.architecture, config.train.features)
     network = build_encoder(architecture, len(manifest.classes))
     width, generator = feature_width(network), torch.Generator().manual_seed(config.finetune.seed)
@@ -187,11 +190,12 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     layer = {"fc.weight": weight, "fc.bias": torch.zeros(len(manifest.classes))}
     settings = {**encoder.settings, **{name: str(value) for name, value in flatten(config.train, "train").items()}}
     if (source := _source(config)) == CLASSIFIER_EXTRA:  # whose labels it takes
-        made = read_classifier(source).settings
-        settings |= {name: value for name, value in made.items() if name.startswith("train_extra.")}
+        made = read_classifier(source)
+        check_classes(source, made.classes, manifest, f"run `moco {MAKERS[source]}` again")
+        settings |= {name: value for name, value in made.settings.items() if name.startswith("train_extra.")}
     return TrainedClassifier(
         architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER),
-        encoder_provenance(encoder.sha256, manifest),
+        encoder_provenance(encoder.sha256, manifest), encoder.images,
     )  # fmt: skip
 
 

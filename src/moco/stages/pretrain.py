@@ -29,7 +29,7 @@ from moco.stages.architecture import chosen_architecture, described
 from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
-from moco.stages.pretrain_settings import check, check_shares
+from moco.stages.pretrain_settings import check, check_pool, check_shares
 from moco.stages.provenance import write_provenance
 from moco.stages.resuming import saved_state
 from moco.stages.workspace import (
@@ -161,6 +161,7 @@ def _run(
     chosen = pool(len(splits["unlabeled"].images), section)
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     check_shares(section, sampler.batch_size, processes.size)
+    check_pool(section, sampler.batch_size, len(chosen), _speaker(processes))
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
     saved = processes.told(processes.alone(saved_state, checkpoints, resume, params, manifest.digest, processes.size))
     steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
@@ -196,7 +197,7 @@ def _run(
         _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
         def finish() -> None:
-            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest.digest, chain)
+            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest, chain)
             assert record is not None
             report = REPORTS / "pretrain"
             effort = run_effort(state, sampler.batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moco.config import PretrainConfig
-from moco.errors import UserError
+from moco.errors import Say, UserError
 from moco.training.distributed import SOLO, Processes
 
 
@@ -25,6 +25,27 @@ def check_alone(section: PretrainConfig, processes: Processes = SOLO) -> None:
     if section.warmup >= 1:
         raise UserError("pretrain.warmup: the share of the run with rising learning rate must be below 1")
     check_shares(section, section.batch_size, processes.size)
+
+
+def check_pool(section: PretrainConfig, batch_size: int, images: int, say: Say) -> None:
+    """Tell where the pool is smaller than batch or queue. batch_size: the real one, at most the pool's images.
+
+    Raises UserError where the real batch is too small for the splits of its BatchNorm."""
+    if batch_size < section.batch_size:
+        say(
+            f"warning: pretrain.batch_size: {section.batch_size} is more than the pool has; batches are of {batch_size}"
+        )
+    if section.queue > images:
+        say(
+            f"warning: pretrain.queue: {section.queue} keys of a pool of {images}: every image is in it several times, "
+            "its own earlier views as negatives too; a queue below the pool's size learns better"
+        )
+    if section.batch_norm == "split" and section.splits * 2 > batch_size:
+        raise UserError(
+            f"pretrain.splits: {section.splits} parts of {batch_size} images (the pool has {images}) are too small; "
+            f"set it to {max(1, batch_size // 2)} at most",
+            "E-PRETRAIN-SPLITS",
+        )
 
 
 def _check_resolutions(resolutions: list[float], changes: list[float]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moco.data.manifest import load_manifest
 from moco.errors import UserError
 from moco.files import sha256
 from moco.stages.provenance import NAME, read_json
@@ -79,6 +80,9 @@ def run(console: Console) -> None:
     if not rows:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
     _print(console, rows, pipeline)
+    if MANIFEST.is_file():
+        for note in load_manifest(MANIFEST).notes():
+            console.print(f"Note: {note}.", markup=False)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")
 
 

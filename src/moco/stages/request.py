@@ -184,11 +184,14 @@ def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> tuple[nn.
         return None, "last"
     found = read_classifier(CLASSIFIER)
     other = "for other classes than the data has" if found.classes != classes else ""
-    if any(not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()):
+    if found.weights.keys() - {"fc.weight", "fc.bias"} != encoder.weights.keys() or any(
+        not torch.equal(found.weights[name], value) for name, value in encoder.weights.items()
+    ):
         other = other or "on another encoder"
     if other and needed:
-        raise UserError(f"{CLASSIFIER}: made {other}; run `moco train` again")
+        raise UserError(f"{CLASSIFIER}: made {other}; run `moco train` again", "E-STAGE-OTHER-CLASSIFIER")
     if other:
+        say(f"request: {CLASSIFIER} is not asked, as it was made {other}; `moco train` makes it new")
         return None, "last"
     weight, bias = found.weights["fc.weight"], found.weights["fc.bias"]
     layer = nn.Linear(weight.shape[1], weight.shape[0])

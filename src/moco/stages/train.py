@@ -23,6 +23,7 @@ from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.extra_file import EXTRA_LABELS, packed
+from moco.stages.joins import check_images, tell_other_data
 from moco.stages.provenance import BEFORE_REFIT, THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -75,8 +76,8 @@ def open_inputs(config: Config) -> Inputs:
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
     encoder = load_encoder(ENCODER)
-    if encoder.digest != manifest.digest:
-        say("warning: the encoder was pretrained on other data than the manifest describes")
+    check_images(ENCODER, encoder.images, manifest, "run `moco pretrain` again")
+    tell_other_data(ENCODER, encoder.digest, encoder.images, manifest, say)
     if different := differences(encoder.settings, flatten(config.pretrain, "pretrain"), HOUSEKEEPING):
         say(f"warning: {ENCODER} was made with other settings: {'; '.join(different)}; `moco pretrain` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)

@@ -18,14 +18,15 @@ from moco.config import Config
 from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
-from moco.data.manifest import Manifest
+from moco.data.manifest import Manifest, load_manifest
 from moco.errors import UserError
 from moco.files import sha256, write_text
-from moco.stages.classifier_files import WEIGHTS
+from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.extra_file import content
+from moco.stages.joins import check_classes, check_images, tell_other_data
 from moco.stages.provenance import NAME, read_json
 from moco.stages.train import Inputs, open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, REPORTS, REQUEST, say
+from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, MANIFEST, REPORTS, REQUEST, say
 from moco.training.label_check import check_labels
 
 REPORT = REPORTS / "train_extra"
@@ -78,6 +79,10 @@ def _hand_on(why: str) -> None:
         raise UserError(
             f"{provenance}: of another classifier than {CLASSIFIER / WEIGHTS}; run `moco train` again", "E-STAGE-CHAIN"
         )
+    manifest, made = load_manifest(MANIFEST), read_classifier(CLASSIFIER)
+    check_classes(CLASSIFIER, made.classes, manifest, "run `moco train` again")
+    check_images(CLASSIFIER, made.images, manifest, "run `moco train` again")
+    tell_other_data(CLASSIFIER, made.made_from.get("data"), made.images, manifest, say)
     shutil.rmtree(CLASSIFIER_EXTRA, ignore_errors=True)
     shutil.copytree(CLASSIFIER, CLASSIFIER_EXTRA)
     found = {**json.loads(metrics.read_text()), "extra_labels": 0.0}

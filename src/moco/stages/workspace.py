@@ -37,6 +37,7 @@ MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "fine
 
 # Settings that came later, at the values at which all is as it was without them.
 ADDED: dict[str, Any] = {
+    "data.exclude_val": True,  # what it took out is in the data's digest
     "pretrain.accumulate": 1, "pretrain.features": "last", "train.features": "last", "pretrain.convolutions": 2,
     "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.classifier": "classifier",
     "finetune.start": "classifier", "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0,

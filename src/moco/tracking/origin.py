@@ -30,6 +30,7 @@ from moco.tracking.store import without_password
 
 DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
 NEW = ("ls-files", "--others", "--exclude-standard", "--", "src")  # sources that git does not know yet
+OF_ALL_STAGES = ("git_commit", "git_dirty", "dvc_experiment", "data_digest", "data_notes")
 PATCH_LIMIT = 5_000_000  # bytes
 
 
@@ -51,12 +52,14 @@ UNKNOWN = Origin({}, {}, {}, {})
 def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     """What cannot be found out is left out."""
     tags = {**_code(), **_machine(device), "data_digest": manifest.digest}
+    if notes := manifest.notes():  # what a reader of the numbers must know
+        tags["data_notes"] = "; ".join(notes)
     params: dict[str, Any] = {}
     for section in ("pretrain", "train", "request", "train_extra", "baseline", "finetune", "eval"):
         params.update(flatten(getattr(config, section), section))
     params = {**manifest.settings, **params}
     key = hashlib.sha256(json.dumps([params, manifest.digest], sort_keys=True, default=str).encode()).hexdigest()[:12]
-    shared = {name: tags[name] for name in ("git_commit", "git_dirty", "dvc_experiment", "data_digest") if name in tags}
+    shared = {name: tags[name] for name in OF_ALL_STAGES if name in tags}
     dataset = {
         "name": manifest.source.get("name") or config.data.source, "digest": manifest.digest,
         "source": {"source": config.data.source, "path": config.data.path},

@@ -1,0 +1,89 @@
+"""Whether an artifact belongs to the data that it is used with: the same classes in the same order, the same images.
+
+Everything that brings an encoder or a classifier together with a manifest asks here, so that nothing is scored or
+trained on labels that mean something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from moco.data.manifest import Manifest
+from moco.errors import Say, UserError
+
+LONGEST = 40  # characters of a class's name in a message
+SAME_PIXELS = 0.02  # mean and standard deviation of channels, of [0, 1], are as good as equal below
+
+
+def image_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what an artifact says of the images that it was made with: size, resizing and normalisation."""
+    return {
+        "size": [manifest.height, manifest.width], "resize": manifest.resize, "mean": list(manifest.mean),
+        "std": list(manifest.std),
+    }  # fmt: skip
+
+
+def check_classes(what: object, classes: Sequence[str], manifest: Manifest, remedy: str) -> None:
+    """Raise UserError where an artifact was made for other classes than the data has, or for another order of them."""
+    theirs, ours = list(classes), manifest.classes
+    if theirs == ours:
+        return
+    if len(theirs) != len(ours):
+        found = f"knows {len(theirs)} classes, the data has {len(ours)}"
+    else:
+        different = [label for label, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
+        kind = "in another order" if sorted(theirs) == sorted(ours) else "other classes"
+        first = different[0]
+        found = (
+            f"made for {kind} than the data has: {len(different)} of {len(ours)} differ, first {first} is "
+            f"'{theirs[first][:LONGEST]}' there and '{ours[first][:LONGEST]}' in the data"
+        )
+    raise UserError(f"{what}: {found}; {remedy}", "E-STAGE-CLASSES")
+
+
+def check_images(what: object, made: dict[str, Any], manifest: Manifest, remedy: str, resizes: bool = False) -> None:
+    """Raise UserError where an artifact was made with images of another size. made: see `image_facts`; {} in files of
+    earlier versions, of which nothing is known. resizes: whether it brings images to its size by itself."""
+    size = made.get("size")
+    if size and list(size) != [manifest.height, manifest.width] and not (resizes and made.get("resize")):
+        raise UserError(
+            f"{what}: made with images of {size[1]}x{size[0]} pixels, the data has {manifest.width}x{manifest.height}; "
+            f"{remedy}, or set data.resize",
+            "E-STAGE-IMAGE-SIZE",
+        )
+
+
+def tell_other_data(what: object, digest: str | None, made: dict[str, Any], manifest: Manifest, say: Say) -> None:
+    """Tell where an artifact was made from other images or labels, which may be meant, and whether they are as bright.
+
+    digest: of its data; None where it is not known."""
+    if digest is None or digest == manifest.digest:
+        return
+    apart = ""
+    for name, ours in (("mean", manifest.mean), ("std", manifest.std)):
+        theirs = made.get(name) or ours
+        if max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > SAME_PIXELS:
+            apart += f"; {name} of channels {_short(theirs)} there, {_short(ours)} here"
+    say(f"warning: {what} was made with other data than the manifest describes{apart}")
+
+
+def check_scored(
+    folder: object, best: dict[str, Any], submission: ModuleType, manifest: Manifest, remedy: str, say: Say
+) -> None:  # fmt: skip
+    """Raise UserError where a classifier to be scored was made for other classes or images; tell what is not known.
+
+    best: content of its model_best_*.pth, {} where there is none: a stranger's may have submission.py alone."""
+    classes = best.get("classes") or getattr(submission, "class_names", None)
+    if isinstance(classes, list | tuple):
+        check_classes(folder, list(map(str, classes)), manifest, remedy)
+    else:
+        say(f"warning: {folder} does not say which classes it knows; its outputs are taken in the order of the data's")
+    images = best.get("images", {})
+    check_images(folder, images, manifest, remedy, resizes=True)
+    tell_other_data(folder, best.get("made_from", {}).get("data"), images, manifest, say)
+
+
+def _short(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,51 @@
+"""Settings that are larger than the data, and images in several places: told beside every number, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from stage_helpers import run_all
+
+from conftest import Moco, assert_one_line_error, write_params
+from moco.tracking.metric_log import read_events
+
+
+@pytest.mark.fault("overlap")
+def test_images_of_val_in_train_are_told_with_every_score(moco: Moco, project: Path) -> None:
+    """A score of 100 % once stood in the report, and in the tracker, without a word."""
+    for number in range(10):
+        with Image.open(project / f"dataset/train/{number}.png") as image:
+            image.save(project / f"dataset/val/{number}.png", compress_level=0)
+    fact = "10 image(s) of val also stand in train"
+    assert fact in moco("data").stderr
+    assert fact in moco("data").stderr, "each time"
+    run_all(moco, "pretrain", "train")
+    assert fact in moco("eval").stderr
+    assert fact in " ".join(moco("report").stdout.split())
+    for stage in ("pretrain", "train", "eval"):
+        (log,) = (project / f"runs/{stage}").glob("*/metrics.jsonl")
+        start = next(read_events(log))
+        assert fact in start["tags"]["data_notes"] and fact in start["pipeline"]["tags"]["data_notes"]
+
+
+@pytest.mark.fault("small-data", 2)
+def test_a_batch_or_queue_beyond_the_pool_is_told(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__batch_size=64, pretrain__queue=100, pretrain__epochs=1)
+    run_all(moco, "data")
+    said = moco("pretrain").stderr
+    assert "pretrain.batch_size: 64" in said and "batches are of 40" in said
+    assert "pretrain.queue: 100" in said and "a pool of 40" in said
+
+
+@pytest.mark.fault("small-data")
+def test_splits_beyond_the_real_batch_are_refused(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__batch_size=64, pretrain__batch_norm="split", pretrain__splits=32)
+    run_all(moco, "data")
+    assert_one_line_error(moco("pretrain"), "pretrain.splits", "40", "20 at most", "[E-PRETRAIN-SPLITS]")
+
+
+def test_settings_that_fit_are_not_warned_about(moco: Moco, project: Path) -> None:
+    run_all(moco, "data")
+    assert "warning" not in moco("pretrain").stderr

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moco.errors import Interrupted
-from moco.training.interrupt import raise_on_signals, watch_signals
+from moco.training.interrupt import end_with_dvc, raise_on_signals, watch_signals
 
 WATCHED = [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
 
@@ -124,3 +125,44 @@ def test_outside_the_loop_a_signal_raises_and_handlers_of_errors_do_not_take_it(
         except Exception:
             pytest.fail("taken for an error")
     assert caught.value.signal == number
+
+
+# What DVC is to a stage: it starts a shell, which starts the stage.
+DVC = """
+import os, subprocess, sys
+stage = [sys.executable, "-c", sys.argv[1]]
+command = {"direct": stage, "shell": ["sh", "-c", '"$@"; true', "sh", *stage]}[sys.argv[2]]
+subprocess.run(command, env={**os.environ, "DVC_STAGE": "pretrain"})
+"""
+IN_STAGE = """
+import time
+from moco.errors import Interrupted
+from moco.training.interrupt import end_with_dvc, raise_on_signals
+try:
+    with raise_on_signals():
+        end_with_dvc()
+        print("at work", flush=True)
+        time.sleep(60)
+except Interrupted as stopped:
+    print("stopped by", stopped.signal, flush=True)
+"""
+
+
+@pytest.mark.fault("dvc-gone")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("way", ["direct", "shell"])
+def test_a_stage_is_told_to_stop_when_dvc_has_ended_in_any_way(number: signal.Signals, way: str) -> None:
+    words = [sys.executable, "-c", DVC, IN_STAGE, way]
+    dvc = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert dvc.stdout is not None and dvc.stdout.readline() == "at work\n"
+    dvc.send_signal(number)
+    assert dvc.wait(timeout=30) == -number
+    said, told = dvc.communicate(timeout=30)
+    assert said == f"stopped by {int(signal.SIGTERM)}\n" and "dvc has ended" in told
+
+
+def test_a_command_that_dvc_has_not_started_watches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    threads = threading.active_count()
+    end_with_dvc()
+    assert threading.active_count() == threads

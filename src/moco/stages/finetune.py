@@ -30,8 +30,11 @@ from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier,
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.extra_file import read_extra
+from moco.stages.identity import Making, Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
+from moco.stages.resuming import is_branch, saved_state
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import Correct, classifier_views, feature_sets, labelled, linear_views, views_precision
 from moco.stages.workspace import (
@@ -110,12 +113,18 @@ def _copied(value: Any) -> Any:
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
-def run(config: Config) -> None:
+def run(config: Config, resume: Path | None = None, start: Start | None = None) -> None:
     """Trains, or continues the run of the same settings, data and classifier where one was interrupted.
 
+    resume: a checkpoint of such a run, whose length and code may differ.
     Raises UserError where classifier, data and settings do not fit each other, and for divergence; Interrupted after
     a signal, with the state saved once training is under way.
     """
+    with locked_outputs("finetune", say):
+        _open(config, resume, (start or Start.of("finetune")).making(config))
+
+
+def _open(config: Config, resume: Path | None, making: Making) -> None:
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
@@ -134,31 +143,36 @@ def run(config: Config) -> None:
         **flatten(config.finetune, "finetune"),
     }  # fmt: skip
     key = run_key({**chain, "classifier": start.digest}, manifest.digest)
-    with open_run_folder("finetune", key) as folder, Run(folder.path, "finetune", config.tracking, say) as record:
-        _run(config, chain, start, manifest, splits, device, folder, record)
-        folder.finish()
+    with open_run_folder("finetune", key, making, lambda path: is_branch(path, resume)) as folder:
+        if folder.restored:
+            return
+        with Run(folder.path, "finetune", config.tracking, say) as record:
+            _run(config, chain, start, manifest, splits, device, folder, record, resume, making)
+            folder.finish(making)
 
 
 def _run(
     config: Config, chain: dict[str, Any], start: TrainedClassifier, manifest: Manifest,
-    splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run,
+    splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run, resume: Path | None,
+    making: Making,
 ) -> None:  # fmt: skip
     section, val = config.finetune, splits["val"]
     assert val.labels is not None
     parts, labels, kept, held = labelled(splits, section.holdout, section.seed, "finetune")
     images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
     checkpoints = CheckpointFolder(folder.path, KEEP)
-    saved = checkpoints.newest(say)
+    data = f"{manifest.digest} {start.digest}"
+    facts = {"params": {name: str(value) for name, value in chain.items()}, "data": data, **making.in_state()}
+    saved = saved_state(checkpoints, resume, chain, data, 1, making.identity)
     network = _network(start, manifest, config)
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = classifier_views(manifest, device, section.crop_scale)
-    pool = None
-    if section.pool:
-        strong = classifier_views(manifest, device, STRONG_CROPS, STRONG)
-        count = section.pool * sampler.batch_size
-        pool = PoolBatches(splits["unlabeled"].images, count, section.seed, views, strong, section.confidence)
+    strong = classifier_views(manifest, device, STRONG_CROPS, STRONG)
+    count = section.pool * sampler.batch_size
+    unlabelled = (splits["unlabeled"].images, count, section.seed, views, strong, section.confidence)
+    pool = PoolBatches(*unlabelled) if section.pool else None
     precision = choose_precision(config.pretrain.precision, device)
     tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
     step = SupervisedStep(
@@ -176,13 +190,11 @@ def _run(
     def save(state: LoopState) -> None:
         refuse_broken(network, state.step)
         record.sync()
-        path = checkpoints.save(state.epoch, {"loop": state.as_dict(), "best": choice.best, **step.state()})
-        record.checkpoint(path, state.step)
+        content = {**facts, "loop": state.as_dict(), "best": choice.best, **step.state()}
+        record.checkpoint(checkpoints.save(state.epoch, content), state.step)
 
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
-    train_supervised(
-        "finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every
-    )  # fmt: skip
+    train_supervised("finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every)
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
     right = choice.correct()
@@ -198,7 +210,7 @@ def _run(
     made_from = {**start.made_from, "data": manifest.digest, "start": start.digest}
     found = Classifier(start.architecture, settings=chain, made_from=made_from, results=results, **chosen)
     judged = held_out_record(parts[0].digests[held], labels[held], manifest.classes, right, THESE)
-    _write(config, found, manifest, correct, judged, record, state)
+    _write(config, found, manifest, correct, judged, record, state, folder)
 
 
 def _source(config: Config) -> Path:
@@ -262,14 +274,14 @@ def _fit_last_layer(
 
 def _write(
     config: Config, found: Classifier, manifest: Manifest, correct: Correct, judged: dict[str, str], record: Run,
-    state: LoopState,
+    state: LoopState, folder: RunFolder,
 ) -> None:  # fmt: skip
     """The three files, the reports, and what MLflow gets. judged: the held-out images, for the registry."""
     results = found.results
     accuracies = {"best_held_out_accuracy": results["held_out_accuracy"], "val_accuracy": results["val_accuracy"]}
     record.log({**accuracies, "best_epoch": found.epoch}, state.step + 1)
-    files = write_classifier(FINETUNED, found, manifest, config.eval)
-    report = REPORTS / "finetune"
+    files = write_classifier(folder.own(FINETUNED), found, manifest, config.eval)
+    report = folder.own(REPORTS / "finetune")
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
     record.artifact(report / "metrics.json")

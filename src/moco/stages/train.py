@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
-from moco.files import sha256
+from moco.files import sha256, write_text
 from moco.model.encoder import Architecture, build_encoder, load_body, strip_head, with_features
+from moco.stages import train_pictures
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.extra_file import EXTRA_LABELS, packed
+from moco.stages.identity import Making, Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import BEFORE_REFIT, THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -35,8 +40,6 @@ from moco.stages.workspace import (
     say,
     scratch_folder,
 )  # fmt: skip
-from moco.tracking import pictures
-from moco.tracking.metric_log import metric_history
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
@@ -46,7 +49,6 @@ from moco.training.numerics import choose_device, choose_precision, set_up
 FEATURE_BATCH = 256  # images
 CROP_SCALE = (0.5, 1.0)  # of the extra views: light, since the classifier will see whole images
 VAL_NEIGHBOURS = 20
-QUERIES, NEIGHBOURS = 8, 8  # images drawn
 
 Log = Callable[[dict[str, float], int], None]
 Metrics = dict[str, float]
@@ -64,9 +66,11 @@ class Inputs:
     splits: dict[str, DecodedSplit]
 
 
-def run(config: Config) -> None:
+def run(config: Config, start: Start | None = None) -> None:
     """Raises UserError where encoder, data and settings do not fit each other."""
-    train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {})
+    with locked_outputs("train", say):
+        making = (start or Start.of("train")).making(config)
+        train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {}, making)
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -84,13 +88,13 @@ def open_inputs(config: Config) -> Inputs:
 
 
 def train_classifier(
-    config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any],
-    more: Metrics, check: Callable[[Tensor], None] = lambda _: None, artifacts: Sequence[Path] = (),
+    config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any], more: Metrics, making: Making,
+    check: Callable[[Tensor], None] = lambda _: None, texts: Mapping[Path, str] = {},
 ) -> None:  # fmt: skip
-    """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE.
+    """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE, unless that is done already.
 
     settings: those of the stage beside section `train`. more: its own metrics. check: gets the features of all labelled
-    images before anything is fitted. artifacts: files to keep with the run.
+    images before anything is fitted. texts: other outputs of the stage, by place.
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
@@ -100,20 +104,19 @@ def train_classifier(
         **encoder.settings, "pretrain.precision": config.pretrain.precision, **flatten(section, "train"), **settings,
     }  # fmt: skip
     key = run_key(chain, manifest.digest)
-    with open_run_folder(stage, key) as run_folder, Run(run_folder.path, stage, config.tracking, say) as record:
+    with open_run_folder(stage, key, making) as run_folder, contextlib.ExitStack() as stack:
+        if run_folder.restored:
+            return
+        record = stack.enter_context(Run(run_folder.path, stage, config.tracking, say))
         labelled = sum(len(inputs.splits[name].images) for name in ("train", "extra") if name in inputs.splits)
         say(f"{stage}: features of {labelled} labelled images on {device}")
         record.start(chain, origin(config, manifest, device))
         views, classes = linear_views(manifest, device), len(manifest.classes)
-
-        def look(train_features: Tensor, val_features: Tensor) -> None:
-            _draw(record, inputs, train_features, val_features)
-
         body = strip_head(network)
         dtype = views_precision(config, device)
-        fit, results, correct = classify(
-            body, inputs.splits, views, section, classes, device, record.log, look, check, dtype
-        )
+        look = partial(train_pictures.draw_features, record, inputs)
+        how = (views, section, classes, device, record.log, look, check, dtype)
+        fit, results, correct = classify(body, inputs.splits, *how)
         _assert_frozen(network, encoder.weights)
         results.update(more)
         record.log({**results, "best_epoch": fit.epoch}, section.epochs + 1)
@@ -122,22 +125,19 @@ def train_classifier(
         found = Classifier(architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results)
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
-        files = write_classifier(folder, found, manifest, config.eval, kept)
-        report = REPORTS / stage
-        for path in artifacts:
-            record.artifact(path)
+        files = write_classifier(run_folder.own(folder), found, manifest, config.eval, kept)
+        report = run_folder.own(REPORTS / stage)
+        for place, text in texts.items():
+            write_text(run_folder.own(place), text)
+            record.artifact(run_folder.own(place))
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
         write_provenance(report, manifest, **made_from, weights=sha256(files[0]), correct=correct)
         judged = held_out(inputs, section, correct["best_held_out_accuracy"])
         tags = {name: f"{value:.4f}" for name, value in results.items()}
         record.model(files, tags, (manifest.height, manifest.width), judged)
-
-        def draw_curves(path: Path) -> None:
-            pictures.draw_curves(metric_history(record.path), ("loss", "held_out_accuracy"))(path)
-
-        record.picture("curves", draw_curves)
-        run_folder.finish()
+        record.picture("curves", partial(train_pictures.draw_curves, record))
+        run_folder.finish(making)
     say(
         f"{stage}: epoch {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {folder}"
@@ -255,25 +255,6 @@ def classify(
 def predictions(fit: LinearFit, found: Tensor) -> np.ndarray:
     """Return the classes, N int64, that the layer gives to features N x D."""
     return (found @ fit.weight.T + fit.bias).argmax(1).numpy()
-
-
-def _draw(record: Run, inputs: Inputs, train_features: Tensor, val_features: Tensor) -> None:
-    """What the features say of some validation images, and a map of more."""
-    train, val, names = inputs.splits["train"], inputs.splits["val"], inputs.manifest.classes
-    assert train.labels is not None and val.labels is not None
-    known = nn.functional.normalize(train_features[: len(train.labels)], dim=1)
-    near = (nn.functional.normalize(val_features[:QUERIES], dim=1) @ known.T).topk(min(NEIGHBOURS, len(known)), 1)
-    actual, labels = ([names[label] for label in part] for part in (val.labels[:QUERIES], train.labels))
-
-    def draw_neighbours(path: Path) -> None:
-        sheet = pictures.neighbours(val.images[:QUERIES], actual, train.images, labels, near.indices.numpy())
-        sheet.save(path, "png")
-
-    def draw_map(path: Path) -> None:
-        pictures.draw_map(val_features.numpy(), val.labels, names)(path)  # type: ignore[arg-type]
-
-    record.picture("neighbours", draw_neighbours)
-    record.picture("features", draw_map)
 
 
 def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:

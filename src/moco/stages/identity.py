@@ -20,7 +20,7 @@ from moco.errors import UserError
 from moco.files import sha256
 
 PACKAGE = Path(moco.__file__).resolve().parent
-SHOWN, LENGTH = 10, 120  # differences that are named, and characters that they may take in a line
+SHOWN, LENGTH = 10, 100  # differences that are named, and characters that they may take in a line
 CODE = "code"  # in a state: digests of the code that made it
 HANDED_IN = ("eval.team_id", "eval.team_name", "eval.email_address")
 

@@ -133,8 +133,8 @@ def open_run_folder(
         yield folder
         before()
         if making is not None:
-            making.refuse_changes(f"the result is kept in {folder.path}: with all as it was, the same command puts it "
-                                  "into its place without making it again")  # fmt: skip
+            again = "measures it again" if stage == "eval" else "takes it without training"
+            making.refuse_changes(f"the result is kept in {folder.path}: with all as it was, the same command {again}")
             outputs.publish(folder.path)
 
 

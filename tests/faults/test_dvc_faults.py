@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from test_dvc import commit, edit, new_workspace, restore, run
+from test_dvc import commit, edit, new_workspace, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,7 +67,8 @@ def test_what_changes_while_a_stage_is_at_work_never_stands_in_dvc_lock(workspac
     assert (folder / "outputs/models/encoder.pth").read_bytes() == (workspace / "models/encoder.pth").read_bytes()
     assert b"temperature: 0.2" in lock.read_bytes() and lock.read_bytes() != before
     shutil.rmtree(folder)
-    restore(workspace)
+    run(workspace, "git", "checkout", "-q", ".")
+    run(workspace, "dvc", "checkout", "-q", "pretrain")
 
 
 @pytest.mark.fault("dvc-gone")
@@ -85,4 +86,5 @@ def test_a_stage_ends_in_order_when_dvc_is_killed(workspace: Path, number: int) 
     assert f"continuing from {folder.relative_to(workspace)}" in run(workspace, "dvc", "repro", "pretrain")
     assert (folder / "done").exists()
     shutil.rmtree(folder)
-    restore(workspace)
+    run(workspace, "git", "checkout", "-q", ".")
+    run(workspace, "dvc", "checkout", "-q", "pretrain")

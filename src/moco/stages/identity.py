@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "train": ("train", "pretrain.precision", *HANDED_IN),
     "baseline": (
         "baseline", "train", "pretrain.encoder", "pretrain.stem", "pretrain.width", "pretrain.stages",
-        "pretrain.convolutions", "pretrain.features", "pretrain.precision",
+        "pretrain.convolutions", "pretrain.precision",
     ),
     "finetune": ("finetune", "train", "pretrain.precision", *HANDED_IN),
     "request": ("request", "pretrain.precision"),
@@ -54,15 +54,16 @@ INPUTS: dict[str, tuple[str, ...]] = {
 CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.params", "moco.errors", "moco.files", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files", "moco.stages.identity", "moco.stages.outputs",
+    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files", "moco.stages.identity",
+    "moco.stages.outputs",
     "moco.stages.provenance", "moco.training.significance", "moco.stages.train_pictures",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.
 BEHIND_THE_MANIFEST = {
     f"moco.data.{name}"
     for name in (
-        "cache", "class_names", "class_tree", "dataset", "decode", "generated", "label_meaning", "manifest", "prepare", "sources",
-        "squashfs", "squashfs_reader", "torchvision_sets",
+        "cache", "class_names", "class_tree", "dataset", "decode", "generated", "label_meaning", "manifest", "prepare",
+        "sources", "squashfs", "squashfs_reader", "torchvision_sets",
     )
 }  # fmt: skip
 # Of these, what reads extra labels too.

@@ -37,8 +37,8 @@ def saved_state(
         path, saved = found
         if changed := _changed(saved, identity):
             raise UserError(
-                f"{path}: interrupted, and its code has changed since: {changed}; `moco {identity.stage} --resume "
-                f"{path}` goes on with the code of now; move its folder away to start anew", "E-RUN-CODE"
+                f"the code of the interrupted run has changed: {changed}; `moco {identity.stage} --resume {path}` "
+                "goes on with the code of now; move its folder away to start anew", "E-RUN-CODE"
             )  # fmt: skip
         say(f"continuing from {path}")
     else:

@@ -34,6 +34,10 @@ ROWS = {
     "clock": ("the clock jumps, back and ahead", "the same bits; time is measured by a clock that does not jump"),
     "two-jobs": ("a second job of the same run",
                  "refused while the first lives, on this machine or another; goes on where it died"),
+    "changed-meanwhile": ("settings, inputs or sources are edited while a stage is at work",
+                          "one line names them; dvc.lock stays; with the old ones back the result is taken "
+                          "without making it again"),
+    "other-code": ("an interrupted run's code is changed", "one line names the file; `--resume` continues on purpose"),
     "dvc-gone": ("DVC is killed while its stage is at work",
                  "the stage saves its state and ends; the next `dvc repro` continues it"),
     "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),

@@ -21,7 +21,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git and DVC repository after its first `dvc repro`, committed."""
-    folder = tmp_path_factory.mktemp("workspace")
+    folder = new_workspace(tmp_path_factory.mktemp("workspace"))
+    run(folder, "dvc", "repro")
+    commit(folder)
+    return folder
+
+
+def new_workspace(folder: Path) -> Path:
+    """A git and DVC repository in which nothing has run yet."""
     for name in ("src", ".dvc", "presets"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tmp", "cache", "*.egg-info")
@@ -40,8 +47,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = folder / "bin/moco"  # the code of this copy, not the one installed
     script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}/src" exec "{sys.executable}" -m moco.cli "$@"\n')
     script.chmod(0o755)
-    run(folder, "dvc", "repro")
-    commit(folder)
     return folder
 
 

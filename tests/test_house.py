@@ -5,18 +5,15 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import ROOT
+from moco.stages import identity
 
 SOURCE = ROOT / "src"
-MODULES = {
-    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in SOURCE.rglob("*.py")
-}
+MODULES = identity.modules()
 # A module may import from its own level's package and from every level below.
 LEVELS = [
     {"moco", "moco.errors"},
@@ -32,45 +29,6 @@ LEVELS = [
     {"moco.cli_cluster", "moco.cli_runs"},
     {"moco.cli"},
 ]
-# These decide nothing about a stage's outputs: they carry values, messages, records and whole files.
-CARRIERS = {
-    "moco", "moco.cli", "moco.config", "moco.environment", "moco.params", "moco.errors", "moco.files",
-    "moco.safe_path", "moco.tracking", "moco.stages",
-    "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files",
-    "moco.stages.provenance", "moco.training.significance",
-}  # fmt: skip
-# What these find is in the manifest, by content; later stages refuse any other content.
-BEHIND_THE_MANIFEST = {
-    f"moco.data.{name}"
-    for name in (
-        "as_seen",
-        "cache",
-        "class_names",
-        "class_tree",
-        "dataset",
-        "decode",
-        "decode_outcome",
-        "generated",
-        "image_kinds",
-        "label_meaning",
-        "listing",
-        "manifest",
-        "overlaps",
-        "prepare",
-        "source_files",
-        "sources",
-        "squashfs",
-        "squashfs_reader",
-        "torchvision_sets",
-    )
-}
-# Of these, what finds the images of folders with extra labels too.
-FINDS_LABELS = {
-    f"moco.data.{name}" for name in ("class_names", "class_tree", "image_kinds", "label_meaning", "listing")
-}
-# Its text is written into submission.py.
-COPIED = {"moco.data.as_seen"}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
@@ -80,26 +38,7 @@ def package(module: str) -> str:
 
 
 def imports(module: str) -> set[str]:
-    """Modules of this project that a module imports, wherever in its text (lazy imports too)."""
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moco"):
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name in MODULES}
-    return found
-
-
-def closure(module: str) -> set[str]:
-    todo, seen = [module], set()
-    while todo:
-        current = todo.pop()
-        if current not in seen:
-            seen.add(current)
-            todo.extend(imports(current))
-    return seen
+    return identity.imports(module, MODULES)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -129,14 +68,19 @@ def test_only_tracking_imports_mlflow() -> None:
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_dvc_stage_depends_on_exactly_the_code_it_runs(stage: str) -> None:
-    modules = closure(f"moco.stages.{stage.removesuffix('_extra') if stage == 'eval_extra' else stage}") - CARRIERS
-    modules = {module for module in modules if package(module) != "moco.tracking"}
-    if stage != "data":
-        copied = COPIED if "moco.submission" in modules else set()
-        modules -= BEHIND_THE_MANIFEST - copied - (FINDS_LABELS if stage == "train_extra" else set())
-    needed = {str(MODULES[module].relative_to(ROOT)) for module in modules}
+    needed = {f"src/{name}" for name in identity.code_of("eval" if stage == "eval_extra" else stage)}
     declared = {path for path in STAGES[stage]["deps"] if path.startswith("src/")}
     assert declared == needed
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_dvc_and_the_stage_itself_look_at_the_same_settings_and_inputs(stage: str) -> None:
+    """Else a change while the stage is at work would go unseen, or be refused in vain."""
+    name = "eval" if stage == "eval_extra" else stage
+    assert set(STAGES[stage]["params"]) == set(identity.SETTINGS[name])
+    inputs = {path for path in STAGES[stage].get("deps", ()) if not path.startswith("src/")}
+    scored = set() if name != "eval" else {f"models/classifier{stage.removeprefix('eval')}"}
+    assert inputs == set(identity.INPUTS[name]) | scored
 
 
 def test_every_public_thing_has_a_docstring() -> None:

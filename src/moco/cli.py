@@ -25,6 +25,7 @@ from moco.training.interrupt import end_with_dvc, raise_on_signals
 
 if TYPE_CHECKING:
     from moco.config import Config
+    from moco.stages.identity import Start
 
 app = typer.Typer(
     name="moco",
@@ -41,6 +42,12 @@ app.add_typer(image_app, name="image")
 PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
 IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
+
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="A checkpoint to start from; its length may differ, and the code since. Not needed after an "
+                 "interruption: an unfinished run continues by itself."),
+]  # fmt: skip
 
 # What takes less memory.
 SMALLER = {
@@ -76,30 +83,33 @@ def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
     return config
 
 
+def _start(stage: str, params: Path, changes: dict[str, Any] | None = None) -> Start:
+    """What a stage finds when it begins: before it is imported, so that no later change of its code goes unseen."""
+    from moco.stages.identity import Start
+
+    return Start.of(stage, lambda: load(params, changes))
+
+
 @app.command()
 def data(params: Params = PARAMS) -> None:
     """Check the dataset, decode it once into the cache, write models/manifest.json."""
+    start = _start("data", params)
     from moco.stages import data as stage
 
-    config = load(params)
-    stage.run(config.data, config.runtime)
+    stage.run(load(params), start)
 
 
 @app.command()
 def pretrain(
     params: Params = PARAMS,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="A checkpoint to start from; its settings may differ in length. Not needed after an "
-                     "interruption: an unfinished run continues by itself."),
-    ] = None,
-) -> None:  # fmt: skip
+    resume: Resume = None,
+) -> None:
     """Train the encoder by momentum contrast on the unlabelled images; writes models/encoder.pth."""
-    config = _load(params)
+    start, config = _start("pretrain", params), _load(params)
     refuse_queue(config.pretrain.queue, config.pretrain.dim)
     from moco.stages import pretrain as stage
 
-    stage.run(config, resume)
+    stage.run(config, resume, start)
 
 
 @app.command()
@@ -118,10 +128,10 @@ def profile(
 @app.command()
 def train(params: Params = PARAMS) -> None:
     """Train a linear classifier on the frozen encoder; writes models/classifier/."""
-    config = _load(params)
+    start, config = _start("train", params), _load(params)
     from moco.stages import train as stage
 
-    stage.run(config)
+    stage.run(config, start)
 
 
 @app.command()
@@ -131,10 +141,11 @@ def request(
     strategy: Annotated[str | None, typer.Option(help="In place of request.strategy.")] = None,
 ) -> None:
     """Choose images of the pool to have labelled; writes models/request/: a form to fill in, and pictures."""
-    config = _load(params, {"request.budget": budget, "request.strategy": strategy})
+    changes = {"request.budget": budget, "request.strategy": strategy}
+    start, config = _start("request", params, changes), _load(params, changes)
     from moco.stages import request as stage
 
-    stage.run(config)
+    stage.run(config, start)
 
 
 @app.command()
@@ -154,28 +165,28 @@ def label(
 @app.command("train_extra")
 def train_extra(params: Params = PARAMS) -> None:
     """Train a linear classifier with extra labels; writes models/classifier_extra/."""
-    config = _load(params)
+    start, config = _start("train_extra", params), _load(params)
     from moco.stages import train_extra as stage
 
-    stage.run(config)
+    stage.run(config, start)
 
 
 @app.command()
 def baseline(params: Params = PARAMS) -> None:
     """Measure random weights, and supervised training on the labels alone, for comparison."""
-    config = _load(params)
+    start, config = _start("baseline", params), _load(params)
     from moco.stages import baseline as stage
 
-    stage.run(config)
+    stage.run(config, start)
 
 
 @app.command()
-def finetune(params: Params = PARAMS) -> None:
+def finetune(params: Params = PARAMS, resume: Resume = None) -> None:
     """Train all weights of the linear classifier further; writes models/finetuned/. Continues after an interruption."""
-    config = _load(params)
+    start, config = _start("finetune", params), _load(params)
     from moco.stages import finetune as stage
 
-    stage.run(config)
+    stage.run(config, resume, start)
 
 
 @app.command("eval")
@@ -189,12 +200,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score a classifier on val, through its submission.py and model_sub.pth alone."""
-    config = _load(params)
+    start, config = _start("eval", params), _load(params)
     from moco.stages import eval as stage
     from moco.stages.known_submission import ask_before_running
 
     ask_before_running(classifier, yes, typer.confirm if sys.stdin.isatty() else None)
-    stage.run(config, classifier)
+    stage.run(config, classifier, start)
 
 
 @app.command()

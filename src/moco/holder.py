@@ -17,14 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from moco.errors import Say, UserError
 from moco.files import machine
 
-NAME = "holder"
+NAME, LOCK = "holder", "lock"
+LOOKS = 2.0  # seconds for which somebody may hold a lock just to see whether its process is alive
 BEAT = 10.0  # seconds between two signs of life
 FIRST_BEAT = 1.0  # so soon the second is given: of two that begin at once, one then sees the other
 LENGTH = 256  # bytes of a sign
 PATIENCE = 3 * BEAT  # without one for so long, the holder counts as dead
+_dead: set[tuple[object, object]] = set()  # machines and processes that were waited for: they may have held more
 
 
 def _read(path: Path) -> tuple[str, dict[str, object]]:
@@ -39,6 +43,32 @@ def _read(path: Path) -> tuple[str, dict[str, object]]:
     return text, found if isinstance(found, dict) else {}
 
 
+def busy(folder: Path, what: str) -> UserError:
+    """Return the error that says who holds a folder, as its sign of life has it."""
+    sign = _read(folder / NAME)[1]
+    who = f"process {sign['pid']} on {sign.get('host')}" if "pid" in sign else "another process"
+    return UserError(f"{folder}: in use: {who} runs `{what}`; wait for it or stop it", "E-RUN-BUSY")
+
+
+@contextmanager
+def exclusive(folder: Path, what: str, say: Say, wait: float | None = None) -> Iterator[None]:
+    """Hold a folder for this process alone, on this machine and others.
+
+    wait: seconds for which another process may hold it. Raises UserError (E-RUN-BUSY) with its number and host where it
+    does longer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=LOOKS if wait is None else wait)
+    except Timeout:
+        raise busy(folder, what) from None
+    try:
+        with held(folder, what, say):
+            yield
+    finally:
+        lock.release()
+
+
 @contextmanager
 def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     """Shows that this process works in `folder`, in which it holds the operating system's lock already.
@@ -47,7 +77,8 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
     """
     path = folder / NAME
     text, other = _read(path)
-    if text and other.get("machine") != machine():
+    dead = (other.get("machine"), other.get("pid")) in _dead
+    if text and other.get("machine") != machine() and not dead:
         _watch(path, text, other, what, say)
     stop = threading.Event()
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
@@ -122,12 +153,10 @@ def _watch(path: Path, text: str, other: dict[str, object], what: str, say: Say)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, BEAT / 4))
-        now, found = _read(path)
+        now = _read(path)[0]
         if not now:
             return  # it has ended in order meanwhile
         if now not in (text, "?"):
-            raise UserError(
-                f"{path.parent}: process {found.get('pid')} on {found.get('host')} runs `{what}` with these settings "
-                "and data; wait for it or stop it"
-            )
+            raise busy(path.parent, what)
+    _dead.add((other.get("machine"), other.get("pid")))
     say(f"{path.parent}: no sign of life; going on with it")

@@ -261,7 +261,7 @@ def test_dataset_that_changed_since_the_manifest_is_refused(moco: Moco, project:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk_while_saving_keeps_the_last_checkpoint(moco: Moco, project: Path) -> None:
     assert moco("data").returncode == 0
-    (project / "runs").mkdir()
+    (project / "runs").mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(project / "runs")]
     subprocess.run(mount, check=True)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -79,12 +80,22 @@ def test_a_changed_setting_starts_another_run(moco: Moco, project: Path) -> None
     assert len(list((project / "runs/pretrain").iterdir())) == 2
 
 
-def test_a_finished_run_is_not_continued_but_repeated(moco: Moco, project: Path) -> None:
+def test_a_finished_run_is_taken_and_not_repeated(moco: Moco, project: Path) -> None:
     assert moco("data").returncode == 0
-    for _ in range(2):
-        done = moco("pretrain")
-        assert done.returncode == 0 and "continuing" not in done.stderr
-    assert len(list((project / "runs/pretrain").iterdir())) == 2
+    assert moco("pretrain").returncode == 0
+    made = {path: path.read_bytes() for path in [project / "models/encoder.pth", *project.glob("reports/pretrain/*")]}
+    (folder,) = (project / "runs/pretrain").iterdir()
+    log = (folder / "metrics.jsonl").read_bytes()
+    assert len(made) == 4
+    for path in made:
+        path.unlink()
+    done = moco("pretrain")
+    assert done.returncode == 0 and f"taken from {folder.relative_to(project)}" in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in made} == made and (folder / "metrics.jsonl").read_bytes() == log
+    (folder / "outputs/models/encoder.pth").write_bytes(b"damaged")
+    done = moco("pretrain")
+    assert done.returncode == 0 and "encoder.pth: damaged" in done.stderr and "taken from" not in done.stderr
+    assert len(list((project / "runs/pretrain").iterdir())) == 2 and (project / "models/encoder.pth").stat().st_size > 9
 
 
 def test_resume_takes_a_named_checkpoint_and_more_epochs(moco: Moco, project: Path) -> None:
@@ -145,7 +156,8 @@ def test_a_second_process_of_the_same_run_is_refused(moco: Moco, project: Path) 
     assert moco("data").returncode == 0
     process = Started(project, "pretrain")
     wait_for_steps(process, project, 2)
-    assert_one_line_error(moco("pretrain"), "runs/pretrain/", "another process")
+    pid = next((project / "runs/pretrain").glob("*/holder")).read_text().split('"pid": ')[1].split(",")[0]
+    assert_one_line_error(moco("pretrain"), f"process {pid} on {socket.gethostname()}", "[E-RUN-BUSY]")
     assert process.runs()
     process.send_signal(signal.SIGKILL)
     process.finish()

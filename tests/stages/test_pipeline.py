@@ -184,6 +184,7 @@ def test_what_is_wrong_with_a_submission_is_one_line(moco: Moco, project: Path, 
 
 def test_a_folder_that_is_a_file_is_one_line(moco: Moco, project: Path) -> None:
     run_all(moco, "data")
+    shutil.rmtree(project / "runs")
     (project / "runs").write_text("")
     done = moco("pretrain")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "runs" in done.stderr.splitlines()[-1]

@@ -55,6 +55,7 @@ def test_every_strategy_asks_for_different_images_and_for_the_same_again(moco: M
         assert all(row["label"] == "" for row in rows)
         assert list(rows[0]) == ["image", "label", "rank", "score", "cluster", "content"]
         first = (trained / "models/request/request.csv").read_bytes()
+        shutil.rmtree(trained / "runs/request")  # else the same form is put back, not made again
         assert moco("request", "--strategy", strategy, "--budget", "7").returncode == 0
         assert (trained / "models/request/request.csv").read_bytes() == first, strategy
         found = json.loads((trained / "reports/request/metrics.json").read_text())

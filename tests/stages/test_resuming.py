@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 
 from moco.errors import UserError
+from moco.stages.identity import Identity
 from moco.stages.resuming import saved_state
 from moco.stages.step_back import NAME, taken
 from moco.training.checkpoints import CheckpointFolder, save_weights
 
+CODE = {"moco/some.py": "digest"}
+
 
 def content(epoch: int, way: str) -> dict[str, Any]:
-    return {"params": {}, "data": "digest", "loop": {"epoch": epoch}, "model": {}, "way": way}
+    return {"params": {}, "data": "digest", "loop": {"epoch": epoch}, "model": {}, "way": way, "code": CODE}
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
 
 
 def resumed(folder: CheckpointFolder, named: Path | None) -> tuple[int, str]:
-    saved = saved_state(folder, named, {}, "digest", 1)
+    saved = saved_state(folder, named, {}, "digest", 1, Identity("pretrain", {}, {}, CODE))
     assert saved is not None
     return saved["loop"]["epoch"], saved["way"]
 

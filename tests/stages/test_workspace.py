@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,17 +10,20 @@ from typing import Any
 
 import pytest
 
+from moco import holder
 from moco.errors import UserError
-from moco.stages import workspace
 from moco.stages.workspace import differences, open_run_folder, run_key
 
 
 def test_a_second_process_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workspace, "LOOKS", 0.0)
+    monkeypatch.setattr(holder, "LOOKS", 0.0)
     with open_run_folder("pretrain", "key") as folder:
         assert folder.path == Path("runs/pretrain/key")
-        with pytest.raises(UserError, match="another process runs `moco pretrain`"), open_run_folder("pretrain", "key"):
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on .+ runs `moco pretrain`"),
+            open_run_folder("pretrain", "key"),
+        ):
             pass
         folder.finish()
     with open_run_folder("pretrain", "key") as again:

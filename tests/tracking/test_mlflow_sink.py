@@ -116,6 +116,16 @@ def test_without_a_store_the_metric_log_is_enough(moco: Moco, project: Path) -> 
     assert_one_line_error(moco("sync"), "tracking.uri is empty")
 
 
+@pytest.mark.fault("other-code")
+def test_a_run_that_other_code_went_on_with_names_both_commits(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "run/metrics.jsonl")
+    for commit, dirty in (("c1", "false"), ("c1", "false"), ("c2", "true")):
+        log.write("start", stage="pretrain", name="a run", params={}, tags={"git_commit": commit, "git_dirty": dirty})
+    log.close()
+    MlflowSink(tmp_path / "run", CONFIG).replay()
+    assert only_run().data.tags["git_commits"] == "c1 c2-dirty" and only_run().data.tags["git_commit"] == "c1"
+
+
 def test_samples_of_the_machine_and_jobs_of_the_cluster_arrive(tmp_path: Path) -> None:
     log = MetricLog(tmp_path / "run/metrics.jsonl")
     for job in ("7", "7", "9"):  # put back into the queue, and submitted again

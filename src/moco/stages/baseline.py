@@ -7,6 +7,7 @@ rate is nothing. val is measured once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -23,6 +24,8 @@ from moco.data.views import Views
 from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head, with_features
 from moco.stages.architecture import chosen_architecture
+from moco.stages.identity import Making, Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import write_provenance
 from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classifier_views, classify
@@ -35,8 +38,13 @@ from moco.training.numerics import choose_device, choose_precision, refuse_broke
 NETWORK = ("encoder", "stem", "width", "stages", "convolutions")  # of section `pretrain`
 
 
-def run(config: Config) -> None:
+def run(config: Config, start: Start | None = None) -> None:
     """Raises UserError where data and settings do not fit each other; Interrupted after a signal."""
+    with locked_outputs("baseline", say):
+        _run(config, (start or Start.of("baseline")).making(config))
+
+
+def _run(config: Config, making: Making) -> None:
     section, model = config.baseline, config.pretrain
     device = choose_device(config.runtime.device)
     precision = choose_precision(model.precision, device)
@@ -49,7 +57,10 @@ def run(config: Config) -> None:
     views = classifier_views(manifest, device, section.crop_scale)
     classes = len(manifest.classes)
     key = run_key(chain, manifest.digest)
-    with open_run_folder("baseline", key) as folder, Run(folder.path, "baseline", config.tracking, say) as record:
+    with open_run_folder("baseline", key, making) as folder, contextlib.ExitStack() as stack:
+        if folder.restored:
+            return
+        record = stack.enter_context(Run(folder.path, "baseline", config.tracking, say))
         record.start(chain, origin(config, manifest, device))
         random = strip_head(_network(architecture, classes, section.seed))
         _, linear, correct = classify(random, splits, views, config.train, classes, device, lambda *_: None)
@@ -60,13 +71,13 @@ def run(config: Config) -> None:
         results = {f"random_{name}": value for name, value in linear.items()}
         results.update(_named(supervised))
         record.log(results, steps + 1)
-        path = REPORTS / "baseline" / "metrics.json"
+        path = folder.own(REPORTS / "baseline" / "metrics.json")
         write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
         record.artifact(path)
         correct = {f"random_{name}": row for name, row in correct.items()} | {"supervised_val_accuracy": right}
         made = write_provenance(path.parent, manifest, architecture=architecture.as_dict(), correct=correct)
         record.artifact(made)
-        folder.finish()
+        folder.finish(making)
 
 
 def _network(architecture: Architecture, classes: int, seed: int) -> nn.Module:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 
-from moco.config import DataConfig, RuntimeConfig
+from moco.config import Config
 from moco.data.prepare import prepare
 from moco.files import write_text
+from moco.stages.identity import Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 
 
-def run(config: DataConfig, runtime: RuntimeConfig) -> None:
-    """Raises UserError for whatever makes the dataset unusable."""
-    # DVC runs this each time, also where nobody asked for it and only the decoded cache is there.
-    manifest = prepare(config, scratch_folder(runtime.scratch), say, os.environ.get("DVC_STAGE") == "data")
-    write_text(MANIFEST, manifest.to_json())
+def run(config: Config, start: Start | None = None) -> None:
+    """Raises UserError for whatever makes the dataset unusable, and where settings or code change meanwhile."""
+    with locked_outputs("data", say):
+        making = (start or Start.of("data")).making(config)
+        # DVC runs this each time, also where nobody asked for it and only the decoded cache is there.
+        by_dvc = os.environ.get("DVC_STAGE") == "data"
+        manifest = prepare(config.data, scratch_folder(config.runtime.scratch), say, by_dvc)
+        making.refuse_changes("what was decoded is kept; run the same command again")
+        write_text(MANIFEST, manifest.to_json())
     counts = ", ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     say(
         f"data: {counts} images of {manifest.width}x{manifest.height} pixels, {len(manifest.classes)} classes "

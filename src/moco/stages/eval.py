@@ -26,7 +26,9 @@ from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
+from moco.stages.identity import Making, Start
 from moco.stages.joins import check_scored
+from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -62,7 +64,7 @@ class Scores:
     top5: np.ndarray
 
 
-def run(config: Config, classifier: Path = CLASSIFIER) -> None:
+def run(config: Config, classifier: Path = CLASSIFIER, start: Start | None = None) -> None:
     """Scores the files in folder `classifier`; the reports go to reports/eval, those of another folder than the
     default to reports/eval-NAME, with a mark of the path where no stage wrote the folder.
 
@@ -72,6 +74,11 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     name = whole.name if maker else f"{whole.name}-{hashlib.sha256(bytes(whole)).hexdigest()[:6]}"
     report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{name}")
     stage = re.sub(r"[^A-Za-z0-9_. -]", "_", report.name)  # what MLflow takes
+    with locked_outputs(report.name, say, "eval"):
+        _run(config, classifier, maker, report, stage, (start or Start.of("eval")).making(config, classifier))
+
+
+def _run(config: Config, classifier: Path, maker: str | None, report: Path, stage: str, making: Making) -> None:
     hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
@@ -92,18 +99,19 @@ def run(config: Config, classifier: Path = CLASSIFIER) -> None:
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": weights}, manifest.digest)
-    with open_run_folder("eval", key) as folder, Run(folder.path, stage, config.tracking, say) as record:
+    again = open_run_folder("eval", key, making, lambda _: False)  # measured anew each time: it takes little
+    with again as folder, Run(folder.path, stage, config.tracking, say) as record:
         record.start(chain, origin(config, manifest, device))
         scores = score(network, submission.eval_transform, val, classes, config.eval.batch_size, device)
         results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream(best)}, 0)
-        correct = {"val_accuracy": scores.predicted == scores.labels}
-        record.artifact(write_provenance(report, manifest, **_digests(best), weights=weights, correct=correct))
-        for path in _write(report, scores, results, manifest.classes, config.eval.calibration_bins):
+        correct, own = {"val_accuracy": scores.predicted == scores.labels}, folder.own(report)
+        record.artifact(write_provenance(own, manifest, **_digests(best), weights=weights, correct=correct))
+        for path in _write(own, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
         if (scores.predicted != scores.labels).any():
             record.picture("mistakes", lambda path: _draw_mistakes(val, scores, manifest.classes, path))
-        folder.finish()
+        folder.finish(making)
     say(f"eval: top-1 {results['val_accuracy']:.2%} of {len(scores.labels)} images -> {report}")
     for note in manifest.notes():
         say(f"eval: {note}")

@@ -33,9 +33,12 @@ from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier,
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
 from moco.stages.extra_file import read_extra
+from moco.stages.identity import Making, Start
 from moco.stages.joins import check_classes, check_images, tell_other_data
+from moco.stages.outputs import locked_outputs
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
+from moco.stages.resuming import is_branch, saved_state
 from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import Correct, classifier_views, feature_sets, labelled, linear_views, views_precision
 from moco.stages.workspace import (
@@ -66,12 +69,18 @@ KEEP = 2  # checkpoints
 STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
 
 
-def run(config: Config) -> None:
+def run(config: Config, resume: Path | None = None, start: Start | None = None) -> None:
     """Trains, or continues the run of the same settings, data and classifier where one was interrupted.
 
+    resume: a checkpoint of such a run, whose length and code may differ.
     Raises UserError where classifier, data and settings do not fit each other, and for divergence; Interrupted after
     a signal, with the state saved once training is under way.
     """
+    with locked_outputs("finetune", say):
+        _open(config, resume, (start or Start.of("finetune")).making(config))
+
+
+def _open(config: Config, resume: Path | None, making: Making) -> None:
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
@@ -91,21 +100,27 @@ def run(config: Config) -> None:
         **flatten(config.finetune, "finetune"),
     }  # fmt: skip
     key = run_key({**chain, "classifier": start.digest}, manifest.digest)
-    with open_run_folder("finetune", key) as folder, Run(folder.path, "finetune", config.tracking, say) as record:
-        _run(config, chain, start, manifest, splits, device, folder, record)
-        folder.finish()
+    with open_run_folder("finetune", key, making, lambda path: is_branch(path, resume)) as folder:
+        if folder.restored:
+            return
+        with Run(folder.path, "finetune", config.tracking, say) as record:
+            _run(config, chain, start, manifest, splits, device, folder, record, resume, making)
+            folder.finish(making)
 
 
 def _run(
     config: Config, chain: dict[str, Any], start: TrainedClassifier, manifest: Manifest,
-    splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run,
+    splits: dict[str, DecodedSplit], device: torch.device, folder: RunFolder, record: Run, resume: Path | None,
+    making: Making,
 ) -> None:  # fmt: skip
     section, val = config.finetune, splits["val"]
     assert val.labels is not None
     parts, labels, kept, held = labelled(splits, section.holdout, section.seed, "finetune")
     images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
     checkpoints = CheckpointFolder(folder.path, KEEP)
-    saved = checkpoints.newest(say)
+    data = f"{manifest.digest} {start.digest}"
+    facts = {"params": {name: str(value) for name, value in chain.items()}, "data": data, **making.in_state()}
+    saved = saved_state(checkpoints, resume, chain, data, 1, making.identity)
     network = _network(start, manifest, config)
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
@@ -130,7 +145,7 @@ def _run(
     def save(state: LoopState) -> None:
         refuse_broken(network, state.step)
         record.sync()
-        content = {"loop": state.as_dict(), "best": choice.best, "start": choice.start, **step.state()}
+        content = {**facts, "loop": state.as_dict(), "best": choice.best, "start": choice.start, **step.state()}
         record.checkpoint(checkpoints.save(state.epoch, content), state.step)
 
     say(features.describe_holdout(labels[: len(parts[0].images)], held, section.holdout, "finetune.holdout"))
@@ -152,10 +167,9 @@ def _run(
     }
     made_from = {**start.made_from, "data": manifest.digest, "start": start.digest}
     found = Classifier(start.architecture, settings=chain, made_from=made_from, results=results, **chosen)
-    judged = held_out_record(
-        parts[0].digests[held], labels[held], manifest.classes, correct["held_out_accuracy"], THESE
-    )
-    _write(config, found, manifest, correct, judged, record, state)
+    right = correct["best_held_out_accuracy"]
+    judged = held_out_record(parts[0].digests[held], labels[held], manifest.classes, right, THESE)
+    _write(config, found, manifest, correct, judged, record, state, folder)
 
 
 def _pool(
@@ -231,15 +245,15 @@ def _fit_last_layer(
 
 def _write(
     config: Config, found: Classifier, manifest: Manifest, correct: Correct, judged: dict[str, str], record: Run,
-    state: LoopState,
+    state: LoopState, folder: RunFolder,
 ) -> None:  # fmt: skip
     """The three files, the reports, and what MLflow gets. judged: the held-out images, for the registry."""
     results = found.results
     accuracies = {name: results[name] for name in ("best_held_out_accuracy", "val_accuracy")}
-    curve = write_curve(record.path, REPORTS / "finetune" / "epochs.csv", "held_out_accuracy", joined=True)
+    report = folder.own(REPORTS / "finetune")
+    curve = write_curve(record.path, report / "epochs.csv", "held_out_accuracy", joined=True)
     record.log(results, state.step + 1)
-    files = write_classifier(FINETUNED, found, manifest, config.eval)
-    report = REPORTS / "finetune"
+    files = write_classifier(folder.own(FINETUNED), found, manifest, config.eval)
     write_text(report / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     made = write_provenance(report, manifest, **found.made_from, weights=sha256(files[0]), correct=correct)
     record.artifact(made)

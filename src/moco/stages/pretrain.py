@@ -29,13 +29,16 @@ from moco.stages.architecture import chosen_architecture, described
 from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import save_encoder
+from moco.stages.identity import Making, Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.pretrain_settings import check, check_pool, check_shares
 from moco.stages.provenance import write_provenance
-from moco.stages.resuming import saved_state
+from moco.stages.resuming import is_branch, saved_state
 from moco.stages.workspace import (
     ENCODER,
     MANIFEST,
     REPORTS,
+    RunFolder,
     open_run_folder,
     run_key,
     say,
@@ -110,7 +113,7 @@ class Monitor:
         }  # fmt: skip
 
 
-def run(config: Config, resume: Path | None = None) -> None:
+def run(config: Config, resume: Path | None = None, start: Start | None = None) -> None:
     """Trains, or continues the run of the same settings and data where one was interrupted.
 
     resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input, DivergedError
@@ -123,6 +126,7 @@ def run(config: Config, resume: Path | None = None) -> None:
         raise UserError(f"pretrain.batch_norm: sync needs CUDA GPUs, not {device.type}; use plain or split")
     precision = choose_precision(section.precision, device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
+    making = (start or Start.of("pretrain")).making(config)
     manifest = load_manifest(MANIFEST)
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
     # Whose state has the form that the features give it; a setting, once.
@@ -133,12 +137,17 @@ def run(config: Config, resume: Path | None = None) -> None:
         processes.require_equal(facts)
         if missing:
             _speaker(processes)(f"note: BatchNorm is PyTorch's, which is slower: {missing}")
-        folder = processes.told(processes.alone(lambda: stack.enter_context(open_run_folder("pretrain", key))))
+
+        def take() -> RunFolder:
+            stack.enter_context(locked_outputs("pretrain", say))
+            return stack.enter_context(open_run_folder("pretrain", key, making, lambda path: is_branch(path, resume)))
+
+        folder = processes.told(processes.alone(take))
         assert folder is not None
         checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
-        while True:
+        while not folder.restored:
             try:
-                _run(config, checkpoints, manifest, splits, device, precision, resume, processes)
+                _run(config, folder, checkpoints, manifest, splits, device, precision, resume, processes, making)
                 break
             except DivergedError as error:
                 processes.alone(step_back.step_back, checkpoints, section.steps_back, error, resume, say)
@@ -146,25 +155,27 @@ def run(config: Config, resume: Path | None = None) -> None:
             if signal is not None:  # it came while training diverged, and is not forgotten
                 raise Interrupted(signal, saved=True)
             gc.collect()  # the network that is given up, before there is another
-        processes.alone(folder.finish)
+        if not folder.restored:
+            processes.alone(folder.finish, making)
+        processes.alone(stack.close)  # here, so that all learn of a result that is not put into its place
     _speaker(processes)(f"pretrain: encoder -> {ENCODER}")
 
 
 def _run(
-    config: Config, checkpoints: CheckpointFolder, manifest: Manifest, splits: dict[str, DecodedSplit],
-    device: torch.device, precision: torch.dtype, resume: Path | None, processes: Processes,
+    config: Config, run_folder: RunFolder, checkpoints: CheckpointFolder, manifest: Manifest,
+    splits: dict[str, DecodedSplit], device: torch.device, precision: torch.dtype, resume: Path | None,
+    processes: Processes, making: Making,
 ) -> None:  # fmt: skip
-    section = config.pretrain
-    params = flatten(section, "pretrain")
+    section, params = config.pretrain, flatten(config.pretrain, "pretrain")
     architecture = chosen_architecture(section, manifest)
-    folder = checkpoints.folder
     chosen = pool(len(splits["unlabeled"].images), section)
     sampler = EpochSampler(chosen, section.batch_size, section.seed, processes.rank, processes.size)
     check_shares(section, sampler.batch_size, processes.size)
     check_pool(section, sampler.batch_size, len(chosen), _speaker(processes))
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
-    saved = processes.told(processes.alone(saved_state, checkpoints, resume, params, manifest.digest, processes.size))
-    steps_back = processes.told(processes.alone(step_back.taken, folder, saved)) or 0
+    asked = (checkpoints, resume, params, manifest.digest, processes.size, making.identity)
+    saved = processes.told(processes.alone(saved_state, *asked))
+    steps_back = processes.told(processes.alone(step_back.taken, run_folder.path, saved)) or 0
     slower = replace(section, lr=step_back.rate(section.lr, steps_back))
     fast, views = (config.runtime.cuda_graphs, config.runtime.gpu_kernels), pretraining_views(section, manifest, device)
     step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, *fast)
@@ -177,10 +188,10 @@ def _run(
         refuse_broken(step.model, state.step)
         if record is not None:
             record.sync()  # a state never stands on the disk without the lines that led to it
-        content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest}
-        several = {"processes": processes.size} if processes.size > 1 else {}
-        several |= {"steps_back": steps_back} if steps_back else {}
-        path = checkpoints.save(state.epoch, {**content, **several, "loop": state.as_dict(), **step.state()})
+        content = {"params": {k: str(v) for k, v in params.items()}, "data": manifest.digest, **making.in_state()}
+        content |= {"processes": processes.size} if processes.size > 1 else {}
+        content |= {"steps_back": steps_back} if steps_back else {}
+        path = checkpoints.save(state.epoch, {**content, "loop": state.as_dict(), **step.state()})
         if record is not None:
             record.checkpoint(path, state.step)
 
@@ -188,7 +199,7 @@ def _run(
     with contextlib.ExitStack() as stack:
 
         def begin() -> Run:
-            record = stack.enter_context(Run(folder, "pretrain", config.tracking, say))
+            record = stack.enter_context(Run(run_folder.path, "pretrain", config.tracking, say))
             record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
             return record
 
@@ -197,12 +208,12 @@ def _run(
         _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
         def finish() -> None:
-            save_encoder(ENCODER, step.model.query_encoder, architecture, manifest, chain)
             assert record is not None
-            report = REPORTS / "pretrain"
+            report, encoder = run_folder.own(REPORTS / "pretrain"), run_folder.own(ENCODER)
+            save_encoder(encoder, step.model.query_encoder, architecture, manifest, chain)
             effort = run_effort(state, sampler.batch_size)
             record.log({**effort, **({"steps_back": steps_back} if steps_back else {})}, state.step + 1)
-            record.artifact(_provenance(report, manifest, len(monitor.held)))
+            record.artifact(_provenance(report, encoder, manifest, len(monitor.held)))
             record.artifact(write_metrics(record.path, report / "metrics.json", {}))
             record.artifact(write_curve(record.path, report / "loss.csv", "loss"))
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
@@ -212,9 +223,9 @@ def _run(
         processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
 
 
-def _provenance(report: Path, manifest: Manifest, held: int) -> Path:
-    """Write what models/encoder.pth is of. held: images that kNN accuracy was measured on."""
-    return write_provenance(report, manifest, encoder=sha256(ENCODER), images={"knn_accuracy": held})
+def _provenance(report: Path, encoder: Path, manifest: Manifest, held: int) -> Path:
+    """Write what the encoder's file is of. held: images that kNN accuracy was measured on."""
+    return write_provenance(report, manifest, encoder=sha256(encoder), images={"knn_accuracy": held})
 
 
 def _draw(record: Run, images: np.ndarray, views: Views) -> None:

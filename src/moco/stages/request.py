@@ -5,6 +5,7 @@ Nobody is asked for what is labelled already (in train, val or the extra labels)
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, re
 from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.contrastive_losses import contrastive_losses
 from moco.stages.encoder_file import EncoderFile
+from moco.stages.identity import Making, Start
+from moco.stages.outputs import locked_outputs
 from moco.stages.request_files import Asked, keep_answers, write_request
 from moco.stages.train import FEATURE_BATCH, Inputs, linear_views, open_inputs
 from moco.stages.workspace import CLASSIFIER, FORM, open_run_folder, run_key, say
@@ -54,10 +57,20 @@ class Known:
     pictures: Tensor
 
 
-def run(config: Config) -> None:
+def run(config: Config, start: Start | None = None) -> None:
     """Ask for as many images as the budget says, or for all that can be asked for where these are fewer, which is said.
 
     Raises UserError where the strategy lacks a classifier, or encoder, data and settings do not fit each other."""
+    with locked_outputs("request", say):
+        making = (start or Start.of("request")).making
+        if config.request.answers == "generator" and config.data.source != "generated":
+            say("warning: request.answers: these images are not drawn by the generator; the form is left to people")
+            config = replace(config, request=replace(config.request, answers="people"))
+        keep_answers(config)  # before the labels are read: from now on they are some of them
+        _run(config, making(config))
+
+
+def _run(config: Config, making: Making) -> None:
     section = config.request
     inputs = open_inputs(config)
     pool, manifest = inputs.splits["unlabeled"], inputs.manifest
@@ -67,14 +80,15 @@ def run(config: Config) -> None:
     if section.budget and not available:
         say("warning: every image of the pool has a label; none is asked for")
         config = replace(config, request=replace(section, budget=0))
-    if section.answers == "generator" and config.data.source != "generated":
-        say("warning: request.answers: these images are not drawn by the generator; the form is left to people")
-        config = replace(config, request=replace(config.request, answers="people"))
     chain = {**inputs.encoder.settings, **flatten(section, "request"), "request.known": len(known.digests)}
+    key = run_key(chain, manifest.digest)
     with (
-        open_run_folder("request", run_key(chain, manifest.digest)) as folder,
-        Run(folder.path, "request", config.tracking, say) as record,
+        open_run_folder("request", key, making, before=lambda: keep_answers(config)) as folder,
+        contextlib.ExitStack() as stack,
     ):
+        if folder.restored:
+            return
+        record = stack.enter_context(Run(folder.path, "request", config.tracking, say))
         record.start(chain, origin(config, manifest, inputs.device))
         say(f"request: features of {len(pool.images)} images on {inputs.device}")
         problem, classified = _pool(config, inputs, known, candidates)
@@ -94,9 +108,8 @@ def run(config: Config) -> None:
         )
         expected = classified(asked.images) if classified is not None and len(rows) else None
         summary = _summary(config, problem, expected, choice, copies, manifest)
-        keep_answers(config)
-        write_request(asked, summary, record)
-        folder.finish()
+        write_request(asked, summary, record, folder)
+        folder.finish(making)
     if len(rows) < config.request.budget:
         say(
             f"warning: request.budget: {section.budget} images wanted, {len(rows)} asked for: no others in the pool of "

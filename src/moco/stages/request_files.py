@@ -17,8 +17,8 @@ from moco.config import Config
 from moco.csv_files import csv_text
 from moco.data.label_files import read_table
 from moco.errors import UserError
-from moco.files import working_folder, write_atomically, write_text
-from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, say
+from moco.files import write_atomically, write_text
+from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, RunFolder, say
 from moco.tracking import pictures
 from moco.tracking.run import Run
 
@@ -38,30 +38,25 @@ class Asked:
     labels: list[str] | None
 
 
-def write_request(asked: Asked, summary: dict[str, Any], record: Run) -> None:
-    """Replaces models/request/ as a whole; writes reports/request/ and what MLflow gets."""
+def write_request(asked: Asked, summary: dict[str, Any], record: Run, folder: RunFolder) -> None:
+    """Writes models/request/ and reports/request/ into the run's folder, and what MLflow gets."""
     table: list[Sequence[object]] = [COLUMNS]
     for rank, name in enumerate(asked.names):
         label = asked.labels[rank] if asked.labels else ""
         content = bytes(asked.digests[rank]).hex()
         table.append([name, label, rank + 1, f"{asked.scores[rank]:.6g}", asked.clusters[rank], content])
-    REQUEST.parent.mkdir(parents=True, exist_ok=True)
-    with working_folder(REQUEST.parent, f".{REQUEST.name}-") as work:
-        new = work / REQUEST.name
-        write_text(new / FORM.name, csv_text(table))
-        (new / "gallery").mkdir()
-        for number, first in enumerate(range(0, len(asked.names), PAGE), 1):
-            sheet = _page(asked, range(first, min(first + PAGE, len(asked.names))))
-            sheet.save(new / "gallery" / f"page-{number:03}.png")
-        shutil.rmtree(REQUEST, ignore_errors=True)
-        new.replace(REQUEST)
-    report = REPORTS / "request" / "metrics.json"
+    new, report = folder.own(REQUEST), folder.own(REPORTS / "request" / "metrics.json")
+    write_text(new / FORM.name, csv_text(table))
+    (new / "gallery").mkdir(exist_ok=True)
+    for number, first in enumerate(range(0, len(asked.names), PAGE), 1):
+        sheet = _page(asked, range(first, min(first + PAGE, len(asked.names))))
+        sheet.save(new / "gallery" / f"page-{number:03}.png")
     write_text(report, json.dumps(summary, indent=2) + "\n")
     record.log({name: float(value) for name, value in summary.items() if not isinstance(value, dict)}, 0)
-    record.artifact(FORM)
+    record.artifact(new / FORM.name)
     record.artifact(report)
     if asked.names:
-        page = REQUEST / "gallery" / "page-001.png"
+        page = new / "gallery" / "page-001.png"
         record.picture("gallery", lambda path: shutil.copyfile(page, path))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views, recipe
 from moco.errors import UserError
-from moco.files import sha256
+from moco.files import sha256, write_text
 from moco.model.encoder import Architecture, build_encoder, load_body, strip_head, with_features
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.extra_file import EXTRA_LABELS, packed
+from moco.stages.identity import Making, Start
 from moco.stages.joins import check_images, tell_other_data
+from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import BEFORE_REFIT, THESE, encoder_provenance, held_out_record, write_provenance
 from moco.stages.workspace import (
     CLASSIFIER,
@@ -65,9 +68,11 @@ class Inputs:
     splits: dict[str, DecodedSplit]
 
 
-def run(config: Config) -> None:
+def run(config: Config, start: Start | None = None) -> None:
     """Raises UserError where encoder, data and settings do not fit each other."""
-    train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {})
+    with locked_outputs("train", say):
+        making = (start or Start.of("train")).making(config)
+        train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {}, making)
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -85,13 +90,13 @@ def open_inputs(config: Config) -> Inputs:
 
 
 def train_classifier(
-    config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any],
-    more: Metrics, check: Callable[[Tensor], None] = lambda _: None, artifacts: Sequence[Path] = (),
+    config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any], more: Metrics, making: Making,
+    check: Callable[[Tensor], None] = lambda _: None, texts: Mapping[Path, str] = {},
 ) -> None:  # fmt: skip
-    """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE.
+    """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE, unless that is done already.
 
     settings: those of the stage beside section `train`. more: its own metrics. check: gets the features of all labelled
-    images before anything is fitted. artifacts: files to keep with the run.
+    images before anything is fitted. texts: other outputs of the stage, by place.
     Raises UserError where the encoder does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
@@ -101,7 +106,10 @@ def train_classifier(
         **encoder.settings, "pretrain.precision": config.pretrain.precision, **flatten(section, "train"), **settings,
     }  # fmt: skip
     key = run_key(chain, manifest.digest)
-    with open_run_folder(stage, key) as run_folder, Run(run_folder.path, stage, config.tracking, say) as record:
+    with open_run_folder(stage, key, making) as run_folder, contextlib.ExitStack() as stack:
+        if run_folder.restored:
+            return
+        record = stack.enter_context(Run(run_folder.path, stage, config.tracking, say))
         labelled = sum(len(inputs.splits[name].images) for name in ("train", "extra") if name in inputs.splits)
         say(f"{stage}: features of {labelled} labelled images on {device}")
         record.start(chain, origin(config, manifest, device))
@@ -114,11 +122,10 @@ def train_classifier(
 
         body = strip_head(network)
         dtype = views_precision(config, device)
-        fit, results, correct = classify(
-            body, inputs.splits, views, section, classes, device, record.log, look, check, dtype
-        )
+        how = (views, section, classes, device, record.log, look, check, dtype)
+        fit, results, correct = classify(body, inputs.splits, *how)
         _assert_frozen(network, encoder.weights)
-        report = REPORTS / stage
+        report = run_folder.own(REPORTS / stage)
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
         results |= {**more, "iterations" if section.solver == "lbfgs" else "best_epoch": fit.epoch}
         record.log(results, max(line["step"] for line in metric_history(record.path)) + 1)
@@ -127,9 +134,10 @@ def train_classifier(
         found = Classifier(architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results)
         extra = inputs.splits.get("extra")
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
-        files = write_classifier(folder, found, manifest, config.eval, kept)
-        for path in artifacts:
-            record.artifact(path)
+        files = write_classifier(run_folder.own(folder), found, manifest, config.eval, kept)
+        for place, text in texts.items():
+            write_text(run_folder.own(place), text)
+            record.artifact(run_folder.own(place))
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         made = {**made_from, "weights": sha256(files[0]), "architecture": architecture.as_dict()}
         record.artifact(write_provenance(report, manifest, **made, correct=correct))
@@ -138,7 +146,7 @@ def train_classifier(
         record.model(files, tags, (manifest.height, manifest.width), judged)
         drawn = ("loss", "held_out_accuracy")
         record.picture("curves", pictures.draw_curves(metric_history(record.path), drawn))
-        run_folder.finish()
+        run_folder.finish(making)
     unit = "iteration" if section.solver == "lbfgs" else "epoch"
     say(
         f"{stage}: {unit} {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "

@@ -6,7 +6,7 @@ Without any it hands on what `train` made, so that `dvc repro` runs to its end b
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.extra_file import content
+from moco.stages.identity import Making, Start
 from moco.stages.joins import check_classes, check_images, tell_other_data
+from moco.stages.outputs import OUTPUTS, copy_file, copy_folder, locked_outputs, publish
 from moco.stages.provenance import NAME, read_json
 from moco.stages.train import Inputs, open_inputs, train_classifier
 from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, MANIFEST, REPORTS, REQUEST, say
@@ -32,11 +34,16 @@ from moco.training.label_check import check_labels
 REPORT = REPORTS / "train_extra"
 
 
-def run(config: Config) -> None:
+def run(config: Config, start: Start | None = None) -> None:
     """Raises UserError where the labels are missing or wrong (see moco.data.extra_labels), are not likely to belong to
     their images (moco.training.label_check), or encoder, data and settings do not fit each other."""
+    with locked_outputs("train_extra", say):
+        _run(config, (start or Start.of("train_extra")).making(config))
+
+
+def _run(config: Config, making: Making) -> None:
     if config.train_extra.labels is None:
-        _hand_on("train_extra.labels is not set")
+        _hand_on("train_extra.labels is not set", making)
         return
     path = Path(config.train_extra.labels)
     inputs = open_inputs(config)
@@ -44,7 +51,7 @@ def run(config: Config) -> None:
     if not len(extra.labels):
         if path.resolve() != FORM.resolve():
             raise UserError(f"{path}: no label in it that could be used")
-        _hand_on(f"nobody has answered {path}; answers go to a file of their own, by `moco label`")
+        _hand_on(f"nobody has answered {path}; answers go to a file of their own, by `moco label`", making)
         return
     if not any(path.resolve().is_relative_to(folder.resolve()) for folder in (LABELS, REQUEST)):
         say(f"warning: {path} lies outside {LABELS}/, so that `dvc repro` does not see when it changes")
@@ -57,19 +64,19 @@ def run(config: Config) -> None:
         f" with train's {(before + added).min()} to {(before + added).max()}"
     )
     inputs.splits["extra"] = DecodedSplit(extra.images, extra.labels, extra.digests)
-    write_text(REPORT / "labels.csv", _table(train, extra.answers, inputs.manifest))
+    texts = {REPORT / "labels.csv": _table(train, extra.answers, inputs.manifest)}
 
     def check(features: Tensor) -> None:
         _check(config, inputs, extra, features)
 
     settings = {"train_extra.labels": config.train_extra.labels, CONTENT: content(extra.digests, extra.labels)}
     train_classifier(
-        config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.labels))}, check,
-        [REPORT / "labels.csv"],
+        config, inputs, "train_extra", CLASSIFIER_EXTRA, settings, {"extra_labels": float(len(extra.labels))}, making,
+        check, texts,
     )  # fmt: skip
 
 
-def _hand_on(why: str) -> None:
+def _hand_on(why: str, making: Making) -> None:
     """The classifier and metrics of `train`. Raises UserError where there are none yet, or they are of two runs."""
     report = REPORTS / "train"
     metrics, epochs, provenance = (report / name for name in ("metrics.json", "epochs.csv", NAME))
@@ -83,13 +90,16 @@ def _hand_on(why: str) -> None:
     check_classes(CLASSIFIER, made.classes, manifest, "run `moco train` again")
     check_images(CLASSIFIER, made.images, manifest, "run `moco train` again")
     tell_other_data(CLASSIFIER, made.made_from.get("data"), made.images, manifest, say)
-    shutil.rmtree(CLASSIFIER_EXTRA, ignore_errors=True)
-    shutil.copytree(CLASSIFIER, CLASSIFIER_EXTRA)
     found = {**json.loads(metrics.read_text()), "extra_labels": 0.0}
-    write_text(REPORT / "metrics.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
-    write_text(REPORT / "labels.csv", _table(None, [], None))
-    shutil.copyfile(epochs, REPORT / "epochs.csv")
-    shutil.copyfile(provenance, REPORT / NAME)
+    with tempfile.TemporaryDirectory(prefix="moco-train-extra-") as folder:
+        own = Path(folder) / OUTPUTS
+        copy_folder(CLASSIFIER, own / CLASSIFIER_EXTRA)
+        write_text(own / REPORT / "metrics.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
+        write_text(own / REPORT / "labels.csv", _table(None, [], None))
+        copy_file(epochs, own / REPORT / "epochs.csv")
+        copy_file(provenance, own / REPORT / NAME)
+        making.refuse_changes("run the same command again")
+        publish(Path(folder))
     say(f"train_extra: no extra labels ({why}); {CLASSIFIER_EXTRA} is what `train` made")
 
 

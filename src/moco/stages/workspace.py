@@ -6,20 +6,21 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from moco.config import HOUSEKEEPING, MOVED, Config, flatten
 from moco.errors import UserError, one_line
 from moco.files import home, scratch_place, write_text
-from moco.holder import held
+from moco.holder import exclusive
+from moco.stages import outputs
+from moco.stages.identity import Identity, Making
 
 MANIFEST = Path("models/manifest.json")
 ENCODER = Path("models/encoder.pth")
@@ -31,7 +32,8 @@ FORM = REQUEST / "request.csv"
 LABELS = Path("labels")  # files that people make; DVC looks for changes in it
 REPORTS = Path("reports")
 RUNS = Path("runs")
-LOOKS = 2.0  # seconds for which somebody may hold a run just to see whether its process is alive
+LOG, DONE, IDENTITY = "metrics.jsonl", "done", "identity.json"  # in a run's folder
+STATES = "checkpoint_*.pth"  # in a run's folder: what it can be continued from
 CONTENT = "train_extra.content"  # a setting of classifiers with extra labels: which they are
 MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
 
@@ -89,45 +91,98 @@ def run_key(settings: dict[str, Any], digest: str) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/STAGE/KEY: metric log, checkpoints, and a mark once the run is complete."""
+    """runs/STAGE/KEY: metric log, checkpoints, what the run made, and a mark once that is complete. restored: it was
+    complete already, and is put back into its place."""
 
     path: Path
+    restored: bool = False
 
     @property
     def done(self) -> bool:
-        return (self.path / "done").exists()
+        return (self.path / DONE).exists()
 
-    def finish(self) -> None:
-        """The mark names the job of the cluster, which must not do it again when Slurm puts it back."""
-        write_text(self.path / "done", os.environ.get("SLURM_JOB_ID", "") + "\n")
+    def own(self, output: Path) -> Path:
+        """Return where the run keeps an output of the stage, given by its place in the project."""
+        return self.path / outputs.OUTPUTS / output
+
+    def finish(self, making: Making | None = None) -> None:
+        """Mark the run as complete. The mark names the job of the cluster, which must not do it again when Slurm puts
+        it back."""
+        if making is not None:
+            outputs.keep_record(self.path, making.identity)
+        write_text(self.path / DONE, os.environ.get("SLURM_JOB_ID", "") + "\n")
 
 
 @contextmanager
-def open_run_folder(stage: str, key: str) -> Iterator[RunFolder]:
-    """The folder of this run, for this process alone: an unfinished one is continued, beside a finished one a new
-    one is begun. Raises UserError where another process works in it; an experiment of DVC's queue takes the next one,
-    as nobody could tell the other to wait."""
-    queued = home() != Path()
+def open_run_folder(
+    stage: str, key: str, making: Making | None = None, fits: Callable[[Path], bool] = lambda _: True,
+    before: Callable[[], object] = lambda: None,
+) -> Iterator[RunFolder]:  # fmt: skip
+    """The folder of this run, for this process alone: an unfinished one is continued, a complete one of the same
+    identity (`making`) is `restored`, and beside any other a new one is begun. At the end `before` is called and what
+    the run has made is put into its place.
+
+    fits: whether a complete run may be taken. Raises UserError where another process works in the folder (an experiment
+    of DVC's queue takes the next one, as nobody could tell the other to wait), and at the end where settings, inputs or
+    code have changed since: what was made is then complete, but not put into its place.
+    """
+    with ExitStack() as stack:
+        folder = _complete(stage, key, making, fits) or _free(stage, key, making, fits, stack)
+        if folder.restored:
+            say(f"{stage}: made already, from the same settings, inputs and code: taken from {folder.path} (remove "
+                "that folder to make it anew)")  # fmt: skip
+        yield folder
+        before()
+        if making is not None:
+            again = "measures it again" if stage == "eval" else "takes it without training"
+            making.refuse_changes(f"the result is kept in {folder.path}: with all as it was, the same command {again}")
+            outputs.publish(folder.path)
+
+
+def _folders(stage: str, key: str) -> Iterator[RunFolder]:
     for number in itertools.count(1):
-        folder = RunFolder(home() / RUNS / stage / (key if number == 1 else f"{key}-{number}"))
-        if folder.done:
+        yield RunFolder(home() / RUNS / stage / (key if number == 1 else f"{key}-{number}"))
+
+
+def _complete(stage: str, key: str, making: Making | None, fits: Callable[[Path], bool]) -> RunFolder | None:
+    """The complete run of this identity, where there is one."""
+    for folder in itertools.takewhile(lambda each: each.path.exists(), _folders(stage, key)):
+        if making is None or not folder.done or not fits(folder.path):
             continue
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.path / "lock")
+        if outputs.is_result_of(folder.path, making.identity, say):
+            return replace(folder, restored=True)
+    return None
+
+
+def _free(
+    stage: str, key: str, making: Making | None, fits: Callable[[Path], bool], stack: ExitStack
+) -> RunFolder:  # fmt: skip
+    """An unfinished folder that may be gone on with, else a new one; held until the stack is closed."""
+    queued = home() != Path()
+    for folder in _folders(stage, key):
+        if folder.done or not (_may_go_on(folder.path, making) or (not queued and any(folder.path.glob(STATES)))):
+            continue
         try:
-            lock.acquire(timeout=0 if queued else LOOKS)
-        except Timeout:
-            if queued:
+            stack.enter_context(exclusive(folder.path, f"moco {stage}", say, 0 if queued else None))
+        except UserError as error:
+            if queued and error.code == "E-RUN-BUSY":
                 continue
-            raise UserError(
-                f"{folder.path}: another process runs `moco {stage}` with these settings and data; wait for it or stop "
-                "it"
-            ) from None
-        if not folder.done:
-            break
-        lock.release()  # it was finished while this process waited
-    try:
-        with held(folder.path, f"moco {stage}", say):
-            yield folder
-    finally:
-        lock.release()
+            raise
+        if folder.done:  # it was finished while this process waited
+            stack.close()
+            return _complete(stage, key, making, fits) or _free(stage, key, making, fits, stack)
+        shutil.rmtree(folder.own(Path()), ignore_errors=True)  # of a process that was stopped while it wrote them
+        if making is not None and not any(folder.path.glob(STATES)):
+            write_text(folder.path / IDENTITY, json.dumps(asdict(making.identity), indent=1))
+        return folder
+    raise RuntimeError("there is always a new folder")
+
+
+def _may_go_on(folder: Path, making: Making | None) -> bool:
+    """Whether what an unfinished folder holds is of the same identity: else its record would say what is not so. Where
+    there is a state to continue from, that knows its code itself."""
+    if making is None or not (folder / LOG).exists():
+        return True
+    with suppress(OSError, ValueError):
+        return Identity.from_dict(json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) == making.identity
+    return False

@@ -23,8 +23,8 @@ MOVED = re.compile(rb"^(?:rename|copy) (?:from|to) (.+)$", re.MULTILINE)
 GIT_OWN = (".git", ".gitmodules", "git~1")  # what git takes orders from
 # What is told of the run, in this order: tag and words.
 TOLD = (
-    ("git_commit", "commit"), ("git_dirty", "with changes"), ("dvc_experiment", "DVC experiment"),
-    ("data_digest", "data"), ("data_notes", "its images"),
+    ("git_commit", "commit"), ("git_dirty", "with changes"), ("git_commits", "commits in turn"),
+    ("dvc_experiment", "DVC experiment"), ("data_digest", "data"), ("data_notes", "its images"),
     ("slurm_job_ids", "Slurm jobs"), ("image", "image"), ("host", "host"),
     ("device", "device"), ("threads", "threads"), ("torch", "torch"), ("python", "Python"), ("packages", "packages"),
 )  # fmt: skip
@@ -84,7 +84,7 @@ def _tell(version: Any, run: Any, say: Say) -> None:
         "champion": version.tags.get("champion_gate", ""),
         "run": f"{run.info.run_name} ({run.info.run_id})", "stage": tags.get("stage", ""),
     }  # fmt: skip
-    lines |= {words: tags[tag] for tag, words in TOLD if tag in tags}
+    lines |= {words: tags[tag] for tag, words in TOLD if tag in tags and (tag != "git_commits" or _several(tags))}
     width = max(map(len, lines))
     for name, value in lines.items():
         if value:
@@ -148,7 +148,15 @@ def _show_patch(patch: str, say: Say) -> None:
         say(one_line(line))
 
 
+def _several(tags: dict[str, str]) -> bool:
+    """Whether one commit began the run and others went on with it."""
+    return len(tags.get("git_commits", "").split()) > 1
+
+
 def _advise(version: Any, run: Any, restored: bool, say: Say) -> None:
+    if _several(run.data.tags):
+        say("it cannot be made again: other code went on with the run that one commit had begun")
+        return
     stage = run.data.tags.get("stage", "train")
     first = "" if restored else f"in a clone of the project: `moco origin {version.version} --restore`, then "
     say(f"make it again: {first}`dvc repro {stage}`; model_sub.pth then has the sha256 above (on a CPU of this kind)")

@@ -4,7 +4,8 @@ Every line is an object with `event` and `time` (seconds since 1970); docs/metri
     start       format, stage, name,    a process begins or takes up the run
                 params, tags,
                 dataset, pipeline
-    resume      step                    metrics of later steps, written before this line, are void
+    resume      step, git_commit,       metrics of later steps, written before this line, are void; code from then on
+                git_dirty
     metrics     step, metrics           numbers by name
     system      metrics                 the machine, by name
     checkpoint  step, path, metrics     a state was saved; metrics: the last value of each

@@ -24,7 +24,7 @@ from moco.tracking.metric_log import NAME, finite, identity, read_from
 
 STATE = "mlflow.json"
 LOG_TAG = "moco.log"
-JOBS_TAG = "slurm_job_ids"
+JOBS_TAG, COMMITS_TAG = "slurm_job_ids", "git_commits"  # of all processes that worked on the run
 MARKED = 200  # bytes
 BUSY = 60.0  # seconds to wait for another process that replays the same log
 
@@ -185,9 +185,7 @@ class MlflowSink:
         if self.state.run_id is None and not self._adopt():
             self._create(event)
         store.log_params(self.client, self.run_id, event["params"])
-        tags = {**event["tags"], "stage": event["stage"]}
-        if job := event["tags"].get("slurm_job_id"):
-            tags[JOBS_TAG] = job
+        tags = {**event["tags"], "stage": event["stage"], **_one_of_many(event["tags"])}
         self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
         dataset = [_dataset(event["dataset"])] if event.get("dataset") else []
         if dataset:
@@ -226,10 +224,11 @@ class MlflowSink:
 
     def _continued(self, event: dict[str, Any]) -> None:
         self.client.update_run(self.run_id, status="RUNNING")
-        if job := event["tags"].get("slurm_job_id"):
-            before = self.client.get_run(self.run_id).data.tags.get(JOBS_TAG, "").split()
-            if job not in before:
-                self.client.set_tag(self.run_id, JOBS_TAG, " ".join([*before, job]))
+        before = self.client.get_run(self.run_id).data.tags
+        for tag, value in _one_of_many(event["tags"]).items():
+            known = (before.get(tag) or _one_of_many(before).get(tag, "")).split()
+            if value not in known:
+                self.client.set_tag(self.run_id, tag, " ".join([*known, value]))
         if self.state.parent:
             self.client.update_run(self.state.parent, status="RUNNING")
 
@@ -278,6 +277,13 @@ class MlflowSink:
         self.client.set_terminated(self.run_id, event["status"], when)
         if self.state.parent:
             pipeline_run.leave(self.client, self._experiment(), self.state, self.log, event["status"], when)
+
+
+def _one_of_many(tags: dict[str, str]) -> dict[str, str]:
+    """What the tags of one process add to those that list all processes of the run."""
+    commit = tags.get("git_commit", "") + ("-dirty" if tags.get("git_dirty") == "true" else "")
+    found = {JOBS_TAG: tags.get("slurm_job_id", ""), COMMITS_TAG: commit if "git_commit" in tags else ""}
+    return {tag: value for tag, value in found.items() if value}
 
 
 def _dataset(described: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -60,7 +61,8 @@ class Run:
             tags=origin.tags, dataset=origin.dataset, pipeline=origin.pipeline,
         )  # fmt: skip
         if again:
-            self.metric_log.write("resume", step=step)
+            code = {name: origin.tags[name] for name in ("git_commit", "git_dirty") if name in origin.tags}
+            self.metric_log.write("resume", step=step, **code)
         known = again and (self.folder / "origin").is_dir()  # of where it began, as are the tags
         for name, content in ({} if known else origin.files).items():
             write_atomically(self.folder / "origin" / name, partial(_write, content))
@@ -136,9 +138,17 @@ class Run:
         )  # fmt: skip
 
     def _keep(self, path: Path, folder: str) -> str:
-        """Copies a file beside the log: at its own place the next run will overwrite it, perhaps before MLflow
-        has it. Returns its path relative to the run's folder."""
-        write_atomically(self.folder / folder / path.name, lambda temporary: shutil.copyfile(path, temporary))
+        """Keeps a file beside the log, under a name that MLflow shows: as a second name of the run's own file, else as
+        a copy. Returns its path relative to the run's folder."""
+
+        def keep(temporary: Path) -> None:
+            temporary.unlink()
+            try:
+                os.link(path, temporary)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, temporary)
+
+        write_atomically(self.folder / folder / path.name, keep)
         return f"{folder}/{path.name}"
 
     def __enter__(self) -> Run:

@@ -88,8 +88,8 @@ class CheckpointFolder:
         found = [(int(m[1]), p) for p in self.folder.glob("*.pth") if (m := NAME.fullmatch(p.name))]
         return [path for _, path in sorted(found)]
 
-    def newest(self, say: Say) -> dict[str, Any] | None:
-        """The newest sound checkpoint, or None. Damaged ones are named and passed over."""
+    def newest(self, say: Say) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest sound checkpoint and what it holds, or None. Damaged ones are named and passed over."""
         for remains in self.folder.glob(".checkpoint_*"):  # of a process that was killed while saving
             remains.unlink(missing_ok=True)
         for path in reversed(self.paths()):
@@ -99,8 +99,7 @@ class CheckpointFolder:
             except OSError:
                 sound = False
             if sound:
-                say(f"continuing from {path}")
-                return load_weights(path, "delete it to start again")  # type: ignore[no-any-return]
+                return path, load_weights(path, "delete it to start again")
             say(f"warning: {path} is damaged (its digest does not match); using the one before")
         return None
 

@@ -19,6 +19,7 @@ MODULES = {
 }
 # A module may import from its own level's package and from every level below.
 LEVELS = [
+    {"moco.redaction"},
     {"moco", "moco.errors"},
     {"moco.environment", "moco.safe_path"},
     {"moco.files", "moco.config", "moco.memory", "moco.cores"},
@@ -37,7 +38,7 @@ CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.environment", "moco.params", "moco.errors", "moco.files",
     "moco.safe_path", "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files",
+    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.redaction", "moco.csv_files",
     "moco.stages.provenance", "moco.training.significance",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.

@@ -16,6 +16,7 @@ SOURCE = ROOT / "src"
 MODULES = identity.modules()
 # A module may import from its own level's package and from every level below.
 LEVELS = [
+    {"moco.redaction"},
     {"moco", "moco.errors"},
     {"moco.environment", "moco.safe_path"},
     {"moco.files", "moco.config", "moco.memory", "moco.cores"},

@@ -61,11 +61,12 @@ def origin(
 def sync(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of runs; without any: all.")] = None,
     params: Params = PARAMS,
+    again: Annotated[bool, typer.Option("--again", help="Bring back runs that were deleted in the store.")] = False,
 ) -> None:
     """Bring what MLflow missed (a server that was down, a node without network) from the metric logs to it."""
     from moco.tracking.sync import sync_all
 
-    sync_all(Path(), load(params).tracking, typer.echo, runs or [])
+    sync_all(Path(), load(params).tracking, typer.echo, runs or [], again)
 
 
 @runs_app.command()

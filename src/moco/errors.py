@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 
+from moco.redaction import redact
+
 Say = Callable[[str], None]
 LONGEST = 300  # characters of a line that reports an error, with "error: " and its code
 QUOTED = 40  # characters that a message quotes of a file's content
@@ -45,11 +47,11 @@ class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do, on one line of at most LONGEST.
 
     code: a stable name such as E-DATA-CHANGED, listed with cause and cure in docs/troubleshooting.md; the sentence may
-    change, the code does not.
+    change, the code does not. Passwords, tokens and keys in the text are hidden.
     """
 
     def __init__(self, text: str, code: str = "") -> None:
-        super().__init__(shortened(text, LONGEST - len("error: ") - len(f" [{code}]")))
+        super().__init__(shortened(redact(text), LONGEST - len("error: ") - len(f" [{code}]")))
         self.code = code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from moco.config import TrackingConfig
 from moco.tracking.metric_log import MetricLog
-from moco.tracking.store import store_uri
+from moco.tracking.store import create, store_uri
 
 CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier", True)
 
@@ -40,3 +41,17 @@ def only_run() -> Any:
     client = connect()
     (run,) = client.search_runs([client.get_experiment_by_name("experiment").experiment_id])
     return run
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite store of MLflow's, to be copied: its tables take seconds to make."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    create(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> Path:
+    """A SQLite store in the test's folder."""
+    return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))

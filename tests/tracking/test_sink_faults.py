@@ -98,6 +98,7 @@ def test_another_store_at_the_same_address_gets_everything(tmp_path: Path) -> No
     with sqlite3.connect(tmp_path / "mlflow.db") as store:  # as if it were new
         for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
             store.execute(f"DELETE FROM {table}")
+        store.execute("UPDATE experiments SET creation_time = creation_time + 1")
     store.close()
     MlflowSink(tmp_path / "run", CONFIG).replay()
     assert history(connect(), only_run().info.run_id, "loss") == [(1, 0.5)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moco.errors import UserError
+from moco.redaction import redact
 from moco.tracking import store
 
 
@@ -86,7 +87,7 @@ def test_what_is_no_address_is_one_line(uri: str, words: str) -> None:
     ],
 )
 def test_no_message_has_a_password(text: str, shown: str) -> None:
-    assert store.without_password(text) == shown
+    assert redact(text) == shown
     assert "secret" not in store.explain(RuntimeError(f"cannot read {text}"), text)
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import importlib
 import os
 import re
 import shlex
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from moco.cluster.finding import (
@@ -27,9 +22,19 @@ from moco.cluster.finding import (
     writing_problem,
 )
 from moco.config import TrackingConfig
-from moco.tracking.store import available, file_store, sqlite_file, store_uri, stray
+from moco.errors import UserError
+from moco.redaction import redact
+from moco.tracking.store import (
+    available,
+    check_address,
+    deleted_experiment,
+    sqlite_file,
+    store_uri,
+    stray,
+)
+from moco.tracking.store_check import REGISTRY, answer_of, registry_problem, server_problem
+from moco.tracking.store_file import experiment_is_deleted, moved_from, refuse_other_schema
 
-SERVER_SECONDS = 3.0
 LATER = "runs go on all the same, and `moco sync` brings the rest"
 
 
@@ -90,14 +95,17 @@ def mlflow(config: TrackingConfig, mounts: Path = MOUNTS) -> Finding:
     uri = store_uri(config)
     if not uri:
         return note("mlflow", "no store is set (tracking.uri): the metric log is all there is")
-    if folder := file_store(uri):
-        return warn("mlflow", f"{folder}: MLflow has no stores of files any more", "set tracking.uri to a database")
+    try:
+        check_address(uri, config.experiment)
+    except UserError as error:
+        return _warned(error)
+    if problem := _registry(uri):
+        return problem
     if file := sqlite_file(uri):
-        return _sqlite(file, mounts)
-    if uri.startswith(("http://", "https://")):
-        return _server(uri)
+        return _sqlite(file, config, mounts)
     # Never the whole address: it may hold a password.
-    return note("mlflow", f"a store of the kind {uri.partition(':')[0]}, not tried")
+    found = note("mlflow", f"a store of the kind {uri.partition(':')[0]}, not tried")
+    return _server(config, uri) if uri.startswith(("http://", "https://")) else found
 
 
 def old_runs() -> Finding | None:
@@ -106,7 +114,18 @@ def old_runs() -> Finding | None:
     return warn("mlruns", found, remedy) if found else None
 
 
-def _sqlite(file: Path, mounts: Path) -> Finding:
+def _registry(uri: str) -> Finding | None:
+    registry = os.environ.get(REGISTRY, "")
+    found, _, remedy = registry_problem(registry).partition("; ") if registry and registry != uri else ("", "", "")
+    return warn("mlflow", found, remedy) if found else None
+
+
+def _warned(error: UserError) -> Finding:
+    found, _, remedy = str(error).partition("; ")
+    return warn("mlflow", found, remedy or LATER)
+
+
+def _sqlite(file: Path, config: TrackingConfig, mounts: Path) -> Finding:
     folder = file.parent
     found = f"SQLite file {file}"
     problem = writing_problem(folder) if folder.is_dir() else f"{folder} is not a folder"
@@ -115,6 +134,17 @@ def _sqlite(file: Path, mounts: Path) -> Finding:
     if problem:
         remedy = f"set tracking.uri to a file that can be, {LATER}"
         return warn("mlflow", f"{found} cannot be written: {problem}", remedy)
+    try:
+        refuse_other_schema(file)
+    except UserError as error:
+        return _warned(error)
+    if experiment_is_deleted(file, config.experiment):
+        return _warned(deleted_experiment(config.experiment, f"sqlite:///{file}"))
+    if former := moved_from(file):
+        return warn(
+            "mlflow", f"{found} was moved or copied from {former[0].parent}, where its artifacts' addresses still lead",
+            "`moco sync` sets them to this folder",
+        )  # fmt: skip
     kind = file_system(folder, mounts)
     if over_network(kind):
         remedy = "keep the store on a disk of one machine or on a server: SQLite's locks do not hold over a network"
@@ -122,35 +152,12 @@ def _sqlite(file: Path, mounts: Path) -> Finding:
     return ok("mlflow", f"{found} ({kind})")
 
 
-def _ask(address: str, headers: dict[str, str]) -> str:
-    """'' where the server answers that it is well, else what it answered or why it did not."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=SERVER_SECONDS) as reply:
-            return "" if reply.status == 200 else f"answers {reply.status}"
-    except urllib.error.HTTPError as error:
-        error.close()
-        return f"answers {error.code} {error.reason} to /health"
-    except (OSError, ValueError) as error:  # URLError is an OSError
-        return f"cannot be reached: {reason(str(getattr(error, 'reason', error)))}"
-    except Exception as error:  # http.client's own, for what is no HTTP at all
-        return f"gives no sense: {reason(error)}"
-
-
-def _server(uri: str) -> Finding:
-    parts = urllib.parse.urlsplit(uri)
-    place, headers = parts.netloc.rpartition("@")[2], {}
-    user = urllib.parse.unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if user:
-        secret = urllib.parse.unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        login = f"{user}:{secret}"
-        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
-    shown = f"{parts.scheme}://{place}{parts.path}".rstrip("/")  # without the password
-    answers: list[str] = []
-    # A thread, because the time limit of urllib does not cover the look-up of the name.
-    thread = threading.Thread(target=lambda: answers.append(_ask(f"{shown}/health", headers)), daemon=True)
-    thread.start()
-    thread.join(SERVER_SECONDS)
-    answer = answers[0] if answers else f"no answer within {SERVER_SECONDS:g} s"
-    if answer:
-        return warn("mlflow", f"the server {shown}: {answer}", LATER)
+def _server(config: TrackingConfig, uri: str) -> Finding:
+    shown = redact(uri).rstrip("/")
+    _, said = answer_of(uri, "health")
+    if said:
+        return warn("mlflow", f"the server {shown}: {said}", LATER)
+    if problem := server_problem(uri, config.experiment):
+        found, _, remedy = problem.partition("; ")
+        return warn("mlflow", found, remedy)
     return ok("mlflow", f"the server {shown} answers")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from moco.errors import UserError, one_line
+from moco.redaction import redact
 
 Status = Literal["ok", "note", "warn", "FAIL"]
 MOUNTS = Path("/proc/mounts")
@@ -35,7 +36,7 @@ class Finding:
 
     def line(self) -> str:
         text = f"{self.found}; {self.remedy}" if self.remedy else self.found
-        return f"{self.status:<5} {self.name:<16} {one_line(' '.join(text.split()))}"
+        return f"{self.status:<5} {self.name:<16} {one_line(' '.join(redact(text).split()))}"
 
 
 def ok(name: str, found: str) -> Finding:

@@ -55,7 +55,7 @@ CARRIERS = {
     "moco", "moco.cli", "moco.config", "moco.environment", "moco.params", "moco.errors", "moco.files", "moco.safe_path",
     "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
-    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.csv_files", "moco.stages.identity",
+    "moco.training.interrupt", "moco.holder", "moco.memory", "moco.redaction", "moco.csv_files", "moco.stages.identity",
     "moco.stages.outputs", "moco.stages.provenance", "moco.training.significance",
 }  # fmt: skip
 # What these find is in the manifest, by content; later stages refuse any other content.

@@ -16,7 +16,7 @@ from moco.errors import UserError
 from moco.params import nearest
 from moco.tracking.metric_log import last_values, read_events
 from moco.tracking.pipeline_run import of_pipeline
-from moco.tracking.sync import logs_of
+from moco.tracking.sync import SHOWN, logs_of
 from moco.training.significance import wilson
 
 PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.stages.provenance)
@@ -63,14 +63,24 @@ class Result:
         return "encoder" not in self.made or bool(self.made["encoder"] == train.made.get("encoder"))
 
 
-def collect(project: Path) -> list[Pipeline]:
+def collect(project: Path, problems: list[str] | None = None) -> list[Pipeline]:
     """Of every pipeline with a run in the project or its sweeps, in the order in which they began. A stage's result is
     that of every pipeline that has its settings and data, also where it ran once for several. The newest classifier
-    counts, and of the other stages the newest run that is of its encoder and weights: a row mixes no two chains."""
+    counts, and of the other stages the newest run that is of its encoder and weights: a row mixes no two chains.
+
+    problems: takes a line for each log, and one for all folders, that could not be read and are left out."""
+    problems = [] if problems is None else problems
+    logs = logs_of(project)
+    problems += [told] if (told := logs.told()) else []
     found: dict[str, Pipeline] = {}
     results = []
-    for log in logs_of(project):
-        events = list(read_events(log))
+    for log in logs.logs:
+        try:
+            events = list(read_events(log))
+            metrics = last_values(log)
+        except (UserError, OSError) as error:
+            problems.append(f"left out: {error}")
+            continue
         start = next((event for event in events if event["event"] == "start"), None)
         if start is None or "pipeline" not in start:  # by an earlier version
             continue
@@ -79,7 +89,7 @@ def collect(project: Path) -> list[Pipeline]:
             continue
         row = found.setdefault(known["key"], Pipeline(known["name"], known["params"], digest))
         row.status = next((e.get("status", "RUNNING") for e in reversed(events) if e["event"] in ("start", "end")), "")
-        results.append(Result(start["stage"], start["params"], digest, last_values(log), _made(log)))
+        results.append(Result(start["stage"], start["params"], digest, metrics, _made(log)))
     for row in found.values():
         _fill(row, [each for each in results if each.digest == row.digest and of_pipeline(each.params, row.params)])
     return list(found.values())
@@ -112,9 +122,12 @@ def _made(log: Path) -> dict[str, Any]:
 
 def show(project: Path, console: Console, params: list[str], metrics: list[str], sort: str | None) -> None:
     """Prints the table. Raises UserError where nothing ran, and for a name that no pipeline has."""
-    rows = collect(project)
+    problems: list[str] = []
+    rows = collect(project, problems)
+    if not rows and problems:
+        raise UserError(problems[0], "E-COMPARE-UNREADABLE")
     if not rows:
-        raise UserError("no pipeline ran here yet; `dvc repro` runs one")
+        raise UserError("no pipeline ran here yet; `dvc repro` runs one", "E-COMPARE-EMPTY")
     known_params = {name for row in rows for name in row.params}
     known_metrics = {name for row in rows for name in row.metrics}
     _check("--param", params, known_params)
@@ -139,6 +152,10 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
     for row in rows:
         for stage in row.left_out:
             console.print(f"{row.name}: {stage} is of another encoder or classifier than train, and left out.")
+    for problem in problems[:SHOWN]:
+        console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > SHOWN:
+        console.print(f"note: and {len(problems) - SHOWN} more that could not be read")
 
 
 def _header(name: str) -> str:

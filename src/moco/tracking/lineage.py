@@ -13,6 +13,7 @@ from moco.config import TrackingConfig
 from moco.errors import Say, UserError, one_line
 from moco.files import write_text
 from moco.tracking.store import available, client, explain, sqlite_file, store_uri
+from moco.tracking.store_file import moved_from
 
 PARAMS, PATCH = "params.yaml", "changes.patch"
 # Lines of a patch: modes of symbolic links and submodules, and names that files are moved or copied from and to.
@@ -42,7 +43,16 @@ def show(config: TrackingConfig, wanted: str, ask: Callable[[str], bool] | None,
     if not uri:
         raise UserError("tracking.uri is empty; set it in params.yaml")
     if (path := sqlite_file(uri)) and not path.exists():  # nothing is made by looking
-        raise UserError(f"{path}: no such store; set MLFLOW_TRACKING_URI to that of the project that trained it")
+        raise UserError(
+            f"{path}: no such store; set MLFLOW_TRACKING_URI to that of the project that trained it",
+            "E-ORIGIN-NO-STORE",
+        )
+    if path and (former := moved_from(path)):
+        raise UserError(
+            f"{path} was moved or copied from {former[0].parent}, where its artifacts' addresses still lead; "
+            "`moco sync` sets them anew",
+            "E-STORE-MOVED",
+        )
     try:
         with tempfile.TemporaryDirectory(prefix="moco-origin-") as folder:
             connected = client(uri)
@@ -66,13 +76,13 @@ def show(config: TrackingConfig, wanted: str, ask: Callable[[str], bool] | None,
 def _version(connected: Any, model: str, wanted: str) -> Any:
     known = {str(version.version): version for version in connected.search_model_versions(f"name = '{model}'")}
     if not known:
-        raise UserError(f"no version of {model} is registered; `moco train` makes one")
+        raise UserError(f"no version of {model} is registered; `moco train` makes one", "E-ORIGIN-NO-VERSION")
     if wanted in known:
         return known[wanted]
     aliases = {alias: str(number) for alias, number in connected.get_registered_model(model).aliases.items()}
     if wanted not in aliases:
         choices = ", ".join([*aliases, *sorted(known, key=int)])
-        raise UserError(f"{model} has no version or alias '{wanted}'; known: {choices}")
+        raise UserError(f"{model} has no version or alias '{wanted}'; known: {choices}", "E-ORIGIN-NO-VERSION")
     return known[aliases[wanted]]
 
 

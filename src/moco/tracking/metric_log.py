@@ -31,11 +31,59 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from moco.errors import UserError
+from moco.redaction import redact_tree
 
 FORMAT = 2
 NAME = "metrics.jsonl"
 LOCK = "lock"  # beside the log, held by the process that makes the run
+SHOWN = ("params", "tags", "dataset", "pipeline")  # fields of texts that come from settings and the environment
 QUIET = 600.0  # seconds without a line after which a run that nobody holds counts as dead
+
+
+NEWER = f"of a newer format than {FORMAT}, the newest that this version of moco knows"
+# Keys that an event must have, with the types of their values.
+KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "start": {"stage": str, "name": str, "params": dict, "tags": dict},
+    "resume": {"step": int}, "metrics": {"step": int, "metrics": dict}, "system": {"metrics": dict},
+    "checkpoint": {"step": int, "path": str, "metrics": dict}, "artifact": {"path": str},
+    "model": {"files": list, "tags": dict, "needs": dict, "image": list}, "end": {"status": str},
+}  # fmt: skip
+# The same for what may be missing, or empty.
+OPTIONAL: dict[str, dict[str, type]] = {
+    "dataset": {"name": str, "digest": str, "source": dict, "images": dict},
+    "pipeline": {"key": str, "name": str, "params": dict, "tags": dict},
+}
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+def event_problem(event: dict[str, Any]) -> str:
+    """Return why an event of the log cannot be read, '' where it can. Unknown events are well."""
+    return next(_problems(event), "") if event["event"] in tuple(KEYS) else ""
+
+
+def _problems(event: dict[str, Any]) -> Iterator[str]:
+    kind, form = event["event"], event.get("format", FORMAT)
+    if not _number(form) or form > FORMAT:
+        yield NEWER
+    if not _number(event.get("time")):
+        yield f"event '{kind}' has no time"
+    for name, expected in KEYS[kind].items():
+        if not isinstance(event.get(name), expected):
+            yield f"event '{kind}' has no valid '{name}'"
+    if not all(_number(value) for value in event.get("metrics", {}).values()):
+        yield f"event '{kind}' has a metric that is not a number"
+    if kind == "end" and event["status"] not in STATUSES:
+        yield f"event 'end' has the status '{event['status'][:40]}'"
+    if kind == "model" and not all(isinstance(path, str) for path in event["files"]):
+        yield "event 'model' has no valid 'files'"
+    for name, keys in OPTIONAL.items():
+        part = event.get(name)
+        if part and not (isinstance(part, dict) and all(isinstance(part.get(k), t) for k, t in keys.items())):
+            yield f"event '{kind}' has no valid '{name}'"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 class MetricLog:
@@ -51,7 +99,8 @@ class MetricLog:
         self.lock = threading.Lock()  # the run's own thread writes, and that which samples the machine
 
     def write(self, event: str, **fields: Any) -> None:
-        """Raises UserError where the disk is full."""
+        """Raises UserError where the disk is full. What MLflow shows as text is written without passwords and keys."""
+        fields = {name: redact_tree(value) if name in SHOWN else value for name, value in fields.items()}
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str)
         with self.lock:
             data = f"{chr(10) if self.torn else ''}{line}\n".encode()
@@ -94,13 +143,19 @@ def _last_byte(path: Path) -> bytes:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line, in order. A torn line (crash while writing) is passed over."""
+    """Yield every whole line, in order. A torn line (crash while writing) is passed over.
+
+    Raises UserError as `read_from`.
+    """
     return (event for event, _ in read_from(path, 0))
 
 
 def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """The events that stand after a place in the file, in bytes, each with the place after it. A line that is still
-    being written waits for the next time."""
+    """Yield the events that stand after an offset in the file, in bytes, each with the offset after it.
+
+    A line that is still being written waits for the next time; events and keys that are not known are passed over.
+    Raises UserError for a line that is an event and has no sense, and for a log of a newer format.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         while (line := file.readline()).endswith(b"\n"):
@@ -109,7 +164,19 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError:
                 continue
             if isinstance(event, dict) and "event" in event:
+                if problem := event_problem(event):
+                    raise _refused(path, file.tell() - len(line), problem)
                 yield event, file.tell()
+
+
+def _refused(path: Path, offset: int, problem: str) -> UserError:
+    with path.open("rb") as file:
+        number = file.read(offset).count(b"\n") + 1
+    if problem == NEWER:
+        return UserError(f"{path}, line {number}: {problem}; update moco here, then repeat", "E-LOG-NEWER")
+    return UserError(
+        f"{path}, line {number}: {problem}; correct or remove the line, or move the run's folder away", "E-LOG-LINE"
+    )
 
 
 def identity(path: Path) -> str:

@@ -19,8 +19,10 @@ from filelock import FileLock, Timeout
 
 from moco.config import TrackingConfig
 from moco.files import write_text
-from moco.tracking import pipeline_run, registry, store
+from moco.redaction import redact
+from moco.tracking import pipeline_run, registry, store, uploads
 from moco.tracking.metric_log import NAME, finite, identity, read_from
+from moco.tracking.store_file import refuse_other_schema, relocate
 
 STATE = "mlflow.json"
 LOG_TAG = "moco.log"
@@ -33,7 +35,8 @@ BUSY = 60.0  # seconds to wait for another process that replays the same log
 class SinkState:
     """What MLflow has. offset: bytes of the log that were replayed. last_step: by metric. began: seconds since 1970.
     parent: the pipeline's run. mark: of the bytes before the offset, which tells whether the log is still the one that
-    was replayed. owed: places of files and models that the store would not take."""
+    was replayed. owed: places of files and models that the store would not take. store: tells this store from another
+    at the same address."""
 
     uri: str
     run_id: str | None = None
@@ -43,6 +46,7 @@ class SinkState:
     parent: str | None = None
     mark: str = ""
     owed: list[int] = field(default_factory=list)
+    store: str = ""
 
 
 class MlflowSink:
@@ -52,9 +56,10 @@ class MlflowSink:
         self.folder, self.config = folder, config
         self.log = folder / NAME
         self.uri = store.store_uri(config)
-        self.shown_uri = store.without_password(self.uri)  # as it is remembered
+        self.shown_uri = redact(self.uri)  # as it is remembered
         self.state = SinkState(self.shown_uri)
         self.client: Any = None
+        self.again = self.deleted = False
         self.problem: Exception | None = None  # with a file or model; numbers and states do not wait for those
 
     def _load(self) -> SinkState:
@@ -72,34 +77,48 @@ class MlflowSink:
             before = file.read(min(offset, MARKED))
         return hashlib.sha256(before).hexdigest()[:16] if len(before) == min(offset, MARKED) else "shorter"
 
-    def replay(self) -> None:
-        """Brings MLflow up to the end of the log. Raises whatever MLflow raises, and TimeoutError where another process
-        is at it; can be called again. A file or model that the store refuses is raised last and tried again next."""
+    def replay(self, again: bool = False) -> None:
+        """Bring MLflow up to the end of the log; can be called again. `deleted` then tells whether somebody deleted the
+        run there, so that it stays as it is; again: brings it back.
+
+        Raises whatever MLflow raises, and TimeoutError where another process is at it. A file or model that the store
+        refuses is raised last and tried again next."""
+        if (path := store.sqlite_file(self.uri)) and path.exists():
+            refuse_other_schema(path)
+            relocate(path)
         if self.client is None:
             self.client = store.client(self.uri)
+        self.again = again
         try:
             with FileLock(self.folder / "mlflow.lock", timeout=BUSY):
                 self.state = self._load()
-                if self._is_wanted():
+                self.deleted = not self._is_wanted()
+                if not self.deleted:
                     self._replay()
         except Timeout:
             raise TimeoutError("another process is bringing this run there") from None
 
     def _is_wanted(self) -> bool:
-        """Whether the store still has the run that the state speaks of. Another store may answer at the same address,
-        or an empty one: then all begins anew. A run that somebody deleted stays deleted."""
-        if self.state.run_id is None:
-            return True
-        run = self._found(self.state.run_id)
-        if run is None or run.data.tags.get(LOG_TAG) != identity(self.log):
-            self.state = SinkState(self.shown_uri)
-        parent = self._found(self.state.parent) if self.state.parent else None
-        if parent is None or parent.info.lifecycle_stage != "active":
-            self.state.parent = None  # somebody deleted it
-        return run is None or run.info.lifecycle_stage == "active"
+        """Whether the run is to be brought there: not where somebody deleted it, for good or not, unless `again`.
+        Another store may answer at the same address, or an empty one: then all begins anew."""
+        run = self._found(self.state.run_id) if self.state.run_id else None
+        if self.state.run_id and (run is None or run.data.tags.get(LOG_TAG) != identity(self.log)):
+            if not self.again and run is None and self.state.store and self.state.store == store.identity(self.client):
+                return False
+            self.state, run = SinkState(self.shown_uri), None
+        if run is None:
+            run = self._adopt()
+        if run is not None and run.info.lifecycle_stage != "active":
+            if not self.again:
+                return False
+            self.client.restore_run(run.info.run_id)
+        if self.state.parent and not self._is_active(self.state.parent):
+            self.state.parent = None
+        self.state.store = store.identity(self.client)
+        return True
 
     def _found(self, run_id: str) -> Any:
-        """The run, deleted or not; None where the store never had it."""
+        """The run, deleted or not; None where the store never had it, or has it no more."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -108,6 +127,10 @@ class MlflowSink:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
+
+    def _is_active(self, run_id: str) -> bool:
+        run = self._found(run_id)
+        return run is not None and run.info.lifecycle_stage == "active"
 
     @property
     def run_id(self) -> str:
@@ -143,10 +166,10 @@ class MlflowSink:
 
     def _handle(self, event: dict[str, Any], place: int) -> None:
         handlers: dict[str, Callable[[dict[str, Any]], None]] = {"start": self._start, "end": self._end}
-        files = {"artifact": self._artifact, "checkpoint": self._checkpoint, "model": self._model}
+        files = ("artifact", "checkpoint", "model")
         if event["event"] in files and self.problem is None:
             try:
-                files[event["event"]](event)
+                self._upload(event)
             except Exception as error:  # MLflow and what stores files raise many kinds
                 self.problem = error
         if event["event"] in files and self.problem is not None:  # also what comes after: each may take minutes to fail
@@ -182,16 +205,16 @@ class MlflowSink:
             self._continued(event)
             return
         self.state.began = event["time"]
-        if self.state.run_id is None and not self._adopt():
+        if self.state.run_id is None:
             self._create(event)
         store.log_params(self.client, self.run_id, event["params"])
         tags = {**event["tags"], "stage": event["stage"], **_one_of_many(event["tags"])}
         self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
-        dataset = [_dataset(event["dataset"])] if event.get("dataset") else []
+        dataset = [uploads.dataset(event["dataset"])] if event.get("dataset") else []
         if dataset:
             self.client.log_inputs(self.run_id, datasets=dataset)
         pipeline = event.get("pipeline")
-        if pipeline and pipeline_run.of_pipeline(event["params"], pipeline["params"]):
+        if pipeline and pipeline_run.of_pipeline(event["params"], pipeline["params"]) and not self._left_pipeline():
             self.state.parent = pipeline_run.join(self.client, self._experiment(), self.run_id, pipeline, event["time"])
             self.client.log_inputs(self.state.parent, datasets=dataset)
 
@@ -203,24 +226,34 @@ class MlflowSink:
         self.state.run_id = run.info.run_id
         self._remember(0)
         for other in self._known():  # of a request that was answered too late, and made again
-            if other.info.run_id != self.state.run_id:
+            if other.info.run_id != self.state.run_id and other.info.lifecycle_stage == "active":
                 self.client.delete_run(other.info.run_id)
 
     def _known(self) -> list[Any]:
-        return list(self.client.search_runs([self._experiment()], f"tags.`{LOG_TAG}` = '{identity(self.log)}'"))
+        """Return the runs of this log that the store has, deleted ones last."""
+        from mlflow.entities import ViewType
 
-    def _adopt(self) -> bool:
-        """Takes up the run of this log that the store has from another machine, or from before the state was lost."""
-        found = self._known()
-        if not found:
-            return False
-        run = found[0]
-        self.state.run_id = run.info.run_id
-        for name in run.data.metrics:
-            points = self.client.get_metric_history(run.info.run_id, name)
-            self.state.last_step[name] = max(point.step for point in points)
-        self._remember(0)
-        return True
+        found = self.client.get_experiment_by_name(self.config.experiment)
+        if found is None:
+            return []
+        runs = store.search(
+            self.client, found.experiment_id, f"tags.`{LOG_TAG}` = '{identity(self.log)}'", ViewType.ALL
+        )
+        return sorted(runs, key=lambda run: run.info.lifecycle_stage != "active")
+
+    def _adopt(self) -> Any:
+        """Take up the run of this log that the store has from another machine, or from before the state was lost, and
+        return it; None where there is none."""
+        run = next(iter(self._known()), None)
+        if run is not None:
+            self.state.run_id = run.info.run_id
+            self.state.last_step = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        return run
+
+    def _left_pipeline(self) -> bool:
+        """Whether the run was part of a pipeline whose row somebody deleted."""
+        parent = self.client.get_run(self.run_id).data.tags.get(pipeline_run.PARENT_TAG)
+        return bool(parent) and not self.again and not self._is_active(parent)
 
     def _continued(self, event: dict[str, Any]) -> None:
         self.client.update_run(self.run_id, status="RUNNING")
@@ -233,18 +266,7 @@ class MlflowSink:
             self.client.update_run(self.state.parent, status="RUNNING")
 
     def _experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self.client.get_experiment_by_name(self.config.experiment)
-        if found is None:
-            place = store.artifact_location(self.uri)
-            try:
-                return str(self.client.create_experiment(self.config.experiment, artifact_location=place))
-            except MlflowException:  # another job was faster
-                found = self.client.get_experiment_by_name(self.config.experiment)
-                if found is None:
-                    raise
-        return str(found.experiment_id)
+        return store.experiment(self.client, self.uri, self.config.experiment)
 
     def _metrics(self, event: dict[str, Any], steps: dict[str, int]) -> list[Any]:
         """The step of what is measured of the machine is its second of the run."""
@@ -258,25 +280,19 @@ class MlflowSink:
                 fresh.append(Metric(name, value, int(event["time"] * 1000), step))
         return fresh
 
-    def _artifact(self, event: dict[str, Any]) -> None:
-        if (self.folder / event["path"]).exists():
-            self.client.log_artifact(self.run_id, str(self.folder / event["path"]))
-
-    def _checkpoint(self, event: dict[str, Any]) -> None:
-        registry.log_checkpoint(self.client, self._experiment(), self.run_id, event)
-
-    def _model(self, event: dict[str, Any]) -> None:
-        files = [self.folder / path for path in event["files"]]
-        if not all(path.exists() for path in files):  # somebody tidied up; the run's numbers count all the same
-            return
-        name = self.config.registered_model
-        registry.register(self.client, self._experiment(), self.run_id, name, files, event)
+    def _upload(self, event: dict[str, Any]) -> None:
+        if event["event"] == "artifact":
+            uploads.send_artifact(self.client, self.run_id, self.folder, event)
+        elif event["event"] == "checkpoint":
+            registry.log_checkpoint(self.client, self._experiment(), self.run_id, event)
+        else:
+            name = self.config.registered_model
+            uploads.send_model(self.client, self._experiment(), self.run_id, self.folder, name, event, self.again)
 
     def _end(self, event: dict[str, Any]) -> None:
-        when = int(event["time"] * 1000)
-        self.client.set_terminated(self.run_id, event["status"], when)
+        self.client.set_terminated(self.run_id, event["status"], int(event["time"] * 1000))
         if self.state.parent:
-            pipeline_run.leave(self.client, self._experiment(), self.state, self.log, event["status"], when)
+            pipeline_run.leave(self.client, self._experiment(), self.state.parent)
 
 
 def _one_of_many(tags: dict[str, str]) -> dict[str, str]:
@@ -284,15 +300,3 @@ def _one_of_many(tags: dict[str, str]) -> dict[str, str]:
     commit = tags.get("git_commit", "") + ("-dirty" if tags.get("git_dirty") == "true" else "")
     found = {JOBS_TAG: tags.get("slurm_job_id", ""), COMMITS_TAG: commit if "git_commit" in tags else ""}
     return {tag: value for tag, value in found.items() if value}
-
-
-def _dataset(described: dict[str, Any]) -> Any:
-    """The manifest's digest as MLflow keeps data sets: 32 of its 64 digits, as MLflow takes no more than 36."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    profile = json.dumps({"images": described["images"], "digest": described["digest"]})
-    dataset = Dataset(
-        name=described["name"], digest=described["digest"][:32], source_type="local",
-        source=json.dumps(described["source"]), profile=profile,
-    )  # fmt: skip
-    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])

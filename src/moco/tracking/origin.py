@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ import moco
 from moco.config import Config, flatten
 from moco.data.manifest import Manifest
 from moco.files import sha256
-from moco.tracking.store import without_password
+from moco.redaction import literal_secret, redact_tree
 
-DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", ".", ":!dvc.lock", ":!reports", ":!params.yaml")
-NEW = ("ls-files", "--others", "--exclude-standard", "--", "src")  # sources that git does not know yet
+# What a run is made by, and all that its patch may hold: no settings of DVC, and no file that merely lies about.
+SOURCES = (":(glob)src/**/*.py", ":(glob)src/**/*.html")
+DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", *SOURCES, "dvc.yaml", "pyproject.toml", "labels")
+NEW = ("ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES)  # sources that git does not know yet
 OF_ALL_STAGES = ("git_commit", "git_dirty", "dvc_experiment", "data_digest", "data_notes")
 PATCH_LIMIT = 5_000_000  # bytes
 
@@ -70,6 +72,8 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     patch = _patch()
     if len(patch) > PATCH_LIMIT:
         tags["patch_left_out"] = f"{len(patch)} bytes"
+    elif secret := _secret(patch):
+        tags["patch_left_out"] = f"a changed line of {secret} seems to hold a password or key"
     elif patch:
         files["changes.patch"] = patch
     return Origin(tags, dataset, pipeline, files, "" if "git_commit" in tags else no_commit())
@@ -100,15 +104,26 @@ def _patch() -> bytes:
         return b""
     with tempfile.TemporaryDirectory(prefix="moco-index-") as folder:
         index = str(shutil.copy(place, folder))
-        _git_bytes("add", "--", "src", index=index)
+        new = [name.decode(errors="surrogateescape") for name in (_git_bytes(*NEW) or b"").split(b"\0") if name]
+        if new:
+            _git_bytes("add", "--", *new, index=index)
         return _git_bytes(*DIFF, index=index) or b""
 
 
+def _secret(patch: bytes) -> str:
+    """Return the name of the first file in whose added lines a password or key stands, else ''."""
+    name = ""
+    for line in patch.decode(errors="replace").splitlines():
+        if line.startswith("+++ "):
+            name = line.removeprefix("+++ ").removeprefix("b/")
+        elif line.startswith("+") and literal_secret(line):
+            return name
+    return ""
+
+
 def params_text(config: Config) -> str:
-    """params.yaml of these settings, without a password that may stand in the store's address."""
-    uri = without_password(config.tracking.uri)
-    tree = asdict(replace(config, tracking=replace(config.tracking, uri=uri)))
-    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False)
+    """Return params.yaml of these settings, without passwords and keys."""
+    return yaml.safe_dump(redact_tree(json.loads(json.dumps(asdict(config)))), sort_keys=False)
 
 
 def _code() -> dict[str, str]:

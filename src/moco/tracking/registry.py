@@ -18,6 +18,7 @@ from moco.files import sha256
 from moco.training.significance import at_least, described, discordant, unpack
 
 CANDIDATE, CHAMPION = "candidate", "champion"
+REGISTERED_TAG = "moco.registered"  # of a run: the digest of the weights that became a version
 GATE, TRAINED = "champion_gate", "trained"  # tags of a version; seconds since 1970
 CODE = Path(__file__).parent / "classifier_model.py"
 WEIGHTS = "model_sub.pth"
@@ -51,21 +52,28 @@ def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, A
     client.finalize_logged_model(model.model_id, "READY")
 
 
-def register(client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any]) -> None:
+def register(
+    client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any], again: bool = False
+) -> None:
     """Uploads a classifier as a model that MLflow can load and serve, and makes it a version of the registered model.
 
-    files: model_sub.pth and submission.py. Repeated, it changes nothing.
+    files: model_sub.pth and submission.py. Repeated, it changes nothing, but for files that the store has no more. A
+    version that somebody removed stays away, unless `again`.
     """
     digest = sha256(next(path for path in files if path.name == WEIGHTS))
     for path in files:
         client.log_artifact(run_id, str(path), "classifier")
-    _create_registered_model(client, name)
     version = next(
         (found for found in client.search_model_versions(f"name = '{name}'")
          if found.run_id == run_id and found.tags.get("sha256") == digest),
         None,
     )  # fmt: skip
-    if version is None:
+    if version is not None:
+        _restore_files(client, version, files, event)
+    elif digest in client.get_run(run_id).data.tags.get(REGISTERED_TAG, "").split() and not again:
+        return
+    else:
+        _create_registered_model(client, name)
         model_id = _upload(client, experiment, run_id, name, files, event)
         tags = {
             **event["tags"],
@@ -80,6 +88,7 @@ def register(client: Any, experiment: str, run_id: str, name: str, files: list[P
         source = f"models:/{model_id}" if served else client.get_logged_model(model_id).artifact_location
         made = client.create_model_version(name, source, run_id, tags=tags, model_id=model_id)
         version = client.get_model_version(name, made.version)
+        client.set_tag(run_id, REGISTERED_TAG, digest)
     if GATE not in version.tags:  # written last: what was interrupted before is made good
         candidate = _alias(client, name, CANDIDATE)
         if candidate is None or float(candidate.tags.get(TRAINED, 0)) <= float(version.tags[TRAINED]):
@@ -95,6 +104,15 @@ def _create_registered_model(client: Any, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _restore_files(client: Any, version: Any, files: list[Path], event: dict[str, Any]) -> None:
+    """Upload a version's model again where its files are gone, as when a store was copied without its artifacts."""
+    model_id = str(getattr(version, "model_id", None) or "")
+    if model_id and not client.list_logged_model_artifacts(model_id):
+        with tempfile.TemporaryDirectory(prefix="moco-model-") as folder:
+            package(Path(folder) / "model", files, event["needs"], event["image"], model_id)
+            client.log_model_artifacts(model_id, f"{folder}/model")
 
 
 def _upload(client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any]) -> str:

@@ -19,9 +19,11 @@ from moco.config import TrackingConfig
 from moco.environment import python_module
 from moco.errors import Interrupted, Say, UserError
 from moco.files import write_atomically
+from moco.redaction import redact
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
 from moco.tracking.origin import UNKNOWN, Origin
-from moco.tracking.store import available, store_uri, without_password
+from moco.tracking.store import available, store_uri
+from moco.tracking.store_check import trouble
 from moco.tracking.system import SystemSampler
 
 PATIENCE = 20.0  # seconds that the end of a run waits for MLflow to have everything
@@ -76,6 +78,8 @@ class Run:
     def _begin_delivery(self) -> None:
         if not store_uri(self.config) or self.config.offline or not available():
             return
+        if problem := trouble(self.config):
+            self.say(f"warning: MLflow: {problem}; the run goes on, and `moco sync` brings it there afterwards")
         try:
             self.process = subprocess.Popen(
                 python_module("moco.tracking.delivery", str(self.folder)), stdin=subprocess.PIPE,
@@ -173,7 +177,7 @@ class Run:
         finally:
             problem_there = self._end_delivery(HASTE if killed else PATIENCE)
         if problem_there:
-            place = without_password(store_uri(self.config))
+            place = redact(store_uri(self.config))
             self.say(
                 f"warning: MLflow at {place} does not have everything yet ({problem_there}); "
                 f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"

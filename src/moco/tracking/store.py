@@ -15,13 +15,15 @@ from typing import Any
 from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.files import home, write_atomically
+from moco.redaction import redact
 from moco.tracking.metric_log import as_text
+from moco.tracking.store_file import ARTIFACTS, refuse_other_schema, refuse_version
 
 SQLITE = "sqlite:///"
 AWKWARD = "%?#"  # signs of an address, which some versions of SQLAlchemy decode
-BATCH = 500  # metrics a request
+BATCH = 1000  # metrics a request, the most that MLflow takes
 NO_ANSWER = "does not answer"
-KINDS = ("https?", "sqlite", "postgresql", "mysql", "mssql", "databricks(-uc)?")
+KINDS = ("https?", "sqlite", "postgresql", "mysql", "mssql")
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a job reports to its user's store and to nobody else
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -85,19 +87,34 @@ def sqlite_file(uri: str) -> Path | None:
 
 def file_store(uri: str) -> str:
     """The folder of a store of the kind that MLflow ended with version 3; '' where `uri` is another."""
-    return uri.removeprefix("file://") if uri.startswith("file:") or not re.search("[:@]", uri) else ""
+    folder = uri.startswith("file:") or not (re.search("[:@]", uri) or _is_databricks(uri))
+    return uri.removeprefix("file://") if folder else ""
 
 
-def check_address(uri: str) -> None:
-    """Raises UserError for what no store can have."""
+def _is_databricks(uri: str) -> bool:
+    return re.match("databricks(-uc)?(:|$)", uri) is not None
+
+
+def check_address(uri: str, experiment: str = "/") -> None:
+    """Raise UserError for what no store can have, and for an experiment's name that this kind of store refuses."""
+    if _is_databricks(uri) and not experiment.startswith("/"):
+        raise UserError(
+            f"tracking.experiment: Databricks takes absolute paths, as /Users/NAME/{experiment}; set one of those, or "
+            "tracking.uri to another store",
+            "E-STORE-DATABRICKS",
+        )
     if folder := file_store(uri):
         raise UserError(
             f"{folder}: MLflow has no stores of files any more; set tracking.uri to sqlite:///mlflow.db. "
-            f"What the old one holds: {MIGRATE.format(folder)}"
+            f"What the old one holds: {MIGRATE.format(folder)}",
+            "E-STORE-FILES",
         )
-    if not re.match(f"({'|'.join(KINDS)})([+][a-z0-9_]+)?:", uri):
-        shown = without_password(uri)
-        raise UserError(f"tracking.uri: '{shown}' is no address of a store; http://HOST:PORT or sqlite:///mlflow.db is")
+    if not re.match(f"({'|'.join(KINDS)})([+][a-z0-9_]+)?:", uri) and not _is_databricks(uri):
+        shown = redact(uri)
+        raise UserError(
+            f"tracking.uri: '{shown}' is no address of a store; http://HOST:PORT or sqlite:///mlflow.db is",
+            "E-STORE-ADDRESS",
+        )
 
 
 def stray() -> str:
@@ -108,22 +125,13 @@ def stray() -> str:
     return f"mlruns has runs of an older MLflow, which are not shown with the others; {MIGRATE.format('mlruns')}"
 
 
-def without_password(uri: str) -> str:
-    """For messages and files: text in which no address has a user's name or password."""
-    return re.sub(r"(password=)[^&\s]+", r"\1...", re.sub(r"//\S*@", "//", uri))
-
-
 def explain(error: BaseException, uri: str) -> str:
     """One line for what a store says: what is wrong, and what to do."""
     if isinstance(error, UserError):
         return str(error)
-    said = without_password(" ".join(str(error).split())) or type(error).__name__
-    shown = without_password(uri)
-    newer = f"{shown} has the schema of a newer MLflow than the one here; `pip install --upgrade mlflow`"
-    older = f"{shown} has the schema of an older MLflow; after a backup: `mlflow db upgrade {shown}`"
+    said = redact(" ".join(str(error).split())) or type(error).__name__
+    shown = redact(uri)
     known = {
-        "out-of-date database schema": older if _is_known_schema(said) else newer,
-        "Can't locate revision": newer,
         "file is not a database": f"{shown}: not a SQLite store; set tracking.uri to another file",
         "unable to open database file": f"{shown}: cannot be opened; look at its folder's rights, or set tracking.uri",
         "error code 401": f"{shown} refuses the credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
@@ -138,24 +146,34 @@ def explain(error: BaseException, uri: str) -> str:
     return said[:200]
 
 
-def _is_known_schema(said: str) -> bool:
-    """Whether MLflow here has the migration to the schema that its message names."""
-    found, package = re.search(r"found version (\w+)", said), importlib.util.find_spec("mlflow")
-    if found is None or package is None or package.origin is None:
-        return True
-    return any((Path(package.origin).parent / "store/db_migrations/versions").glob(f"{found[1]}_*.py"))
-
-
 def artifact_location(uri: str) -> str | None:
     """For the artifacts of a SQLite store: a folder beside it. None where the server has its own."""
     path = sqlite_file(uri)
-    return None if path is None else (path.parent / "mlartifacts").as_uri()
+    return None if path is None else (path.parent / ARTIFACTS).as_uri()
 
 
 def client(uri: str) -> Any:
-    """An MlflowClient. Takes seconds, as MLflow does to import and to make its tables."""
+    """Return an MlflowClient. Takes seconds, as MLflow does to import and to make its tables.
+
+    Raises UserError where MLflow would migrate the store by opening it.
+    """
     create(uri)
+    if path := sqlite_file(uri):
+        refuse_other_schema(path)
+    elif not uri.startswith(("http://", "https://")) and not _is_databricks(uri):
+        _refuse_other_schema_of_server(uri)
     return _client(uri)
+
+
+def _refuse_other_schema_of_server(uri: str) -> None:
+    """Raise UserError where the database of a server has tables of another MLflow."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    with engine.connect() as connection:
+        if sqlalchemy.inspect(connection).has_table("alembic_version"):
+            version = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
+            refuse_version(str(version or ""), redact(uri), "back up the database")
 
 
 def _quiet_mlflow() -> None:
@@ -174,6 +192,55 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
+def deleted_experiment(name: str, uri: str) -> UserError:
+    """Return the error for an experiment that somebody deleted."""
+    return UserError(
+        f"experiment '{name}' is deleted in {redact(uri)}; restore it there (`mlflow experiments restore -x "
+        "ID`), or set tracking.experiment to another name",
+        "E-STORE-EXPERIMENT",
+    )
+
+
+def experiment(client: Any, uri: str, name: str) -> str:
+    """Return the id of the experiment, which is made where it is missing. Raises UserError where it is deleted."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
+        except MlflowException:  # another job was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise deleted_experiment(name, uri)
+    return str(found.experiment_id)
+
+
+def identity(client: Any) -> str:
+    """Return what tells a store from one that is made later at its address: the time when its first experiment was
+    made; '' where that is not known."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_experiment("0").creation_time or "")
+    except MlflowException:
+        return ""
+
+
+def search(client: Any, experiment: str, condition: str, view: int = 1) -> list[Any]:
+    """Return all runs that meet a condition, over all pages of the answer. view: MLflow's ViewType."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], condition, run_view_type=view, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            return found
+
+
 def log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
     """In as many requests as MLflow's limit of 100 needs. The same values again change nothing."""
     from mlflow.entities import Param
@@ -184,7 +251,7 @@ def log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
 
 
 def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
-    """In requests of 500; MLflow allows 1,000."""
+    """In requests of 1,000, the most that MLflow takes."""
     for first in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[first : first + BATCH])
 

@@ -3,51 +3,158 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco.config import TrackingConfig
 from moco.errors import UserError
+from moco.redaction import redact
 from moco.tracking.metric_log import NAME, close_abandoned, read_events
 from moco.tracking.mlflow_sink import MlflowSink
-from moco.tracking.store import NO_ANSWER, available, check_address, explain, store_uri, without_password
+from moco.tracking.pipeline_run import converge
+from moco.tracking.store import NO_ANSWER, available, check_address, client, explain, sqlite_file, store_uri
+from moco.tracking.store_file import refuse_other_schema, relocate
+
+SHOWN = 10  # of a list of what went wrong
+
+
+@dataclass
+class FoundLogs:
+    """logs: of runs, oldest first. unreadable: folders and logs that this user may not read, or that lead nowhere."""
+
+    logs: list[Path]
+    unreadable: list[Path] = field(default_factory=list)
+
+    def told(self) -> str:
+        """Return which cannot be read, in one line with what to do; '' where all can."""
+        if not self.unreadable:
+            return ""
+        return (
+            f"{len(self.unreadable)} run folder(s) cannot be read and are left out: {listed(self.unreadable)}; if they "
+            "are another user's, ask for `chmod -R go+rX`"
+        )
+
+
+def listed(things: Sequence[object]) -> str:
+    """Return the first ten, and how many more there are."""
+    more = f" and {len(things) - SHOWN} more" if len(things) > SHOWN else ""
+    return ", ".join(map(str, things[:SHOWN])) + more
 
 
 def _began(log: Path) -> float:
-    return float(next(read_events(log), {"time": 0.0})["time"])
+    """Return when a run began, in seconds since 1970; 0 where its log cannot be read, which is told later."""
+    try:
+        return float(next((event["time"] for event in read_events(log) if event["event"] == "start"), 0.0))
+    except (UserError, OSError):
+        return 0.0
 
 
-def logs_of(project: Path) -> list[Path]:
-    """Every metric log of the project and of its sweeps, oldest first."""
-    found = (log for place in ("", "sweeps/*/*/") for log in project.glob(f"{place}runs/*/*/{NAME}"))
-    return sorted(found, key=_began)
+def logs_of(project: Path) -> FoundLogs:
+    """Find every metric log of the project and of its sweeps, oldest first."""
+    found = FoundLogs([])
+    runs = [project / "runs"]
+    for sweep in _folders(project / "sweeps", found):
+        runs += [task / "runs" for task in _folders(sweep, found)]
+    for place in runs:
+        for stage in _folders(place, found):
+            for folder in _folders(stage, found):
+                _look(folder / NAME, found)
+    found.logs.sort(key=_began)
+    return found
 
 
-def sync_all(project: Path, config: TrackingConfig, say: Callable[[str], None], runs: Sequence[Path] = ()) -> None:
-    """Replays metric logs, oldest first, so that the newest classifier is registered last; what MLflow has already is
-    not sent again. runs: folders of some; otherwise all of the project and of its sweeps.
+def _folders(parent: Path, found: FoundLogs) -> list[Path]:
+    """Return the folders in a folder; none where it is missing."""
+    try:
+        inner = sorted(parent.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError:
+        found.unreadable.append(parent)
+        return []
+    found.unreadable += [path for path in inner if path.is_symlink() and not path.exists()]  # they lead nowhere
+    return [path for path in inner if path.is_dir()]
 
-    Raises UserError where MLflow is missing, no store is set, or a run could not be brought there.
+
+def _look(log: Path, found: FoundLogs) -> None:
+    try:
+        with log.open("rb"):
+            found.logs.append(log)
+    except (FileNotFoundError, NotADirectoryError):  # not a run, or one that has not begun
+        return
+    except OSError:
+        found.unreadable.append(log.parent)
+
+
+def sync_all(
+    project: Path, config: TrackingConfig, say: Callable[[str], None], runs: Sequence[Path] = (), again: bool = False
+) -> None:
+    """Replay metric logs, oldest first, so that the newest classifier is registered last; what MLflow has already is
+    not sent again. Afterwards every pipeline's row has the values of each of its stages.
+
+    runs: folders of some; otherwise all of the project and of its sweeps. again: also those that somebody deleted.
+    Raises UserError where MLflow is missing, no store is set, or a run could not be read or brought there.
     """
-    if not available():
-        raise UserError("mlflow is not installed here; run this where it is, the logs are in runs/")
-    uri = store_uri(config)
-    if not uri:
-        raise UserError("tracking.uri is empty; set it in params.yaml")
-    check_address(uri)
+    uri = _store_of(config, say)
     for folder in runs:
         if not (folder / NAME).is_file():
-            raise UserError(f"{folder}: no run's folder, as it has no {NAME}; they are runs/STAGE/KEY")
-    logs = sorted((folder / NAME for folder in runs), key=_began) if runs else logs_of(project)
-    failed = []
-    for log in logs:
+            raise UserError(f"{folder}: no run's folder, as it has no {NAME}; they are runs/STAGE/KEY", "E-SYNC-FOLDER")
+    found = FoundLogs(sorted((folder / NAME for folder in runs), key=_began)) if runs else logs_of(project)
+    failed: list[str] = []
+    deleted: list[Path] = []
+    for log in found.logs:
         try:
             close_abandoned(log)
-            MlflowSink(log.parent, config).replay()
+            sink = MlflowSink(log.parent, config)
+            sink.replay(again)
+            deleted += [log.parent] if sink.deleted else []
         except Exception as error:  # MLflow and its HTTP layers raise many kinds
-            problem = explain(error, uri)
-            failed.append(f"{log.parent}: {problem}")
-            if NO_ANSWER in problem:
-                raise UserError(f"{problem}; nothing is lost, repeat `moco sync` then") from None
-    say(f"{len(logs) - len(failed)} of {len(logs)} runs are in {without_password(uri)}")
+            failed.append(_problem(error, log, uri))
+    _converge(config, uri, failed)
+    there = len(found.logs) - len(failed) - len(deleted)
+    say(f"{there} of {len(found.logs)} runs are in {redact(uri)}")
+    if deleted:
+        say(
+            f"{len(deleted)} were deleted there and stay so: {listed(deleted)}; `moco sync --again RUN` brings one back"
+        )
+    if found.unreadable:
+        failed.append(found.told())
     if failed:
-        raise UserError(f"{len(failed)} run(s) not synced, first {failed[0]}")
+        raise UserError(f"{len(failed)} problem(s) in bringing runs to MLflow, first: {failed[0]}", "E-SYNC-FAILED")
+
+
+def _store_of(config: TrackingConfig, say: Callable[[str], None]) -> str:
+    """Return the store's address, once it can be used as it is; a store that was moved gets its new addresses."""
+    if not available():
+        raise UserError(
+            "mlflow is not installed here; run this where it is, the logs are in runs/", "E-TRACKING-NO-MLFLOW"
+        )
+    uri = store_uri(config)
+    if not uri:
+        raise UserError("tracking.uri is empty; set it in params.yaml", "E-TRACKING-NO-STORE")
+    check_address(uri, config.experiment)
+    if (file := sqlite_file(uri)) and file.exists():
+        refuse_other_schema(file)
+        if former := relocate(file):
+            say(f"{file} was moved or copied from {former[0].parent}: its artifacts' addresses now lead here")
+    return uri
+
+
+def _problem(error: Exception, log: Path, uri: str) -> str:
+    """Return what is wrong with one run. Raises UserError where it is wrong with the store, so with all."""
+    problem = explain(error, uri)
+    if isinstance(error, UserError) and error.code.split("-")[1:2] == ["STORE"]:
+        raise error
+    if NO_ANSWER in problem:
+        raise UserError(f"{problem}; nothing is lost, repeat `moco sync` then", "E-STORE-NO-ANSWER") from None
+    return problem if str(log.parent) in problem else f"{log.parent}: {problem}"
+
+
+def _converge(config: TrackingConfig, uri: str, failed: list[str]) -> None:
+    try:
+        connected = client(uri)
+        found = connected.get_experiment_by_name(config.experiment)
+        if found is not None and found.lifecycle_stage == "active":
+            converge(connected, found.experiment_id)
+    except Exception as error:  # MLflow and its HTTP layers raise many kinds
+        failed.append(f"the pipelines' rows: {explain(error, uri)}")

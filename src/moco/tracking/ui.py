@@ -13,7 +13,9 @@ from moco.config import TrackingConfig
 from moco.environment import RUN_MODULE
 from moco.errors import Interrupted, UserError
 from moco.files import account
-from moco.tracking.store import available, client, explain, store_uri, stray, without_password
+from moco.redaction import redact
+from moco.tracking.store import available, client, explain, sqlite_file, store_uri, stray
+from moco.tracking.store_file import refuse_other_schema, relocate
 
 HOST = "127.0.0.1"
 # Ends the server and its workers when `moco ui` is gone, by SIGKILL too: its standard input is then at an end.
@@ -29,7 +31,7 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         raise UserError("mlflow is not installed here; run this where it is")
     uri = store_uri(config)
     if uri.startswith(("http://", "https://")):
-        say(f"tracking.uri is a server: open {without_password(uri)}")
+        say(f"tracking.uri is a server: open {redact(uri)}")
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -38,7 +40,13 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
         except OSError:
             raise UserError(f"port {port} is in use; choose another with --port") from None
     try:  # here, as the server would tell of a bad store by a traceback
+        if (file := sqlite_file(uri)) and file.exists():
+            refuse_other_schema(file)
+            if former := relocate(file):
+                say(f"{file} was moved or copied from {former[0].parent}: its artifacts' addresses now lead here")
         client(uri).search_experiments(max_results=1)
+    except UserError:
+        raise
     except Exception as error:  # MLflow and its layers raise many kinds
         raise UserError(explain(error, uri)) from None
     if found := stray():

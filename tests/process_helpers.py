@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import encodings
+import importlib
 import multiprocessing
 import os
 import resource
@@ -144,3 +146,11 @@ def finish(processes: list[Started]) -> tuple[list[int | None], list[str]]:
     """Exit codes, and what each said."""
     found = [started.finish() for started in processes]
     return [code for code, _ in found], [errors for _, errors in found]
+
+
+def forget_failed_imports() -> None:
+    """Forget what could not be imported without root's rights, as the folder of Python itself may be root's alone."""
+    importlib.invalidate_caches()
+    known = encodings._cache  # type: ignore[attr-defined]
+    for name in [name for name, found in known.items() if found is None]:
+        del known[name]

@@ -159,7 +159,7 @@ def test_names_in_label_files_do_not_lead_out_of_the_pool(moco: Moco, project: P
                                 ("unlabeled", "", 5), ("../elsewhere", "", 5)):  # fmt: skip
         for number in range(4):
             (tree / split / label).mkdir(parents=True, exist_ok=True)
-            image = np.full((32, 32, 3), 40 * value + number, np.uint8)
+            image = np.random.default_rng(10 * value + number).integers(0, 255, (32, 32, 3), np.uint8)
             Image.fromarray(image).save(tree / split / label / f"{number}.png")
     write_params(project, data__source="classes", data__path="tree", data__classes=None, train_extra__labels="a.csv",
                  pretrain__batch_size=2)  # fmt: skip

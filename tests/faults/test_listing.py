@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from moco.data.generated import pack
 from moco.data.label_files import read_lines
 from moco.data.prepare import prepare
 from moco.errors import UserError
+from process_helpers import forget_failed_imports
 
 LITTER = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", "__MACOSX")
 
@@ -27,7 +29,8 @@ def config(path: Path, source: str = "classes", unreadable: int = 0) -> DataConf
     drawn = GeneratedConfig(seed=3, size=32, unlabeled=24, train_per_class=2, val_per_class=1, pack=False)
     return DataConfig(
         source=source, path=str(path), mounted="", copy_to_scratch=False, download=False, classes=None,  # type: ignore[arg-type]
-        resize=None, labelled=None, unreadable=unreadable, max_pixels=178956970, generated=drawn,
+        resize=None, labelled=None, unreadable=unreadable, max_pixels=178956970, exclude_val=True,
+        generated=drawn,
     )  # fmt: skip
 
 
@@ -58,12 +61,14 @@ def tree() -> Iterator[Path]:
 def nobody(tree: Path) -> Iterator[None]:
     """Without root's rights, which let it read everything."""
     Image.init()
+    codecs.lookup("ascii")  # loaded late, from a folder that may be root's alone
     if os.geteuid() != 0:
         yield
         return
     os.seteuid(65534)
     yield
     os.seteuid(0)
+    forget_failed_imports()
 
 
 def without_rights(path: Path) -> None:

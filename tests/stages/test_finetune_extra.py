@@ -82,6 +82,7 @@ def test_every_extra_label_meets_its_image_and_none_is_held_out(
     metrics = json.loads((with_extra / "reports/finetune/metrics.json").read_text())
     assert metrics["extra_labels"] == 3
     run_all(moco, "eval")
+    monkeypatch.setenv("COLUMNS", "200")
     assert "fine-tuned, with 3 extra labels" in moco("report").stdout.replace("\n", " ")
     done = moco("eval", "--classifier", "models/finetuned")
     assert done.returncode == 0 and "other settings" not in done.stderr, done.stderr
@@ -100,6 +101,7 @@ def test_the_last_layer_begins_with_the_extra_labels(
 
     for module in ("train", "finetune"):
         monkeypatch.setattr(f"moco.stages.{module}.fit_linear", watched)
+    shutil.rmtree(with_extra / "runs/train_extra")  # else its result is taken, and nothing is fitted
     run_all(moco, "train_extra", "finetune")
     *_, (theirs, _), (views, labels) = fitted
     assert labels[-3:].tolist() == [number % 5 for number in ORDER] and len(labels) == 13
@@ -119,7 +121,9 @@ def test_answers_that_come_meanwhile_wait_for_train_extra(moco: Moco, with_extra
         assert moco("finetune").returncode == 128 + signal.SIGTERM
     write(with_extra, {**EXTRA, "8.png": 3}, finetune__pool=3)
     done = moco("finetune")
-    assert done.returncode == 0 and "continuing from" in done.stderr and "warning" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "continuing from" in done.stderr, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line and "better than its start" not in line]
+    assert not warnings
     assert weights.read_bytes() == before
     run_all(moco, "train_extra", "finetune")
     assert weights.read_bytes() != before

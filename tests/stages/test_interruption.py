@@ -86,7 +86,7 @@ def test_a_finished_run_is_taken_and_not_repeated(moco: Moco, project: Path) -> 
     made = {path: path.read_bytes() for path in [project / "models/encoder.pth", *project.glob("reports/pretrain/*")]}
     (folder,) = (project / "runs/pretrain").iterdir()
     log = (folder / "metrics.jsonl").read_bytes()
-    assert len(made) == 4
+    assert len(made) == 5  # provenance.json among them
     for path in made:
         path.unlink()
     done = moco("pretrain")

@@ -101,10 +101,10 @@ def test_a_strangers_classifier_is_scored_with_a_warning_or_by_its_own_names(tra
     (folder / "submission.py").write_text(
         text.replace("class_names = ['ant', 'bee', 'cat']", "class_names = ['bee', 'ant', 'cat']")
     )
-    done = trained("eval", "--classifier", "theirs")
+    done = trained("eval", "--classifier", "theirs", "--yes")
     assert_one_line_error(done, "in another order", "[E-STAGE-CLASSES]")
     (folder / "submission.py").write_text(text.replace("class_names = ", "other = "))
-    done = trained("eval", "--classifier", "theirs")
+    done = trained("eval", "--classifier", "theirs", "--yes")
     assert done.returncode == 0 and "does not say which classes it knows" in done.stderr
 
 

@@ -20,6 +20,7 @@ from moco.tracking.compare import collect
 from moco.tracking.metric_log import MetricLog, read_events
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.sync import logs_of, sync_all
+from process_helpers import forget_failed_imports
 
 pytestmark = pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
 START = '{"event": "start", "time": 1.0, "stage": "train", "name": "n", "params": {}, "tags": {}}'
@@ -89,6 +90,7 @@ def as_nobody() -> Iterator[Any]:
         pytest.skip("needs root, to become another user")
     yield lambda: os.seteuid(65534)
     os.seteuid(0)
+    forget_failed_imports()
 
 
 @pytest.mark.fault("unreadable-runs")

@@ -38,6 +38,7 @@ def newest(checkpoints: CheckpointFolder) -> tuple[int | None, list[str]]:
     said: list[str] = []
     found = checkpoints.newest(said.append)
     if found is not None:
+        found = found[1]
         assert torch.equal(found["model"]["w"], torch.full((100,), float(found["loop"]["epoch"])))
     return (None if found is None else found["loop"]["epoch"]), said
 
@@ -153,7 +154,7 @@ def test_saving_an_epoch_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path, [1, 2])
     checkpoints.save(2, {**content(2), "second": True})
     found = checkpoints.newest(lambda _: None)
-    assert found is not None and found["second"] is True
+    assert found is not None and found[1]["second"] is True
     assert len(checkpoints.paths()) == 2
 
 

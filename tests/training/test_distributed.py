@@ -107,6 +107,8 @@ def loop(
         return {"loss": torch.tensor(math.nan if nan_at == (processes.rank, number) else 1.0 + processes.rank)}
 
     class Display:
+        def start(self, fraction: float) -> None: ...
+
         def update(self, fraction: float, rate: float, words: str) -> None: ...
 
     hooks = Hooks(

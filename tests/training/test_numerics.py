@@ -111,8 +111,10 @@ def test_clock(seconds: float, text: str) -> None:
 
 def test_a_file_gets_plain_lines_with_rate_and_remaining_time(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay("pretrain", terminal=False) as display:
+        display.start(0.25)
         display.began -= 100  # as if it had run so long
-        display.update(0.25, 1234.4, "loss 3.210")
+        display.last_line -= 20
+        display.update(0.375, 1234.4, "loss 3.210")
         display.began -= 100
         display.last_line -= 20
         display.update(0.5, 1500.0, "loss 2.000")
@@ -122,8 +124,8 @@ def test_a_file_gets_plain_lines_with_rate_and_remaining_time(capsys: pytest.Cap
     assert not re.search(r"[^\n\x20-\x7e]", err), "no control characters"
     lines = err.splitlines()
     assert len(lines) == 3
-    assert "pretrain:" in lines[0] and "25%" in lines[0] and "1,234 images/s" in lines[0] and "loss 3.210" in lines[0]
-    # A quarter took 200 s since the first report at a quarter: half of the whole is left, 400 s.
+    assert "pretrain:" in lines[0] and "38%" in lines[0] and "1,234 images/s" in lines[0] and "loss 3.210" in lines[0]
+    # A quarter took 200 s since the start at a quarter: half of the whole is left, 400 s.
     assert re.search(r"50% 1,500 images/s 6:4\d left", lines[1]), lines[1]
     assert "100%" in lines[2] and "0:00 left" in lines[2]
 

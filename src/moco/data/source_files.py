@@ -20,7 +20,6 @@ import PIL
 
 from moco.config import DataConfig, flatten
 from moco.data.cache import caches
-from moco.data.generated import generated_place
 from moco.data.manifest import SPLITS
 from moco.files import write_text
 
@@ -98,6 +97,8 @@ def _sources(config: DataConfig) -> list[Source]:
     """Those of the settings, the one that is taken first where both are there at first."""
     path = Path(config.path)
     if config.source == "generated":
+        from moco.data.generated import generated_place  # which imports torch; the doctor does without
+
         place = generated_place(config.generated, path)
         return [Source(place, (place,)) if place.suffix == ".sqsh" else _contract(place)]
     if config.source == "squashfs":

@@ -62,12 +62,12 @@ def run(config: Config, start: Start | None = None) -> None:
 
     Raises UserError where the strategy lacks a classifier, or encoder, data and settings do not fit each other."""
     with locked_outputs("request", say):
-        making = (start or Start.of("request")).making
+        begun, given = start or Start.of("request"), config
         if config.request.answers == "generator" and config.data.source != "generated":
             say("warning: request.answers: these images are not drawn by the generator; the form is left to people")
             config = replace(config, request=replace(config.request, answers="people"))
         keep_answers(config)  # before the labels are read: from now on they are some of them
-        _run(config, making(config))
+        _run(config, begun.making(given))
 
 
 def _run(config: Config, making: Making) -> None:

@@ -142,15 +142,16 @@ class Run:
         )  # fmt: skip
 
     def _keep(self, path: Path, folder: str) -> str:
-        """Keeps a file beside the log, under a name that MLflow shows: as a second name of the run's own file, else as
-        a copy. Returns its path relative to the run's folder."""
+        """Keep a file beside the log, under a name that MLflow shows: the run's own as a second name, any other as a
+        copy. Return its path relative to the run's folder."""
 
         def keep(temporary: Path) -> None:
-            temporary.unlink()
-            try:
-                os.link(path, temporary)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(path, temporary)
+            if path.resolve().is_relative_to(self.folder.resolve()):
+                temporary.unlink()
+                with contextlib.suppress(OSError):  # a file system without links
+                    os.link(path, temporary)
+                    return
+            shutil.copyfile(path, temporary)
 
         write_atomically(self.folder / folder / path.name, keep)
         return f"{folder}/{path.name}"

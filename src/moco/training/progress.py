@@ -41,6 +41,7 @@ class ProgressDisplay:
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self.began, self.first, self.last_line = time.monotonic(), 0.0, time.monotonic() - LINE_EVERY + FIRST_LINE
         self.bar: Progress | None = None
+        self.always_ends = True  # with a line in a file, however short it was
 
     def __enter__(self) -> ProgressDisplay:
         self.began = time.monotonic()
@@ -64,7 +65,7 @@ class ProgressDisplay:
     @contextmanager
     def counting(self, total: int) -> Iterator[Callable[[int], None]]:
         """Show how many images of `total` are done: yields what to call with the number of each batch that is."""
-        done = 0
+        done, self.always_ends = 0, False
 
         def advance(images: int) -> None:
             nonlocal done
@@ -82,6 +83,8 @@ class ProgressDisplay:
         text = f"{fraction:4.0%} {rate:,.0f} images/s {left} left  {words}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=fraction * LENGTH, words=text)
-        elif now - self.last_line >= LINE_EVERY or (fraction >= 1 and now - self.began >= LINE_EVERY):
+        elif now - self.last_line >= LINE_EVERY or (
+            fraction >= 1 and (self.always_ends or now - self.began >= LINE_EVERY)
+        ):
             self.last_line = now
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)

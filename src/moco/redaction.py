@@ -8,7 +8,7 @@ from typing import Any
 HIDDEN = "..."
 # A key whose value is a secret; it may end a longer one: MLFLOW_TRACKING_PASSWORD, aws_secret_access_key.
 _KEY = (
-    r"(?:passwords?|passwd|passphrase|pwd|secret|token|access[_-]?key(?:[_-]?id)?|account[_-]?key|api[_-]?key|"
+    r"(?:passwords?|passwd|passphrase|passcode|(?<![a-z])pass|pwd|secret|token|access[_-]?key(?:[_-]?id)?|account[_-]?key|api[_-]?key|"
     r"private[_-]?key|shared[_-]?access[_-]?key|(?<![a-z])sig|signature|credentials?|odbc_connect)"
 )
 _PERCENT = r"%(?:25)*"  # a percent sign, itself encoded any number of times
@@ -49,7 +49,7 @@ _SIGN = re.compile(
 _LITERAL = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^\s/:@'\"{}]*:[^\s/@'\"{}]+@|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|"
     r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|dapi[0-9a-f]{32}|hf_\w{20,})|"
-    r"(?i:(?:password|passwd|pwd|secret|token|api_key|access_key)['\"]?\s*[:=]\s*['\"][^'\"{}\s]{6,}['\"])"
+    r"(?i:(?:password|passwd|passphrase|pwd|secret|token|api_key|access_key)['\"]?\]?\s*[:=]\s*['\"][^'\"{}\s]{6,}['\"])"
 )
 
 

@@ -16,6 +16,7 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.data.pool_names import pool_names
 from moco.data.prepare import open_decoded, prepare
 from moco.errors import UserError
+from moco.training.features import apart
 
 
 def copied(source: Path, target: Path) -> None:
@@ -129,6 +130,25 @@ def test_one_image_in_two_classes_is_named(dataset: Path, tmp_path: Path) -> Non
     assert manifest.classes_twice == 1
     assert any("train/8.png (dog) = train/2.png (cat)" in line for line in said)
     assert any("two classes" in note for note in manifest.notes())
+
+
+@pytest.mark.fault("overlap")
+def test_copies_within_a_split_and_classes_without_val_are_said(dataset: Path, tmp_path: Path) -> None:
+    copied(dataset / "train/0.png", dataset / "train/5.png")  # of one class
+    copied(dataset / "val/0.png", dataset / "val/1.png")
+    labels = torch.arange(10) % 5
+    labels[labels == 3] = 4
+    torch.save(labels, dataset / "val_label_tensor.pt")
+    manifest, _ = read(dataset, tmp_path)
+    assert manifest.repeated == {"train": 1, "val": 1} and manifest.classes_without_val() == ["3"]
+    assert len([note for note in manifest.notes() if "repeat another one" in note]) == 2
+    assert any("no image in val" in note and note.endswith(": 3") for note in manifest.notes())
+
+
+@pytest.mark.fault("overlap")
+def test_copies_of_held_out_images_are_not_learned_from() -> None:
+    digests = np.array([[1], [2], [1], [3]], np.uint8)
+    assert apart(np.array([0, 1, 3]), np.array([2]), digests).tolist() == [1, 3]
 
 
 def test_drawn_images_have_none(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ def test_classifier_that_does_not_fit_its_submission_is_refused(moco: Moco, proj
     path.write_bytes(b"PK")
     assert_one_line_error(moco("eval"), "model_sub.pth", "damaged")
     (path.parent / "submission.py").write_text("team_id = 1\n")
-    assert_one_line_error(moco("eval"), "submission.py", "get_model")
+    assert_one_line_error(moco("eval"), "submission.py", "[E-EVAL-UNKNOWN-CODE]")
+    assert_one_line_error(moco("eval", "--yes"), "submission.py", "get_model")
 
 
 def test_classifier_of_other_classes_is_refused(moco: Moco, project: Path) -> None:

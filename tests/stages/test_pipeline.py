@@ -175,7 +175,7 @@ def test_what_is_wrong_with_a_submission_is_one_line(moco: Moco, project: Path, 
     flat += "    forward = lambda self, x: x.sum((1, 2, 3))\n"
     own = path.read_text().replace("from __future__ import annotations\n", "")
     path.write_text(f"{head}{own}\n{flat}{code}\n")
-    done = moco("eval")
+    done = moco("eval", "--yes")
     if told is None:
         assert done.returncode == 0, done.stderr
     else:

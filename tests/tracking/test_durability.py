@@ -180,7 +180,7 @@ def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on_afterwards(
     write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=100, pretrain__monitor_every=50,
                  pretrain__checkpoint_every=20)  # fmt: skip
     assert moco("data").returncode == 0
-    (project / "runs").mkdir()
+    (project / "runs").mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(project / "runs")]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting is not permitted here")

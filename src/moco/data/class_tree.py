@@ -88,6 +88,11 @@ def _class_folders(folder: Path, say: Say) -> dict[str, Path]:
     found = subfolders(folder)
     check_names(sorted(entry.name for entry in found), folder, say)
     names = {entry.name for entry in found}
+    if pools := sorted(names & set(POOL_NAMES)):
+        raise UserError(
+            f"{folder / pools[0]}: would be a class of this name; move it up, beside train/ and val/, or rename it",
+            "E-DATA-NESTED",
+        )
     if names and names <= {*KNOWN, "test"}:  # a class may be called train, but not all of them so
         raise UserError(
             f"{folder / min(names)}: {folder.name}/ holds a folder per class, and this is no class by its name; move "

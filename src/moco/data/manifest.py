@@ -17,6 +17,13 @@ EDITED = "digest and content disagree"
 SPLITS = ("unlabeled", "train", "val")
 
 
+# What copies within a split mean for what is measured with it.
+REPEATED = {
+    "train": "copies of held-out images are not learned from while they decide",
+    "val": "they count as often, so that intervals are too narrow",
+}
+
+
 @dataclass(frozen=True)
 class SplitSummary:
     """count: images. pixels: sha256 over the digests of all images, in order. labels: sha256, or None."""
@@ -33,7 +40,8 @@ class Manifest:
     settings: those of section `data` that decide the content, by dotted name. left_out: numbers of the unlabeled
     images that could not be used, counted in the source; excluded: [number, row of val] of those that also stand in val
     and were taken out for it. duplicates_train_val, classes_twice, val_in_pool: images of val that also stand in train,
-    of train that stand in two classes, of val in the pool (taken out or not). decoding: version of the rules by which
+    of train that stand in two classes, of val in the pool (taken out or not). repeated: images of train and of val that
+    stand in the same split before. decoding: version of the rules by which
     files became pixels. adjusted: how many images of each split are not decoded as they are stored, by the names of
     decode.ADJUSTED."""
 
@@ -51,6 +59,7 @@ class Manifest:
     excluded: list[list[int]] = field(default_factory=list)
     classes_twice: int = 0
     val_in_pool: int = 0
+    repeated: dict[str, int] = field(default_factory=dict)
     decoding: int = 1
     adjusted: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -82,11 +91,23 @@ class Manifest:
             said.append(f"{self.duplicates_train_val} image(s) of val also stand in train: scores on val are too high")
         if self.classes_twice:
             said.append(f"{self.classes_twice} image(s) of train stand in two classes")
+        for name, count in self.repeated.items():
+            if count:
+                said.append(f"{count} image(s) of {name} repeat another one of {name}: {REPEATED[name]}")
+        if missing := self.classes_without_val():
+            names = ", ".join(missing)[:80]
+            said.append(f"{len(missing)} class(es) have no image in val, which says nothing of them: {names}")
         if self.excluded:
             said.append(f"{len(self.excluded)} image(s) of the pool also stand in val and were taken out of the pool")
         elif self.val_in_pool:
             said.append(f"{self.val_in_pool} image(s) of the pool also stand in val: pretraining sees them")
         return said
+
+    def classes_without_val(self) -> list[str]:
+        """Return the names of the classes that no image of val has."""
+        val = self.splits.get("val")
+        counts = [] if val is None else val.per_class or []
+        return [name for name, count in zip(self.classes, counts, strict=False) if not count]
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"

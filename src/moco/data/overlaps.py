@@ -16,10 +16,11 @@ from moco.errors import UserError
 @dataclass(frozen=True)
 class Overlaps:
     """val_in_train: rows (train, val), a pair for each image of val that stands in train. classes_twice: rows of train,
-    pairs of the same pixels with two labels."""
+    pairs of the same pixels with two labels. repeated: by split, how many images stand there before."""
 
     val_in_train: list[tuple[int, int]]
     classes_twice: list[tuple[int, int]]
+    repeated: dict[str, int]
 
 
 def digests(reports: Sequence[ChunkReport]) -> list[bytes]:
@@ -62,7 +63,8 @@ def refuse_nothing(kept: np.ndarray) -> None:
 def overlaps(train: list[bytes], val: list[bytes], labels: np.ndarray) -> Overlaps:
     """Return what is in two places. labels: of train."""
     pairs = [(first, row) for first, row in same(train, train) if labels[first] != labels[row]]
-    return Overlaps(same(train, val), pairs)
+    repeated = {name: len(split) - len(set(split)) for name, split in (("train", train), ("val", val))}
+    return Overlaps(same(train, val), pairs, repeated)
 
 
 def warnings(found: Overlaps, dataset: Dataset, classes: list[str]) -> list[str]:

@@ -287,6 +287,7 @@ def _describe(dataset: Dataset, classes: list[str], config: DataConfig, built: B
         left_out=built.left_out,
         excluded=[list(pair) for pair in built.in_val] if config.exclude_val else [],
         classes_twice=len(found.classes_twice),
+        repeated=found.repeated,
         val_in_pool=len(built.in_val),
         decoding=DECODING,
         adjusted=count_adjusted(built.reports),

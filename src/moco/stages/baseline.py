@@ -26,7 +26,7 @@ from moco.model.encoder import Architecture, build_encoder, strip_head, with_fea
 from moco.stages.architecture import chosen_architecture
 from moco.stages.identity import Making, Start
 from moco.stages.outputs import locked_outputs
-from moco.stages.provenance import write_provenance
+from moco.stages.provenance import train_settings, write_provenance
 from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classifier_views, classify
 from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
@@ -75,7 +75,8 @@ def _run(config: Config, making: Making) -> None:
         write_text(path, json.dumps(results, indent=2, sort_keys=True) + "\n")
         record.artifact(path)
         correct = {f"random_{name}": row for name, row in correct.items()} | {"supervised_val_accuracy": right}
-        made = write_provenance(path.parent, manifest, architecture=architecture.as_dict(), correct=correct)
+        fitted = {"architecture": architecture.as_dict(), "train_settings": train_settings(config.train)}
+        made = write_provenance(path.parent, manifest, **fitted, correct=correct)
         record.artifact(made)
         folder.finish(making)
 

@@ -41,12 +41,15 @@ class BestEpoch:
         return {"held_out_accuracy": self.last}
 
     def choice(self) -> dict[str, Any]:
-        """The last epoch, unless an earlier one is clearly better, as for the linear classifier.
+        """Return the last epoch, unless an earlier one is clearly better, as for the linear classifier, or the last is
+        behind the start: then the best, which may be the start.
 
         Raises ValueError before the first."""
         if self.best is None:
             raise ValueError("no epoch has been measured")
-        return self.best if clearly_better(self.best["accuracy"], self.last, len(self.labels)) else self._now()
+        behind = self.start is not None and self.last < self.start
+        clearly = clearly_better(self.best["accuracy"], self.last, len(self.labels))
+        return self.best if behind or clearly else self._now()
 
     def correct(self) -> np.ndarray:
         """Return which held-out images the network has right now, M booleans."""

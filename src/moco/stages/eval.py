@@ -257,7 +257,8 @@ def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
 def _digests(best: dict[str, Any]) -> dict[str, str]:
     """Return the digests of what the classifier was made from, as far as they are known."""
     made_from = best.get("made_from", {})
-    return {name: made_from[name] for name in ("encoder", "start") if name in made_from}
+    known = {"encoder": "encoder", "start": "start", "data": "trained_on"}
+    return {ours: made_from[theirs] for theirs, ours in known.items() if theirs in made_from}
 
 
 def _upstream(best: dict[str, Any]) -> dict[str, float]:

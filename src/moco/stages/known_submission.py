@@ -14,7 +14,7 @@ from moco.data.manifest import Manifest, load_manifest
 from moco.errors import UserError
 from moco.files import home, sha256
 from moco.model.encoder import SMALL, Architecture
-from moco.stages.workspace import MAKERS, MANIFEST, RUNS
+from moco.stages.workspace import MANIFEST, RUNS
 from moco.submission import render
 
 NAMES = ("team_id", "team_name", "email_address", "class_names")
@@ -27,13 +27,13 @@ SCALED = re.compile(r"^        transforms\.Normalize\((.+)\),$", re.MULTILINE)
 
 
 def ask_before_running(folder: Path, yes: bool, ask: Callable[[str], bool] | None) -> None:
-    """Return where submission.py of a classifier's folder may run: a stage's own folder, a text that this project
-    writes, `yes`, or a person who agrees. ask: None where nobody can be asked.
+    """Return where submission.py of a classifier's folder may run: a text that this project writes, in whatever folder,
+    `yes`, or a person who agrees. ask: None where nobody can be asked.
 
     Raise UserError otherwise. A file that is missing is left to the stage.
     """
     path = folder / "submission.py"
-    if yes or not path.is_file() or folder.resolve() in [known.resolve() for known in MAKERS]:
+    if yes or not path.is_file():
         return
     if is_known(path) or (ask is not None and ask(f"{path} is a program that this project did not write. Run it?")):
         return

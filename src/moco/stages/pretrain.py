@@ -77,7 +77,7 @@ class Monitor:
             raise UserError(
                 "pretrain.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT"
             )
-        self.kept, self.held = kept, held
+        self.kept, self.held = features.apart(kept, held, self.train.digests), held
 
     def described(self) -> str:
         """Return a line that says how many images are held out."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moco.config import TrainConfig, flatten
 from moco.data.manifest import Manifest
 from moco.files import write_text
 from moco.stages.workspace import REPORTS
@@ -28,13 +29,20 @@ def write_provenance(report: Path, manifest: Manifest, **found: Any) -> Path:
     """Write provenance.json into a stage's folder of reports and return its path.
 
     found: `encoder` and `weights`, sha256 of files; `start`, that of the classifier that was trained further;
-    `pretraining`, see `pretraining_of`; `correct`, rows of booleans by the metric whose images they are; `images`, of
+    `train_settings`, see there; `trained_on`, the data that a scored classifier was made from; `pretraining`, see
+    `pretraining_of`; `correct`, rows of booleans by the metric whose images they are; `images`, of
     other accuracies the number alone.
     """
     correct = {name: pack(row) for name, row in found.pop("correct", {}).items()}
     content = {"format": 1, "data": manifest.digest, **found, **({"correct": correct} if correct else {})}
     write_text(report / NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return report / NAME
+
+
+def train_settings(section: TrainConfig) -> str:
+    """Return a digest of section `train`, by which the rows of a report tell that they were fitted alike."""
+    content = json.dumps(flatten(section, "train"), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def _broken(results: Results) -> list[str]:
     data = read_json(MANIFEST).get("digest")
     if data and data != results.provenance.get("data"):
         notes.append(f"measured on other data than {MANIFEST} describes")
+    if (trained := results.provenance.get("trained_on")) and trained != results.provenance.get("data"):
+        notes.append("trained on other data than it is scored on, so that it may have seen images of this val")
     if results.stage in FOLDERS:
         path = FOLDERS[results.stage] / "model_sub.pth"
         if (weights := _digest(path)) and weights != results.weights:
@@ -134,6 +136,12 @@ def _pipeline(found: dict[str, Results]) -> Row | None:
     return row
 
 
+def _other_settings(one: Results, other: Results) -> bool:
+    """Whether both know the settings of their linear classifiers, and these differ."""
+    settings = [each.provenance.get("train_settings") for each in (one, other)]
+    return None not in settings and settings[0] != settings[1]
+
+
 def _pretraining(results: Results) -> dict[str, Any]:
     return dict(results.provenance.get("pretraining", {}))
 
@@ -146,6 +154,8 @@ def _baseline(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
     network, train = baseline.provenance.get("architecture"), found["train"]
     if pipeline and train.weights == pipeline.results.weights and network != train.provenance.get("architecture"):
         notes.append("of another network than the classifier")
+    if _other_settings(baseline, train):
+        notes.append("its linear classifier has other settings of section train")
     random, supervised = "random_val_accuracy", "supervised_val_accuracy"
     knn, effort = (baseline, "random_val_knn_accuracy"), _effort(baseline.metrics, "supervised_")
     return [
@@ -161,6 +171,8 @@ def _extra(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
     notes = _broken(extra)
     if pipeline and pipeline.results.encoder != extra.encoder:
         notes.append("from another encoder than the row above: the difference is not that of the labels")
+    if pipeline and _other_settings(extra, found["train"]):
+        notes.append("with other settings of section train than the row above, so that it is not the labels' gain")
     label = f"the same with {extra.metrics['extra_labels']:,.0f} extra labels"
     return [Row(label, extra, knn=(extra, "val_knn_accuracy"), notes=notes)]
 

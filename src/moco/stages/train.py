@@ -27,7 +27,14 @@ from moco.stages.extra_file import EXTRA_LABELS, packed
 from moco.stages.identity import Making, Start
 from moco.stages.joins import check_images, tell_other_data
 from moco.stages.outputs import locked_outputs
-from moco.stages.provenance import BEFORE_REFIT, THESE, encoder_provenance, held_out_record, write_provenance
+from moco.stages.provenance import (
+    BEFORE_REFIT,
+    THESE,
+    encoder_provenance,
+    held_out_record,
+    train_settings,
+    write_provenance,
+)
 from moco.stages.workspace import (
     CLASSIFIER,
     ENCODER,
@@ -140,6 +147,7 @@ def train_classifier(
             record.artifact(run_folder.own(place))
         record.artifact(write_metrics(record.path, report / "metrics.json", {}))
         made = {**made_from, "weights": sha256(files[0]), "architecture": architecture.as_dict()}
+        made["train_settings"] = train_settings(section)
         record.artifact(write_provenance(report, manifest, **made, correct=correct))
         judged = held_out(inputs, section, correct["best_held_out_accuracy"])
         tags = {name: f"{value:.4f}" for name, value in results.items()}
@@ -223,6 +231,7 @@ def labelled(
     parts = [splits[name] for name in ("train", "extra") if name in splits]
     known = [part.labels for part in parts if part.labels is not None]
     kept, held = features.stratified_holdout(known[0], holdout, seed)
+    kept = features.apart(kept, held, parts[0].digests)
     if not len(held):
         raise UserError(f"{stage}.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT")
     labels = np.concatenate(known)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import HOUSEKEEPING, MOVED, Config, flatten
-from moco.errors import UserError, one_line
+from moco.errors import LONGEST, UserError, shortened
 from moco.files import home, scratch_place, write_text
 from moco.holder import exclusive
 from moco.stages import outputs
@@ -49,7 +49,7 @@ ADDED: dict[str, Any] = {
 
 def say(message: str) -> None:
     """A line for the user."""
-    print(one_line(message), file=sys.stderr, flush=True)
+    print(shortened(message, LONGEST), file=sys.stderr, flush=True)
 
 
 def scratch_folder(setting: str) -> Path:

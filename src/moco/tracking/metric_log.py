@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -158,15 +159,16 @@ def read_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
     """
     with path.open("rb") as file:
         file.seek(offset)
-        while (line := file.readline()).endswith(b"\n"):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                if problem := event_problem(event):
-                    raise _refused(path, file.tell() - len(line), problem)
-                yield event, file.tell()
+        content = io.BytesIO(file.read())  # the file is closed, whatever becomes of this generator
+    while (line := content.readline()).endswith(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            if problem := event_problem(event):
+                raise _refused(path, offset + content.tell() - len(line), problem)
+            yield event, offset + content.tell()
 
 
 def _refused(path: Path, offset: int, problem: str) -> UserError:

@@ -78,6 +78,9 @@ def _folders(parent: Path, found: FoundLogs) -> list[Path]:
 
 def _look(log: Path, found: FoundLogs) -> None:
     try:
+        if log.exists() and not log.is_file():  # a pipe would be waited for, for ever
+            found.unreadable.append(log.parent)
+            return
         with log.open("rb"):
             found.logs.append(log)
     except (FileNotFoundError, NotADirectoryError):  # not a run, or one that has not begun

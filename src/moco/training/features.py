@@ -110,6 +110,13 @@ def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key:
     return text
 
 
+def apart(kept: np.ndarray, held: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Return the rows of `kept` whose pixels are not those of a held-out image: with copies on both sides, held-out
+    accuracy would be one of images that were learned from. digests: N x 16 uint8, of all rows."""
+    known = {bytes(digest) for digest in digests[held]}
+    return kept[[bytes(digest) not in known for digest in digests[kept]]]
+
+
 def stratified_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(kept, held out) indices: about `share` of every class, at least one where it has two or more."""
     rng = np.random.default_rng(seed)

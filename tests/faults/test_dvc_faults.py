@@ -79,7 +79,7 @@ def lives(pid: int) -> bool:
         return False
 
 
-@pytest.mark.fault("dvc-gone")
+@pytest.mark.long  # minutes on two cores
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stage_ends_in_order_when_dvc_is_killed(workspace: Path, number: int) -> None:
     process, folder = at_work(workspace, 400)

@@ -114,7 +114,8 @@ def apart(kept: np.ndarray, held: np.ndarray, digests: np.ndarray) -> np.ndarray
     """Return the rows of `kept` whose pixels are not those of a held-out image: with copies on both sides, held-out
     accuracy would be one of images that were learned from. digests: N x 16 uint8, of all rows."""
     known = {bytes(digest) for digest in digests[held]}
-    return kept[[bytes(digest) not in known for digest in digests[kept]]]
+    rest = kept[[bytes(digest) not in known for digest in digests[kept]]]
+    return rest if len(rest) else kept  # where all images are copies nothing could be learned
 
 
 def stratified_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

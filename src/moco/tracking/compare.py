@@ -71,7 +71,7 @@ def collect(project: Path, problems: list[str] | None = None) -> list[Pipeline]:
     problems: takes a line for each log, and one for all folders, that could not be read and are left out."""
     problems = [] if problems is None else problems
     logs = logs_of(project)
-    problems += [told] if (told := logs.told()) else []
+    problems += [told] if (told := logs.describe()) else []
     found: dict[str, Pipeline] = {}
     results = []
     for log in logs.logs:

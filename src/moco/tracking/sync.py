@@ -25,7 +25,7 @@ class FoundLogs:
     logs: list[Path]
     unreadable: list[Path] = field(default_factory=list)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return which cannot be read, in one line with what to do; '' where all can."""
         if not self.unreadable:
             return ""
@@ -121,7 +121,7 @@ def sync_all(
             f"{len(deleted)} were deleted there and stay so: {listed(deleted)}; `moco sync --again RUN` brings one back"
         )
     if found.unreadable:
-        failed.append(found.told())
+        failed.append(found.describe())
     if failed:
         raise UserError(f"{len(failed)} problem(s) in bringing runs to MLflow, first: {failed[0]}", "E-SYNC-FAILED")
 

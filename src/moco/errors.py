@@ -32,10 +32,13 @@ def quoted(text: str) -> str:
     return f"'{text}'" if len(text) <= QUOTED else f"'{text[: QUOTED - 1]}…'"
 
 
-def first_of(items: Sequence[str], room: int = 160) -> str:
+NAMED = 10  # of a list of bad things, in a message
+
+
+def first_of(items: Sequence[object], room: int = 160) -> str:
     """Return the first ten items as a message shows them, fewer where they take more than `room` characters."""
     shown: list[str] = []
-    for item in items[:10]:
+    for item in map(str, items[:NAMED]):
         if shown and sum(map(len, shown)) + 2 * len(shown) + len(item) > room:
             break
         shown.append(item if len(item) <= room else f"{item[: room // 2]}…{item[-room // 2 :]}")

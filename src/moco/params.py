@@ -26,7 +26,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     that grows with the product of the lengths."""
     if len(word) > LONGEST_WORD:
         return ""
-    close = difflib.get_close_matches(word, [name for name in known if len(name) <= LONGEST_WORD], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, [name for name in known if len(name) <= LONGEST_WORD], n=1, cutoff=0.65)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 

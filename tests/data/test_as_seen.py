@@ -173,14 +173,18 @@ def test_a_transparent_colour_of_which_pillow_keeps_half_is_refused(tmp_path: Pa
         read(tmp_path, png(16, 2, [bytes(18)], 3, before=key))
 
 
-@pytest.mark.parametrize(("brightest", "told"), [(4095, True), (65535, False)])
-def test_a_set_whose_wide_images_are_nearly_black_is_told(tmp_path: Path, brightest: int, told: bool) -> None:
+@pytest.mark.parametrize(("values", "dark"), [([4095, 4095], 2), ([4095, 65535], 1), ([65535, 40000], 0)])
+def test_wide_images_that_are_nearly_black_are_counted(tmp_path: Path, values: list[int], dark: int) -> None:
     dataset = write_dataset(tmp_path / "dataset", unlabeled=4, train=4, val=4, classes=2)
-    Image.fromarray(np.full((32, 32), brightest, np.uint16)).save(dataset / "train/2.png")
+    for number, value in enumerate(values):
+        image = np.full((32, 32), value, np.uint16)
+        image[5, 7] = 65535  # a hot pixel, as cameras of 12 bits have
+        Image.fromarray(image).save(dataset / f"train/{number}.png")
     said: list[str] = []
-    assert prepare(data_config(dataset), tmp_path / "scratch", said.append).adjusted["train"] == {"rescaled": 1}
-    assert any("brightest value" in line for line in said) is told
-    assert "images of more than 8 bits a channel brought to 8: 1 of train" in said
+    assert prepare(data_config(dataset), tmp_path / "scratch", said.append).adjusted["train"] == {"rescaled": 2}
+    told = [line for line in said if "nearly black" in line]
+    assert [line.split()[1:4] for line in told] == ([[str(dark), "of", "2"]] if dark else [])
+    assert "images of more than 8 bits a channel brought to 8: 2 of train" in said
 
 
 def test_heic_is_read_where_the_library_is_there(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def test_the_pool_is_found_by_both_spellings(tree: Path) -> None:
 
 
 @pytest.mark.fault("data-layout")
-@pytest.mark.parametrize(("name", "hint"), [("unlabled", "unlabeled"), ("Train", "train"), ("test", "")])
+@pytest.mark.parametrize(("name", "hint"), [("unlabled", "unlabeled"), ("Train", "train"), ("test", ""), ("extra", "")])
 def test_a_folder_beside_the_known_ones_is_named_with_the_nearest(tree: Path, name: str, hint: str) -> None:
     put(tree / name / "1.png", 60)
-    refused(tree, "E-DATA-FOLDER", f"{name}/", f"did you mean '{hint}'" if hint else "unlabeled/")
+    refused(tree, "E-DATA-FOLDER", f"{name}/", f"did you mean '{hint}'" if hint else f"{name}/; it has")
 
 
 def test_files_hidden_folders_and_those_of_systems_are_no_mistake(tree: Path) -> None:
@@ -91,7 +91,23 @@ def test_classes_that_differ_in_case_alone_are_told(tree: Path) -> None:
     put(tree / "train/Ant/1.png", 90)
     said: list[str] = []
     assert len(class_tree(tree, said.append).classes or []) == 3
-    assert [line for line in said if "case" in line and "ant" in line]
+    assert [line for line in said if "case" in line and "'Ant' and 'ant'" in line]
+
+
+@pytest.mark.fault("class-names")
+@pytest.mark.parametrize(("name", "told"), [("\uff42ee", "form of letters"), ("b\u0435e", "several alphabets")])
+def test_classes_that_look_alike_are_told(tree: Path, name: str, told: str) -> None:
+    """A form of full width, and a Cyrillic letter."""
+    put(tree / "train" / name / "1.png", 90)
+    said: list[str] = []
+    assert len(class_tree(tree, said.append).classes or []) == 3
+    assert [line for line in said if told in line and ascii(name) in line]
+
+
+@pytest.mark.fault("data-layout")
+def test_a_missing_split_is_asked_about_where_another_is_near(tree: Path) -> None:
+    (tree / "val").rename(tree / "Val")
+    refused(tree, "E-DATA-LAYOUT", "val: not found", "did you mean 'Val'")
 
 
 @pytest.mark.fault("data-layout")

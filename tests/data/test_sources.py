@@ -155,14 +155,14 @@ def test_class_names_are_read_within_or_beside_the_folder(dataset: Path, tmp_pat
 
 def test_a_mark_at_the_beginning_is_no_part_of_a_class_name(dataset: Path) -> None:
     (dataset / "classes.txt").write_bytes("\ufeffcat\r\ndog\r\n".encode())
-    assert contract_folder(dataset, {}).classes == ["cat", "dog"]
+    assert contract_folder(dataset, {}, pytest.fail).classes == ["cat", "dog"]
 
 
 def test_a_class_name_that_stands_twice_is_refused(dataset: Path) -> None:
     """Else a label by this name would silently be the first one."""
     (dataset / "classes.txt").write_text("crane\nheron\ncrane\n")
     with pytest.raises(UserError, match=r"classes\.txt: the class 'crane' stands there twice"):
-        contract_folder(dataset, {})
+        contract_folder(dataset, {}, pytest.fail)
 
 
 def test_class_names_that_are_not_text_are_refused(dataset: Path) -> None:
@@ -281,4 +281,21 @@ def test_wrong_class_tree_is_named(tree: Path, mistake: str) -> None:
 
 
 def test_an_origin_is_passed_on(dataset: Path) -> None:
-    assert contract_folder(dataset, {"kind": "x"}).origin == {"kind": "x"}
+    assert contract_folder(dataset, {"kind": "x"}, pytest.fail).origin == {"kind": "x"}
+
+
+@pytest.mark.fault("data-layout")
+def test_folders_beside_the_splits_are_named(dataset: Path) -> None:
+    (dataset / "extra").mkdir()
+    (dataset / ".cache").mkdir()  # what systems leave is not there
+    said: list[str] = []
+    contract_folder(dataset, {}, said.append)
+    assert len(said) == 1 and said[0].startswith("warning: 1 folder(s)") and said[0].endswith(": extra")
+
+
+@pytest.mark.fault("data-layout")
+def test_a_split_under_another_name_is_asked_about(dataset: Path) -> None:
+    (dataset / "unlabeled").rename(dataset / "Unlabelled")
+    with pytest.raises(UserError, match="did you mean 'Unlabelled'") as caught:
+        contract_folder(dataset, {}, pytest.fail)
+    assert caught.value.code == "E-DATA-LAYOUT"

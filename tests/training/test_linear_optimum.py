@@ -93,6 +93,17 @@ def test_a_fit_that_stopped_short_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert fitted(views, labels).converged is False
 
 
+def test_the_time_left_follows_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of MAX_ITERATIONS, which no fit needs, it would be wrong by a factor of ten."""
+    fractions: list[float] = []
+    monkeypatch.setattr(linear.ProgressDisplay, "update", lambda _, fraction, *more: fractions.append(fraction))
+    views, labels = loaded(load_digits)
+    fit = fitted(views, labels)
+    assert fit.epoch < linear.MAX_ITERATIONS / 5 and fractions[-1] == 1 and len(fractions) > 2
+    half = next(number for number, fraction in enumerate(fractions) if fraction >= 0.5)
+    assert 0.2 < half / len(fractions) < 0.8
+
+
 def test_a_loss_that_is_not_finite_is_one_line() -> None:
     views, labels = loaded(load_iris)
     views[0, 3, 1] = torch.inf

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,7 @@ from moco.files import own_folder
 from moco.memory import full_memory
 
 CHUNK = 1024  # images
+SAY_EVERY = 15.0  # seconds between two lines on how many images are decoded
 SWEEPING = ".sweep.lock"
 BUILDING = ".building-"  # begins the name of a folder that is not complete
 CHECK_ALL_BELOW = 1 << 29  # bytes; larger files are checked by samples, so that a start stays under 2 s
@@ -131,11 +133,11 @@ def build(
         built = Built(folder, lock, height, width, {})
         with _decoders(dataset) as decode:
             for name, split in dataset.splits.items():
-                reports = _decode_split(split, (height, width), resize, folder, decode, largest)
+                reports = _decode_split(split, (height, width), resize, folder, decode, largest, say)
                 if name == "unlabeled" and (bad := to_leave_out(split, reports, unreadable, say)):
                     built.left_out = bad
                     split.keep(np.setdiff1d(np.arange(len(split)), bad))
-                    reports = _decode_split(split, (height, width), resize, folder, decode, largest)
+                    reports = _decode_split(split, (height, width), resize, folder, decode, largest, say)
                 built.reports[name] = reports
                 say(f"decoded {len(split)} images of {name}")
             refuse_problems(dataset, built.reports, say)
@@ -144,7 +146,7 @@ def build(
             if exclude_val and built.in_val:
                 overlaps.refuse_nothing(kept)
                 pool.keep(kept)
-                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode, largest)
+                built.reports["unlabeled"] = _decode_split(pool, (height, width), resize, folder, decode, largest, say)
         tell_adjusted(built.reports, say)
         _write_index(built, dataset)
         return built
@@ -172,6 +174,16 @@ def _sweep(parent: Path) -> None:
             _discard(folder, lock)
 
 
+def _telling(reports: Iterable[ChunkReport], split: Split, say: Say) -> Iterator[ChunkReport]:
+    """Yield the reports of a split's chunks as they come, and say now and then how many images are decoded."""
+    told = time.monotonic()
+    for report in reports:
+        yield report
+        if time.monotonic() - told >= SAY_EVERY:
+            told = time.monotonic()
+            say(f"decoded {min(report.first + CHUNK, len(split)):,} of {len(split):,} images of {split.name}")
+
+
 Decode = Callable[[list[Chunk]], Iterable[ChunkReport]]
 
 
@@ -193,20 +205,20 @@ def _decoders(dataset: Dataset) -> Iterator[Decode]:
 
 
 def _decode_split(
-    split: Split, size: tuple[int, int], resize: int | None, folder: Path, decode: Decode, largest: int
+    split: Split, size: tuple[int, int], resize: int | None, folder: Path, decode: Decode, largest: int, say: Say
 ) -> list[ChunkReport]:
     output = folder / f"{split.name}.u8"
     with output.open("wb") as file:
         file.truncate(len(split) * size[0] * size[1] * 3)
     if split.array is not None:
-        reports = list(copy_array(split.array, resize, output, CHUNK))
+        reports = list(_telling(copy_array(split.array, resize, output, CHUNK), split, say))
     else:
         files = split.files
         chunks = [
             Chunk(n, first, tuple(files[first : first + CHUNK]), size, resize, str(output), split.image, largest)
             for n, first in enumerate(range(0, len(files), CHUNK))
         ]
-        reports = list(decode(chunks))
+        reports = list(_telling(decode(chunks), split, say))
     (folder / f"{split.name}.digests").write_bytes(b"".join(report.digests for report in reports))
     if split.labels is not None:
         np.save(folder / f"{split.name}_label.npy", split.labels)

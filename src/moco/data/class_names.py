@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco.errors import Say, UserError
-
-NAMED = 10  # of a list of bad things
-
-
-def first_ten(names: Sequence[object]) -> str:
-    """Return the first ten names with commas between them, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(map(str, names[:NAMED])) + (f", and {more} more" if more > 0 else "")
+from moco.errors import Say, UserError, first_of
 
 
 def class_name(text: str) -> str:
@@ -33,7 +25,7 @@ def check_names(names: Sequence[str], place: Any, say: Say) -> None:
     if bad := [name for name in names if name != name.strip() or not name.isprintable()]:
         raise UserError(
             f"{place}: {len(bad)} class name(s) with spaces at their ends or invisible characters: "
-            f"{first_ten([ascii(name) for name in bad])}; rename them",
+            f"{first_of([ascii(name) for name in bad])}; rename them",
             "E-DATA-CLASS-NAME",
         )
     forms = _alike(names, class_name)
@@ -43,8 +35,12 @@ def check_names(names: Sequence[str], place: Any, say: Say) -> None:
             f"{forms[0][0]!a} and {forms[0][1]!a}; merge their images into one folder",
             "E-DATA-CLASS-FORMS",
         )
-    if cases := _alike(names, lambda name: unicodedata.normalize("NFKC", name).casefold()):
-        say(f"warning: {len(cases)} class(es) differ from another in case alone: {first_ten([c[1] for c in cases])}")
+    if pairs := _alike(names, lambda name: unicodedata.normalize("NFKC", name).casefold()):
+        told = first_of([f"{a!a} and {b!a}" for a, b, *_ in pairs])
+        say(f"warning: {len(pairs)} class name(s) differ from another in case or in the form of letters alone: {told}")
+    if mixed := [name for name in names if len(_scripts(name)) > 1]:
+        told = first_of([ascii(name) for name in mixed])
+        say(f"warning: {len(mixed)} class name(s) mix letters of several alphabets, some of which look alike: {told}")
 
 
 def refuse_one_class(place: Path | str, names: Sequence[str]) -> None:
@@ -54,6 +50,15 @@ def refuse_one_class(place: Path | str, names: Sequence[str]) -> None:
             f"{place}: one class only{f' ({names[0]})' if names else ''}; a classifier needs two at least",
             "E-DATA-ONE-CLASS",
         )
+
+
+def _scripts(name: str) -> set[str]:
+    """Return which of the alphabets whose letters look like each other's stand in a name."""
+    return {
+        script
+        for letter in name
+        if (script := unicodedata.name(letter, "").partition(" ")[0]) in ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN")
+    }
 
 
 def _alike(names: Sequence[str], key: Any) -> list[list[str]]:

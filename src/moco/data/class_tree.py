@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moco.data.class_names import check_names, class_name, first_ten, refuse_one_class
+from moco.data.class_names import check_names, class_name, refuse_one_class
 from moco.data.dataset import Dataset, Split
 from moco.data.listing import images_below, is_folder, shown, subfolders
 from moco.errors import Say, UserError, first_of
@@ -66,14 +66,15 @@ def _check_layout(root: Path) -> None:
         if not is_folder(root / name):
             deeper = [e.name for e in subfolders(root) if os.path.isdir(e / "train") and os.path.isdir(e / "val")]  # noqa: PTH112
             hint = f"; set data.path to {root / deeper[0]}" if deeper else ""
+            alike = nearest(name, [each.name for each in subfolders(root) if each.name not in KNOWN])
             raise UserError(
-                f"{root / name}: not found; a class tree has train/CLASS/ and val/CLASS/{hint}", "E-DATA-LAYOUT"
+                f"{root / name}: not found{alike}; a class tree has train/CLASS/ and val/CLASS/{hint}", "E-DATA-LAYOUT"
             )
     others = [folder.name for folder in subfolders(root) if folder.name not in KNOWN]
     if others:
         raise UserError(
             f"{root}: {len(others)} folder(s) that a class tree does not have: "
-            f"{first_ten([f'{name}/{nearest(name, KNOWN)}' for name in others])}; it has train/, val/ and unlabeled/ "
+            f"{first_of([f'{name}/{nearest(name, KNOWN)}' for name in others])}; it has train/, val/ and unlabeled/ "
             "(or unlabelled/); rename or move them",
             "E-DATA-FOLDER",
         )

@@ -37,7 +37,9 @@ DECODING = 2
 LARGEST = 178_956_970  # pixels of an image, as Pillow has it by default
 # Pillow knows more, by content whatever the name: one of them starts a PostScript interpreter.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF", *(("AVIF",) if AVIF else ()))
-DARK = 32  # of 255: where the whole set's 16-bit images stay below, they probably hold 12 bits or fewer
+# An image of more than 8 bits whose values stay below DARK of 255, all but a few that a hot pixel makes, probably holds
+# 12 bits or fewer in 16.
+DARK, BRIGHT_SHARE = 32, 0.001
 TOO_LARGE = "{} pixels, and data.max_pixels is {}: make it smaller, or raise that"
 ADJUSTED = {
     "oriented": "turned as EXIF says",
@@ -68,8 +70,8 @@ class Chunk:
 class ChunkReport:
     """What was found in a chunk: checksum and digests of the pixels, channel sums, and problems by image.
 
-    adjusted: how many images were, by the names of ADJUSTED. brightest: the largest value in those that were rescaled,
-    -1 where none was."""
+    adjusted: how many images were, by the names of ADJUSTED. dark: how many of those that were rescaled are nearly
+    black."""
 
     index: int
     first: int
@@ -79,7 +81,7 @@ class ChunkReport:
     squares: tuple[int, int, int] = (0, 0, 0)
     problems: list[tuple[int, str]] = field(default_factory=list)
     adjusted: Counter[str] = field(default_factory=Counter)
-    brightest: int = -1
+    dark: int = 0
 
 
 def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
@@ -216,7 +218,7 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
                 if done:
                     report.adjusted.update(done)
                     if "rescaled" in done:
-                        report.brightest = max(report.brightest, int(images[i].max()))
+                        report.dark += bool((images[i] >= DARK).mean() < BRIGHT_SHARE)
             except ValueError as error:
                 report.problems.append((chunk.first + i, str(error)))
             except (MemoryError, OSError, RuntimeError) as error:

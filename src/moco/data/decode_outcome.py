@@ -49,11 +49,12 @@ def tell_adjusted(reports: Reports, say: Say) -> None:
     for kind, what in ADJUSTED.items():
         if told := [f"{count[kind]} of {name}" for name, count in counts.items() if count.get(kind)]:
             say(f"images {what}: {', '.join(told)}")
-    brightest = max((report.brightest for chunks in reports.values() for report in chunks), default=-1)
-    if 0 <= brightest < DARK:
+    dark = sum(report.dark for chunks in reports.values() for report in chunks)
+    if dark:
+        wide = sum(count.get("rescaled", 0) for count in counts.values())
         say(
-            f"warning: the brightest value in images of more than 8 bits a channel is {brightest} of 255, nearly "
-            "black; where they hold 10 or 12 bits, multiply all of them alike first"
+            f"warning: {dark} of {wide} images of more than 8 bits a channel are nearly black (below {DARK} of 255); "
+            "where they hold 10 or 12 bits, multiply all of them alike first"
         )
 
 

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from moco.csv_files import unguarded
-from moco.data.class_names import first_ten
 from moco.data.listing import images_below, shown, subfolders
 from moco.data.sources import numbered_images, read_labels
-from moco.errors import Say, UserError, quoted
+from moco.errors import Say, UserError, first_of, quoted
 from moco.files import refuse_irregular
 from moco.params import nearest
 
@@ -99,7 +98,7 @@ def read_lines(path: Path, say: Say) -> list[Line]:
     kept = tables or folders
     if other := [entry.name for entry in entries if entry not in kept]:
         kind = "label files by their names" if tables else "folder of a class"
-        say(f"warning: {len(other)} file(s) in {path} are no {kind} and are left out: {first_ten(other)}")
+        say(f"warning: {len(other)} file(s) in {path} are no {kind} and are left out: {first_of(other)}")
     if tables:
         return [line for table in tables for line in _file(table, say)]
     return [line for folder in folders for line in _class(folder, say)]

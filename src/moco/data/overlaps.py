@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moco.data.class_names import NAMED, first_ten
 from moco.data.dataset import Dataset
 from moco.data.decode import DIGEST_BYTES, ChunkReport
-from moco.errors import UserError
+from moco.errors import NAMED, UserError, first_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def warnings(found: Overlaps, dataset: Dataset, classes: list[str]) -> list[str]
     said = []
     if found.val_in_train:
         names = _lazily(found.val_in_train, lambda first, row: f"{val.image_name(row)} = {train.image_name(first)}")
-        said.append(f"warning: {len(names)} image(s) of val also stand in train: {first_ten(names)}")
+        said.append(f"warning: {len(names)} image(s) of val also stand in train: {first_of(names)}")
     if found.classes_twice:
         labels = train.labels
         assert labels is not None
@@ -83,7 +82,7 @@ def warnings(found: Overlaps, dataset: Dataset, classes: list[str]) -> list[str]
             return f"{train.image_name(row)} ({here}) = {train.image_name(first)} ({there})"
 
         names = _lazily(found.classes_twice, both)
-        said.append(f"warning: {len(names)} image(s) of train stand in two classes: {first_ten(names)}")
+        said.append(f"warning: {len(names)} image(s) of train stand in two classes: {first_of(names)}")
     return said
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from moco.config import DataConfig, flatten
 from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
-from moco.data.class_names import first_ten, refuse_one_class
+from moco.data.class_names import refuse_one_class
 from moco.data.dataset import Dataset
 from moco.data.decode import DECODING
 from moco.data.decode_outcome import count_adjusted
@@ -23,7 +23,7 @@ from moco.data.manifest import Manifest, SplitSummary, parse_manifest
 from moco.data.overlaps import Overlaps
 from moco.data.source_files import Record, Source
 from moco.data.sources import open_dataset
-from moco.errors import Say, UserError
+from moco.errors import Say, UserError, first_of
 from moco.files import own_folder
 
 # Where the images lie, how they are reached and how many may be missing: may differ between nodes. What was left out is
@@ -143,7 +143,7 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
             say(f"decoded cache {place}: {problem}; building it")
         elif source is not None and stamp is not None and not _holds(config, source, stamp, manifest, scratch):
             problem = "not known to be of these files"
-            say(f"{config.path or config.mounted}: not the files that the manifest was made from; reading them")
+            say(f"{config.path or config.mounted}: not known to be the files of the manifest; checking them")
         if problem is not None:
             found = prepare(config, scratch, say)
             if found.digest != manifest.digest:
@@ -241,7 +241,7 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
         empty = sorted(set(range(count)) - set(train.tolist()))
         if empty:
             raise UserError(
-                f"train: {len(empty)} of {count} classes have no image ({first_ten(empty)}): a label out of range? "
+                f"train: {len(empty)} of {count} classes have no image ({first_of(empty)}): a label out of range? "
                 "If it is meant so, set data.classes"
             )
     if dataset.classes and len(dataset.classes) != count:

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from moco.data.class_tree import class_tree
 from moco.data.dataset import Dataset, Split
 from moco.data.generated import generate
 from moco.data.image_kinds import is_litter
+from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError, first_of
 from moco.files import refuse_irregular, sha256
 from moco.memory import full_memory
+from moco.params import nearest
 
 Folder = Path | SquashfsPath
 
@@ -42,20 +44,20 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             if folder.suffix == ".sqsh":
                 yield _from_squashfs(stack, folder, config, scratch, say)
             else:
-                yield contract_folder(folder, {"kind": "generated"}, folder.parent)
+                yield contract_folder(folder, {"kind": "generated"}, say, folder.parent)
         elif config.source == "squashfs":
             mounted = Path(config.mounted) if config.mounted else None
             if mounted and (mounted / "unlabeled").is_dir():
                 say(f"dataset: using the folder {mounted}, which is already visible")
                 origin = {"kind": "squashfs", "name": mounted.name}
-                dataset = contract_folder(mounted, origin, mounted.parent)
+                dataset = contract_folder(mounted, origin, say, mounted.parent)
                 _tell_links(dataset, mounted, say)
             else:
                 dataset = _from_squashfs(stack, path, config, scratch, say)
             dataset.classes = dataset.classes or _class_names(path.parent)
             yield dataset
         elif config.source == "folder":
-            dataset = contract_folder(path, {"kind": "folder", "name": path.name}, path.parent)
+            dataset = contract_folder(path, {"kind": "folder", "name": path.name}, say, path.parent)
             _tell_links(dataset, path, say)
             yield dataset
         elif config.source == "classes":
@@ -79,7 +81,7 @@ def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: P
     root = stack.enter_context(squashfs.opened(image, scratch, say))
     try:
         inner = root / "dataset"
-        dataset = contract_folder(inner if inner.is_dir() else root, origin, root)
+        dataset = contract_folder(inner if inner.is_dir() else root, origin, say, root)
     except DamagedImageError as error:
         raise UserError(f"{image}: the dataset image cannot be used: {error}") from None
     if isinstance(root, Path):
@@ -87,12 +89,21 @@ def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: P
     return dataset
 
 
-def contract_folder(root: Folder, origin: dict[str, Any], parent: Folder | None = None) -> Dataset:
+def contract_folder(root: Folder, origin: dict[str, Any], say: Say, parent: Folder | None = None) -> Dataset:
     """The original's layout: unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors.
 
-    parent: where classes.txt may lie as well."""
+    parent: where classes.txt may lie as well. Other folders are told. Raises UserError for any other layout."""
     if not root.is_dir():
         raise UserError(f"{root}: dataset folder not found; set data.path (and data.source) in params.yaml")
+    others = _other_folders(root)
+    if missing := [name for name in SPLITS if others and not (root / name).is_dir()]:
+        raise UserError(
+            f"{root / missing[0]}: not found{nearest(missing[0], others)}; a dataset has the folders unlabeled, train "
+            "and val",
+            "E-DATA-LAYOUT",
+        )
+    if others:
+        say(f"warning: {len(others)} folder(s) of {root} are not read, as they are no split: {first_of(others)}")
     splits = {}
     for name in ("unlabeled", "train", "val"):
         split = _of_files(name, numbered_images(root / name))
@@ -100,6 +111,13 @@ def contract_folder(root: Folder, origin: dict[str, Any], parent: Folder | None 
             split.labels = read_labels(root / f"{name}_label_tensor.pt", len(split), name)
         splits[name] = split
     return Dataset(splits, _class_names(root) or (_class_names(parent) if parent else None), origin)
+
+
+def _other_folders(root: Folder) -> list[str]:
+    """Return names of the folders beside the splits."""
+    with suppress(OSError):  # reading the splits says why
+        return sorted(e.name for e in root.iterdir() if e.name not in SPLITS and not is_litter(e.name) and e.is_dir())
+    return []
 
 
 def _of_files(name: str, files: list[Folder]) -> Split:
@@ -128,7 +146,7 @@ def numbered_images(folder: Folder) -> list[Folder]:
     stray file or an empty folder."""
     try:
         if not folder.is_dir():
-            raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val")
+            raise UserError(f"{folder}: not found; a dataset has the folders unlabeled, train and val", "E-DATA-LAYOUT")
         found = {entry.name for entry in folder.iterdir() if not is_litter(entry.name)}
     except OSError as error:  # no right to do so, a damaged image or a lost network share
         raise UserError(f"{folder}: cannot be listed: {error.strerror or error}", "E-DATA-LIST") from None

@@ -16,11 +16,11 @@ from typing import Any
 
 import moco
 from moco.config import Config, flatten
-from moco.errors import UserError
+from moco.errors import UserError, first_of
 from moco.files import sha256
 
 PACKAGE = Path(moco.__file__).resolve().parent
-SHOWN, LENGTH = 10, 100  # differences that are named, and characters that they may take in a line
+ROOM = 100  # characters that named differences may take in a line
 CODE = "code"  # in a state: digests of the code that made it
 HANDED_IN = ("eval.team_id", "eval.team_name", "eval.email_address")
 
@@ -159,18 +159,6 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def listed(items: Iterable[str]) -> str:
-    """Return the first items, as many as a line has room for, and how many more there are."""
-    every = list(items)
-    shown: list[str] = []
-    for item in every[:SHOWN]:
-        if shown and len("; ".join([*shown, item])) > LENGTH:
-            break
-        shown.append(item if len(item) <= LENGTH else f"{item[: LENGTH - 3]}...")
-    more = len(every) - len(shown)
-    return "; ".join(shown) + (f" and {more} more" if more else "")
-
-
 def code_changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """Return the files of code that were changed, added or removed."""
     return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
@@ -232,7 +220,8 @@ class Making:
         kept: what became of the result."""
         if changed := [*self._settings(), *self._files()]:
             raise UserError(
-                f"changed while `moco {self.identity.stage}` was at work: {listed(changed)}; {kept}", "E-STAGE-CHANGED"
+                f"changed while `moco {self.identity.stage}` was at work: {first_of(changed, ROOM)}; {kept}",
+                "E-STAGE-CHANGED",
             )
 
     def _settings(self) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import HOUSEKEEPING
-from moco.errors import UserError
+from moco.errors import UserError, first_of
 from moco.files import sha256, write_text
 from moco.stages import step_back
-from moco.stages.identity import CODE, Identity, code_changes, listed
+from moco.stages.identity import CODE, ROOM, Identity, code_changes
 from moco.stages.workspace import differences, say
 from moco.training.checkpoints import CheckpointFolder, load_weights, read_record
 
@@ -55,7 +55,7 @@ def _changed(saved: dict[str, Any], identity: Identity) -> str:
     """The files of code that have changed since the state was saved; '' for none."""
     if CODE not in saved:
         return "the version of moco (it did not record its code yet)"
-    return listed(code_changes(saved[CODE], identity.code))
+    return first_of(code_changes(saved[CODE], identity.code), ROOM)
 
 
 def is_branch(folder: Path, resume: Path | None) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moco.errors import UserError
+from moco.errors import NAMED, UserError
 from moco.params import nearest
 from moco.tracking.metric_log import last_values, read_events
 from moco.tracking.pipeline_run import of_pipeline
-from moco.tracking.sync import SHOWN, logs_of
+from moco.tracking.sync import logs_of
 from moco.training.significance import wilson
 
 PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.stages.provenance)
@@ -152,10 +152,10 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
     for row in rows:
         for stage in row.left_out:
             console.print(f"{row.name}: {stage} is of another encoder or classifier than train, and left out.")
-    for problem in problems[:SHOWN]:
+    for problem in problems[:NAMED]:
         console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
-    if len(problems) > SHOWN:
-        console.print(f"note: and {len(problems) - SHOWN} more that could not be read")
+    if len(problems) > NAMED:
+        console.print(f"note: and {len(problems) - NAMED} more that could not be read")
 
 
 def _header(name: str) -> str:

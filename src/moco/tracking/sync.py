@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco.config import TrackingConfig
-from moco.errors import UserError
+from moco.errors import UserError, first_of
 from moco.redaction import redact
 from moco.tracking.metric_log import NAME, close_abandoned, read_events
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.pipeline_run import converge
 from moco.tracking.store import NO_ANSWER, available, check_address, client, explain, sqlite_file, store_uri
 from moco.tracking.store_file import refuse_other_schema, relocate
-
-SHOWN = 10  # of a list of what went wrong
 
 
 @dataclass
@@ -30,15 +28,9 @@ class FoundLogs:
         if not self.unreadable:
             return ""
         return (
-            f"{len(self.unreadable)} run folder(s) cannot be read and are left out: {listed(self.unreadable)}; if they "
-            "are another user's, ask for `chmod -R go+rX`"
+            f"{len(self.unreadable)} run folder(s) cannot be read and are left out: {first_of(self.unreadable)}; if "
+            "they are another user's, ask for `chmod -R go+rX`"
         )
-
-
-def listed(things: Sequence[object]) -> str:
-    """Return the first ten, and how many more there are."""
-    more = f" and {len(things) - SHOWN} more" if len(things) > SHOWN else ""
-    return ", ".join(map(str, things[:SHOWN])) + more
 
 
 def _began(log: Path) -> float:
@@ -118,7 +110,8 @@ def sync_all(
     say(f"{there} of {len(found.logs)} runs are in {redact(uri)}")
     if deleted:
         say(
-            f"{len(deleted)} were deleted there and stay so: {listed(deleted)}; `moco sync --again RUN` brings one back"
+            f"{len(deleted)} were deleted there and stay so: {first_of(deleted)}; "
+            "`moco sync --again RUN` brings one back"
         )
     if found.unreadable:
         failed.append(found.describe())

@@ -97,7 +97,12 @@ def fit_linear(
     def shown(metrics: dict[str, float], step: int) -> None:
         log(metrics, step)
         rate = step * images / max(time.monotonic() - began, 1e-9)
-        display.update(step / steps, rate, f"loss {metrics['loss']:.3f} after {step} of at most {steps} passes")
+        done = step / steps
+        if lbfgs:  # the gradient falls by about the same factor in every iteration, and ends the fit
+            done = max(done, min(math.log(max(metrics["gradient"], TOLERANCE)) / math.log(TOLERANCE), 1))
+        display.update(
+            max(done, 0.0), rate, f"loss {metrics['loss']:.3f} after {step} {'iterations' if lbfgs else 'epochs'}"
+        )
 
     with ProgressDisplay("linear classifier") as display:
         if lbfgs:

@@ -116,7 +116,9 @@ def _restore(tags: dict[str, str], kept: dict[str, str], ask: Callable[[str], bo
         raise UserError("the run has no params.yaml: it is of an earlier version, or has not been synced whole")
     if "patch_left_out" in tags:
         raise UserError(
-            f"the run's changes to its commit are not kept ({tags['patch_left_out']}); it cannot be restored"
+            f"the run's changes to commit {tags['git_commit'][:12]} are not recorded ({tags['patch_left_out']}); check "
+            "it out and make them by hand",
+            "E-ORIGIN-PATCH-LEFT-OUT",
         )
     if changed := _git("status", "--porcelain", "--untracked-files=no"):
         raise UserError(f"{changed.split()[-1]}: changed here, and would be lost; commit or stash it, then repeat")
@@ -137,6 +139,8 @@ def _restore(tags: dict[str, str], kept: dict[str, str], ask: Callable[[str], bo
             raise
     write_text(Path(PARAMS), Path(kept[PARAMS]).read_text(encoding="utf-8"))
     say(f"checked out {tags['git_commit'][:12]}{' with its changes' if PATCH in kept else ''}; {PARAMS} is the run's")
+    if hidden := tags.get("params_redacted"):
+        say(one_line(f"note: recorded without its secrets, so set it again in {PARAMS} or the environment: {hidden}"))
 
 
 def _show_patch(patch: str, say: Say) -> None:

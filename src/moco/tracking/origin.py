@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -26,7 +27,7 @@ import moco
 from moco.config import Config, flatten
 from moco.data.manifest import Manifest
 from moco.files import sha256
-from moco.redaction import literal_secret, redact_tree
+from moco.redaction import literal_secret, redact_tree, redacted_keys
 
 # What a run is made by, and all that its patch may hold: no settings of DVC, and no file that merely lies about.
 SOURCES = (":(glob)src/**/*.py", ":(glob)src/**/*.html")
@@ -34,6 +35,8 @@ DIFF = ("diff-index", "-p", "--binary", "--no-ext-diff", "HEAD", "--", *SOURCES,
 NEW = ("ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES)  # sources that git does not know yet
 OF_ALL_STAGES = ("git_commit", "git_dirty", "dvc_experiment", "data_digest", "data_notes")
 PATCH_LIMIT = 5_000_000  # bytes
+HUNK = re.compile(r"@@ -\d+(?:,\d+)? \+(\d+)")
+CONTINUED = 300  # characters of a statement that goes on in the next line
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,24 @@ def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
     patch = _patch()
     if len(patch) > PATCH_LIMIT:
         tags["patch_left_out"] = f"{len(patch)} bytes"
-    elif secret := _secret(patch):
-        tags["patch_left_out"] = f"a changed line of {secret} seems to hold a password or key"
+    elif secret := secret_place(patch):
+        tags["patch_left_out"] = f"{secret} seems to hold a password or key"
     elif patch:
         files["changes.patch"] = patch
-    return Origin(tags, dataset, pipeline, files, "" if "git_commit" in tags else no_commit())
+    if hidden := redacted_settings(config):
+        tags["params_redacted"] = ", ".join(hidden)
+    return Origin(tags, dataset, pipeline, files, _warning(tags))
+
+
+def _warning(tags: dict[str, str]) -> str:
+    if "git_commit" not in tags:
+        return no_commit()
+    if why := tags.get("patch_left_out"):
+        return (
+            f"warning: this run is recorded without your changes to its commit, and cannot be restored: {why}; "
+            "commit the changes, with secrets moved to the environment"
+        )
+    return ""
 
 
 def no_commit() -> str:
@@ -110,15 +126,30 @@ def _patch() -> bytes:
         return _git_bytes(*DIFF, index=index) or b""
 
 
-def _secret(patch: bytes) -> str:
-    """Return the name of the first file in whose added lines a password or key stands, else ''."""
-    name = ""
+def secret_place(patch: bytes) -> str:
+    """Return 'FILE, line N' of the first line in a patch that seems to hold a password or key, else ''.
+
+    Removed lines and those around a change count as well: the patch shows them. Lines that a statement goes on over are
+    looked at together."""
+    name, number, before = "", 0, ""
     for line in patch.decode(errors="replace").splitlines():
-        if line.startswith("+++ "):
-            name = line.removeprefix("+++ ").removeprefix("b/")
-        elif line.startswith("+") and literal_secret(line):
-            return name
+        if line.startswith(("+++ ", "--- ")) and not line.endswith("/dev/null"):
+            name, before = line[4:].split("/", 1)[-1], ""
+        elif hunk := HUNK.match(line):
+            number, before = int(hunk[1]) - 1, ""
+        elif line.startswith(("+", "-", " ")):
+            number += line[0] != "-"
+            statement = f"{before} {line[1:].strip()}"
+            if literal_secret(line[1:], name) or (before and literal_secret(statement, name)):
+                return f"{name}, line {max(1, number)}{', as it was,' if line[0] == '-' else ''}"
+            before = statement[-CONTINUED:] if line.endswith(("(", "[", "{", "=", ",", ":", "\\")) else ""
     return ""
+
+
+def redacted_settings(config: Config) -> list[str]:
+    """Return the dotted names of the settings that `params_text` does not show as they are."""
+    settings = json.loads(json.dumps(asdict(config)))
+    return list(redacted_keys(settings, redact_tree(settings)))
 
 
 def params_text(config: Config) -> str:

@@ -7,11 +7,12 @@ docs/environment.md lists those that are read here; what is not meant for this p
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import MutableMapping
 
-from moco.errors import Say
+from moco.errors import Say, quoted
 
 # Variables of MLflow that say how a server or an artifact store is reached, by the beginnings of their names. Others
 # would choose an experiment, a run, a registry or a way of sending that nobody here has asked for.
@@ -27,6 +28,8 @@ FOREIGN = (
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # would let weights run code
     "MATPLOTLIBRC",
 )  # fmt: skip
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MOST_THREADS = 1024  # as runtime.threads
 # Runs a module as `python -m` does, without the current folder on the path of modules: there, a random.py of the user's
 # would be imported in place of Python's. (`-P` does the same from Python 3.11 on.)
 RUN_MODULE = (
@@ -55,6 +58,7 @@ def shield(say: Say, environment: MutableMapping[str, str] = os.environ) -> None
             say(f"note: {name} is {folder}, which is not there or cannot be written; it is not used")
             strangers.append(name)
             del environment[name]
+    strangers += _impossible_threads(environment, say)
     left_out[:] = sorted({*left_out, *strangers})
     environment["MPLBACKEND"] = "Agg"  # pictures are files here; a notebook's backend is not installed everywhere
     environment["PYTHONSAFEPATH"] = "1"  # for processes that libraries start: see RUN_MODULE
@@ -68,6 +72,23 @@ def shield(say: Say, environment: MutableMapping[str, str] = os.environ) -> None
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding must not end a run at a sign it lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _impossible_threads(environment: MutableMapping[str, str], say: Say) -> list[str]:
+    """Take out and return variables that name no possible number of threads: of such, one library takes one thread and
+    says nothing, another complains, and a third dies where the number is too large."""
+    wrong = [name for name in THREADS if name in environment and not _is_thread_count(environment[name])]
+    for name in wrong:
+        value = environment.pop(name)
+        if value.strip():
+            say(f"note: {name} is {quoted(value)}, not a number of threads from 1 to {MOST_THREADS}; it is not used")
+    return wrong
+
+
+def _is_thread_count(value: str) -> bool:
+    """Return whether a value is a number of threads, or a list of them by the level of nesting."""
+    numbers = [number.strip() for number in value.split(",")]
+    return all(re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_THREADS for number in numbers)
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

@@ -49,6 +49,8 @@ def fake(project: Path, name: str, text: str) -> None:
 # What DVC says of a stage that is not up to date, and of one that is.
 STALE = """case "$*" in *"dvc status"*) echo '{"stage": []}'; exit 0;; esac\n"""
 FRESH = 'case "$*" in *"dvc status"*) echo "{}"; exit 0;; esac\n'
+# Of a scontrol that does not know the job.
+SILENT = """case "$*" in *"show job"*) exit 1;; esac\n"""
 
 
 IN_MOCO = 'case "$*" in *"moco pretrain"*) mkdir -p runs/pretrain/k; '

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from launch_helpers import FRESH, IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
+from launch_helpers import FRESH, IN_MOCO, SILENT, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
 
 from moco.cluster.profile import read_profile
 from moco.cluster.slurm import outside_of_jobs
@@ -117,7 +117,7 @@ def test_a_password_reaches_the_container_but_not_the_list_of_processes(project:
 def job(project: Path, stage: str, start: int, **environment: str) -> str:
     """One start of job 7, in which `recorder` does the work: scontrol and moco write down that they were called."""
     fake(project, "recorder", f'#!/bin/sh\n{STALE}echo "$@" >>record\neval "$WORK"\n')
-    fake(project, "scontrol", '#!/bin/sh\necho "scontrol $@" >>record\nexit 1\n')
+    fake(project, "scontrol", f'#!/bin/sh\n{SILENT}echo "scontrol $@" >>record\nexit 1\n')
     profile = write_profile(project, IMAGE="dvc.yaml", CONTAINER="recorder")
     (project / "record").unlink(missing_ok=True)
     launch(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from launch_helpers import IN_MOCO, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
+import pytest
+from launch_helpers import IN_MOCO, SILENT, STALE, fake, launch, launch_project, outside, write_profile  # noqa: F401
 
 LOCKED = 'echo "ERROR: Unable to acquire lock. Most likely another DVC process is running" >&2; exit 255'
 
@@ -87,7 +89,7 @@ def test_where_slurm_does_not_put_a_job_back_the_log_says_what_to_do(project: Pa
 def test_a_signal_while_the_dataset_is_copied_puts_the_job_back(project: Path) -> None:
     (project / "d.sqsh").write_bytes(b"hsqs")
     fake(project, "cp", "#!/bin/sh\nkill -USR2 $PPID; /bin/sleep 0.3\n")
-    fake(project, "scontrol", '#!/bin/sh\necho "scontrol $@" >>record\n')
+    fake(project, "scontrol", f'#!/bin/sh\n{SILENT}echo "scontrol $@" >>record\n')
     fake(project, "recorder", "#!/bin/sh\necho never >>record\n")
     fake(project, "sleep", "#!/bin/sh\n")
     (project / "local").mkdir()
@@ -142,3 +144,45 @@ def test_a_gpu_that_plain_sbatch_did_not_ask_for_is_missed_aloud(project: Path) 
     profile = write_profile(project, GRES="gpu:1", IMAGE="dvc.yaml", CONTAINER="true")
     assert "sbatch --gres=gpu:1" in launch(project, "train", MOCO_PROFILE=profile).stdout
     assert "--gres" not in launch(project, "train", MOCO_PROFILE=profile, CUDA_VISIBLE_DEVICES="0").stdout
+
+
+JOB = """JobId=7 JobName=gpu-test
+   Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode=0:0
+   Partition=gpu AllocNode:Sid=login:1
+   NumNodes=1 NumCPUs=2 NumTasks={tasks} CPUs/Task=2 ReqB:S:C:T=0:0:*:*
+   AllocTRES=cpu=2,node=1{gpus}
+   Command=/home/me/gres=gpu/slurm/pretrain.sbatch
+"""
+THEIRS = {
+    "SLURM_RESTART_COUNT": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_GPUS": "0,1,2,3",
+    "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+    "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "16", "SLURM_JOB_NODELIST": "first",
+}  # fmt: skip
+
+
+@pytest.mark.fault("environment", 7)
+def test_numbers_of_the_allocation_that_a_job_was_submitted_from_are_not_believed(project: Path) -> None:
+    """As plain sbatch passes them on; what Slurm says of the job itself counts, where it says something."""
+    fake(project, "srun", '#!/bin/sh\ncase "$*" in *torchrun*) echo "$@" >>spread;; esac\n')
+
+    def starts(answer: str) -> str:
+        """Return what the stage and srun were started with."""
+        (project / "job").write_text(answer)
+        (project / "record").unlink(missing_ok=True)
+        (project / "spread").unlink(missing_ok=True)
+        shutil.rmtree(project / "slurm/logs", ignore_errors=True)
+        fake(project, "scontrol", '#!/bin/sh\ncase "$*" in *"show job 7"*) cat job;; *hostnames*) echo first;; esac\n')
+        said = start(project, "pretrain", work='echo "count ${SLURM_RESTART_COUNT:-}" >>record', **THEIRS)
+        assert "start " in said.stdout, said.stderr
+        spread = (project / "spread").read_text() if (project / "spread").exists() else ""
+        return said.stdout + record(project) + spread
+
+    alone = starts(JOB.format(restarts=0, tasks=1, gpus=""))
+    assert "torchrun" not in alone and "moco pretrain" in alone
+    assert "start 0," in alone and "CUDA_VISIBLE_DEVICES=0" not in alone.split("start 0,")[1]
+    for name in THEIRS.keys() - {"SLURM_JOB_NODELIST"}:
+        assert f"{name}={THEIRS[name]} is another allocation's" in alone, name
+    own = starts(JOB.format(restarts=2, tasks=4, gpus=",gres/gpu=4"))
+    assert "--nproc-per-node 4" in own and "start 2," in own and "--cpus-per-task=2" in own
+    unknown = starts("")
+    assert "--nproc-per-node 4" in unknown and "another allocation" not in unknown, "Slurm does not say"

@@ -102,6 +102,36 @@ def test_variables_for_other_programs_are_taken_out_and_those_that_are_meant_sta
     assert len(said) == 1 and "SLURM_TMPDIR" in said[0] and str(tmp_path / "gone") in said[0]
 
 
+IMPOSSIBLE = ["abc", "0", "-1", "100000", "1.5", "2,x", "1e3", "9" * 400]
+
+
+@pytest.mark.fault("environment", 2 * len(IMPOSSIBLE))
+def test_impossible_numbers_of_threads_are_told_and_not_used() -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        for value in IMPOSSIBLE:
+            left, said = {name: value}, list[str]()
+            environment.shield(said.append, left)
+            assert name not in left and name in environment.left_out
+            assert len(said) == 1 and f"{name} is '{value[:20]}" in said[0] and len(said[0]) < 300
+        for value in ("1", "4", "1024", "4,2", " 8 "):
+            left, said = {name: value}, list[str]()
+            environment.shield(said.append, left)
+            assert left[name] == value and not said
+
+
+@pytest.mark.slow
+@pytest.mark.fault("environment")
+def test_a_command_with_an_impossible_number_of_threads_says_one_line(project: Path) -> None:
+    """A process of its own: libraries read the variable once, and complain by themselves."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moco.cli", "data"], env={**os.environ, "OMP_NUM_THREADS": "abc"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    lines = [line for line in done.stderr.splitlines() if "THREADS" in line]
+    assert len(lines) == 1 and lines[0].startswith("note: OMP_NUM_THREADS is 'abc'"), done.stderr
+
+
 @pytest.mark.fault("environment")
 def test_a_commit_that_git_will_not_read_is_told(project: Path, monkeypatch: pytest.MonkeyPatch, moco: Moco) -> None:
     assert no_commit() == "", "outside of a repository there is none to know"

@@ -86,6 +86,22 @@ def test_a_server_needs_no_ui_of_its_own(moco: Moco, project: Path) -> None:
     assert done.returncode == 0 and "https://mlflow.example.org" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("uri", "code"),
+    [
+        ("", "E-TRACKING-NO-STORE"),
+        ("  ", "E-TRACKING-NO-STORE"),
+        ("mlruns", "E-STORE-FILES"),
+        ("ftp://x", "E-STORE-ADDRESS"),
+        ("sqlite://", "E-STORE-ADDRESS"),
+        ("sqlite:///", "E-STORE-ADDRESS"),
+    ],
+)
+def test_without_a_store_there_is_one_line(moco: Moco, project: Path, uri: str, code: str) -> None:
+    write_params(project, tracking__uri=uri)
+    assert_one_line_error(moco("ui", "--port", str(free_port())), "tracking.uri", code)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # MLflow and SQLAlchemy deprecate things among themselves
 def test_a_store_that_cannot_be_made_is_one_line(moco: Moco, project: Path) -> None:

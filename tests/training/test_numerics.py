@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,26 @@ def test_a_job_whose_gpu_cannot_be_used_ends_instead_of_training_on_the_cpu(monk
     assert choose_device("cpu") == CPU
     monkeypatch.delenv("SLURM_JOB_ID")
     assert choose_device("auto").type in ("cpu", "mps"), "somebody's own setting on a machine without a GPU"
+
+
+@NO_CUDA
+@pytest.mark.fault("environment", 6)
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_a_variable_that_names_no_gpu_of_a_machine_with_gpus_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr("moco.training.numerics.GPUS", tmp_path)
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert choose_device("auto").type == "cpu"
+    for wrong in ("abc", "7", "GPU-0123", "a" * 400):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wrong)
+        with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES") as caught:
+            choose_device("auto")
+        assert caught.value.code == "E-DEVICE-VISIBLE" and wrong[:20] in str(caught.value)
+        assert choose_device("cpu") == CPU
 
 
 def test_a_named_device_is_taken() -> None:

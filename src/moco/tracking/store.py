@@ -50,7 +50,7 @@ def available() -> bool:
 
 def store_uri(config: TrackingConfig) -> str:
     """MLFLOW_TRACKING_URI where it is set, else params.yaml's. SQLite paths are made absolute."""
-    return absolute(os.environ.get("MLFLOW_TRACKING_URI") or config.uri)
+    return absolute(os.environ.get("MLFLOW_TRACKING_URI", "").strip() or config.uri.strip())
 
 
 def shared_uri(config: TrackingConfig) -> str:
@@ -109,7 +109,10 @@ def check_address(uri: str, experiment: str = "/") -> None:
             f"What the old one holds: {MIGRATE.format(folder)}",
             "E-STORE-FILES",
         )
-    if not re.match(f"({'|'.join(KINDS)})([+][a-z0-9_]+)?:", uri) and not _is_databricks(uri):
+    in_memory = re.fullmatch(r"sqlite([+]\w+)?:/{0,3}(:memory:)?(\?.*)?", uri) is not None  # and gone at the end
+    known = re.match(f"({'|'.join(KINDS)})([+][a-z0-9_]+)?:", uri) or _is_databricks(uri)
+    file = sqlite_file(uri)
+    if in_memory or not known or (file is not None and file.is_dir()):
         shown = redact(uri)
         raise UserError(
             f"tracking.uri: '{shown}' is no address of a store; http://HOST:PORT or sqlite:///mlflow.db is",

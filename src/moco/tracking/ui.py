@@ -14,7 +14,7 @@ from moco.environment import RUN_MODULE
 from moco.errors import Interrupted, UserError
 from moco.files import account
 from moco.redaction import redact
-from moco.tracking.store import available, client, explain, sqlite_file, store_uri, stray
+from moco.tracking.store import available, check_address, client, explain, sqlite_file, store_uri, stray
 from moco.tracking.store_file import refuse_other_schema, relocate
 
 HOST = "127.0.0.1"
@@ -30,6 +30,13 @@ def serve(config: TrackingConfig, port: int, say: Callable[[str], None]) -> int:
     if not available():
         raise UserError("mlflow is not installed here; run this where it is")
     uri = store_uri(config)
+    if not uri:
+        raise UserError(
+            "tracking.uri is empty: runs write their metric logs alone, and there is no store to show; set it, as to "
+            "sqlite:///mlflow.db, and `moco sync` brings the runs there",
+            "E-TRACKING-NO-STORE",
+        )
+    check_address(uri, config.experiment)
     if uri.startswith(("http://", "https://")):
         say(f"tracking.uri is a server: open {redact(uri)}")
         return 0

@@ -7,14 +7,17 @@ import ctypes
 import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from moco.errors import DivergedError, UserError
+from moco.errors import DivergedError, UserError, quoted
 from moco.memory import full_memory
 from moco.model.processor import is_fast_at_bf16
 
+GPUS = Path("/proc/driver/nvidia/gpus")  # of the machine, also where a container or a variable hides them
+HIDE_GPUS = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
 
@@ -26,11 +29,17 @@ def choose_device(wanted: str) -> torch.device:
             return torch.device("cuda")
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         lent = "SLURM_JOB_ID" in os.environ and (os.environ.keys() & {"SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"})
-        if lent and given not in ("", "-1", "NoDevFiles"):
+        if lent and given not in HIDE_GPUS:
             raise UserError(
                 f"runtime.device: this job was given GPU {given}, and torch cannot use it: the driver is too old, the "
                 "container was started without --nv, or torch is built without CUDA (`moco doctor` in the job says "
                 "which); 'cpu' does without it"
+            )
+        if given not in HIDE_GPUS and torch.version.cuda and GPUS.is_dir() and any(GPUS.iterdir()):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES is {quoted(given)}, which names no GPU that torch can use here (`moco doctor` "
+                "says more); correct or unset it, or set runtime.device to cpu",
+                "E-DEVICE-VISIBLE",
             )
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:

@@ -65,6 +65,8 @@ ROWS = {
                 "told with every result; the pool loses what stands in val"),
     "other-data": ("an encoder or a classifier of other classes, another order of them, other images or another size",
                    "refused in one line that says which; told where it may be meant"),
+    "learned-from": ("images that a classifier learned from are in val now: splits exchanged, images moved",
+                     "refused with their names, by eval and fine-tuning; said where it could not be checked"),
     "small-data": ("a queue, a batch or its splits larger than the pool", "told with the real number, or refused"),
     "data-layout": ("folders of a class tree misspelt, nested, spelt otherwise, beside each other; a single class",
                     "read, or one line that names the folder and the nearest name"),

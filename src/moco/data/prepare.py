@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from moco.config import DataConfig, flatten
 from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import refuse_one_class
+from moco.data.class_tree import class_tree
 from moco.data.dataset import Dataset
 from moco.data.decode import DECODING
 from moco.data.decode_outcome import count_adjusted
 from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest, SplitSummary, parse_manifest
 from moco.data.overlaps import Overlaps
-from moco.data.source_files import Record, Source
+from moco.data.source_files import TORCHVISION_FOLDERS, Record, Source
 from moco.data.sources import open_dataset
 from moco.errors import Say, UserError, first_of
 from moco.files import own_folder
@@ -154,6 +155,15 @@ def open_decoded(config: DataConfig, manifest: Manifest, scratch: Path, say: Say
                     "E-DATA-CHANGED",
                 )
     return cache.open_cache(place)
+
+
+def image_names(config: DataConfig, split: str, rows: Sequence[int]) -> list[str]:
+    """Return how messages call these images of train or val, by their rows."""
+    if config.source == "classes":
+        with suppress(UserError, IndexError):  # only the cache is here
+            tree = class_tree(Path(config.path), lambda _: None).splits[split]
+            return [tree.image_name(row) for row in rows]
+    return [f"{split}[{row}]" if config.source in TORCHVISION_FOLDERS else f"{split}/{row}.png" for row in rows]
 
 
 def _holds(config: DataConfig, source: Source, stamp: str, manifest: Manifest, scratch: Path) -> bool:

@@ -27,7 +27,7 @@ SUBMISSION = "submission.py"
 class Classifier:
     """weights: state dict of the whole network. epoch: the one that they are from; accuracy: its share of correct
     held-out images; optimizer: its state then. settings: of all stages up to here, by dotted name. made_from: see
-    moco.stages.provenance. results: accuracies by name."""
+    moco.stages.provenance. results: accuracies by name. learned: the images, see moco.stages.joins."""
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -37,6 +37,7 @@ class Classifier:
     settings: dict[str, Any]
     made_from: dict[str, Any] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
+    learned: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def write_classifier(
         "images": image_facts(manifest),
         "made_from": found.made_from,
         "results": found.results,
+        "learned": found.learned,
         "weights": state,
         "optimizer": found.optimizer,
     }

@@ -27,7 +27,7 @@ from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
 from moco.stages.identity import Making, Start
-from moco.stages.joins import check_scored
+from moco.stages.joins import check_scored, check_unseen
 from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import write_provenance
 from moco.stages.workspace import (
@@ -85,7 +85,8 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
     manifest = load_manifest(MANIFEST)
     submission = load_submission(classifier / "submission.py", hint)
     network = load_network(submission, classifier / "model_sub.pth", hint).to(device)
-    val = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)["val"]
+    splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
+    val = splits["val"]
     best = _made(classifier, hint, maker is not None)
     settings, weights = best.get("settings", {}), sha256(classifier / "model_sub.pth")
     ours = classifier_settings(config, settings)
@@ -93,9 +94,9 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
         ours |= flatten(config.finetune, "finetune")
     if maker and settings and (different := differences(settings, ours, HOUSEKEEPING)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
-    check_scored(
-        classifier, best, submission, manifest, f"run `moco {maker}` again" if maker else "train it again", say
-    )
+    remedy = f"run `moco {maker}` again" if maker else "train it again"
+    check_scored(classifier, best, submission, manifest, remedy, say)
+    seen = check_unseen(classifier, best.get("learned", {}), splits, config.data, manifest, remedy, say)
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": weights}, manifest.digest)
@@ -106,7 +107,8 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
         results = summarise(scores, classes, config.eval.calibration_bins)
         record.log({**results, **_upstream(best)}, 0)
         correct, own = {"val_accuracy": scores.predicted == scores.labels}, folder.own(report)
-        record.artifact(write_provenance(own, manifest, **_digests(best), weights=weights, correct=correct))
+        made = _digests(best) | ({} if seen is None else {"learned_in_val": seen})
+        record.artifact(write_provenance(own, manifest, **made, weights=weights, correct=correct))
         for path in _write(own, scores, results, manifest.classes, config.eval.calibration_bins):
             record.artifact(path)
         if (scores.predicted != scores.labels).any():
@@ -254,7 +256,7 @@ def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
     }
 
 
-def _digests(best: dict[str, Any]) -> dict[str, str]:
+def _digests(best: dict[str, Any]) -> dict[str, Any]:
     """Return the digests of what the classifier was made from, as far as they are known."""
     made_from = best.get("made_from", {})
     known = {"encoder": "encoder", "start": "start", "data": "trained_on"}

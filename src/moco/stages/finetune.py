@@ -32,9 +32,9 @@ from moco.stages.best_epoch import BestEpoch, beside_start
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
 from moco.stages.encoder_file import load_encoder
-from moco.stages.extra_file import read_extra
+from moco.stages.extra_file import EXTRA_LABELS, read_extra
 from moco.stages.identity import Making, Start
-from moco.stages.joins import check_classes, check_images, tell_other_data
+from moco.stages.joins import check_classes, check_images, check_unseen, learned_record, tell_other_data
 from moco.stages.outputs import locked_outputs
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
@@ -94,7 +94,9 @@ def _open(config: Config, resume: Path | None, making: Making) -> None:
         say(f"warning: {made} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     if (extra := read_extra(source, splits["unlabeled"], start.settings)) is not None:
-        splits["extra"] = extra
+        splits["extra"] = extra  # images that may have moved into val since somebody labelled them
+        learned = learned_record([extra], manifest)
+        check_unseen(source / EXTRA_LABELS, learned, splits, config.data, manifest, "run `moco train_extra` again", say)
     chain = {
         **start.settings, "pretrain.precision": config.pretrain.precision, **flatten(config.train, "train"),
         **flatten(config.finetune, "finetune"),
@@ -166,7 +168,10 @@ def _run(
         **beside_start(choice, chosen),
     }
     made_from = {**start.made_from, "data": manifest.digest, "start": start.digest}
-    found = Classifier(start.architecture, settings=chain, made_from=made_from, results=results, **chosen)
+    learned = learned_record(parts, manifest)
+    found = Classifier(
+        start.architecture, settings=chain, made_from=made_from, results=results, learned=learned, **chosen
+    )  # fmt: skip
     right = correct["best_held_out_accuracy"]
     judged = held_out_record(parts[0].digests[held], labels[held], manifest.classes, right, THESE)
     _write(config, found, manifest, correct, judged, record, state, folder)

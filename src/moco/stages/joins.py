@@ -10,8 +10,14 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+
+from moco.config import DataConfig
+from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest
-from moco.errors import Say, UserError
+from moco.data.prepare import image_names
+from moco.errors import Say, UserError, first_of
 
 LONGEST = 40  # characters of a class's name in a message
 SAME_PIXELS = 0.02  # mean and standard deviation of channels, of [0, 1], are as good as equal below
@@ -83,6 +89,48 @@ def check_scored(
     images = best.get("images", {})
     check_images(folder, images, manifest, remedy, resizes=True)
     tell_other_data(folder, best.get("made_from", {}).get("data"), images, manifest, say)
+
+
+def learned_record(parts: Sequence[DecodedSplit], manifest: Manifest) -> dict[str, Any]:
+    """Return which labelled images a classifier learns from, held-out ones included: N x 16 uint8, each once, and by
+    what rules and size they became pixels, without which digests say nothing."""
+    digests = np.unique(np.concatenate([part.digests for part in parts]), axis=0)
+    return {
+        "digests": torch.from_numpy(digests), "size": [manifest.height, manifest.width], "decoding": manifest.decoding,
+    }  # fmt: skip
+
+
+def check_unseen(
+    what: object, learned: dict[str, Any], splits: dict[str, DecodedSplit], config: DataConfig, manifest: Manifest,
+    remedy: str, say: Say,
+) -> int | None:  # fmt: skip
+    """Return how many images of val a classifier learned from, all of which also stand in train, which the data's notes
+    tell; None, which is told, where that is not known. Raise UserError where it learned from others of val.
+
+    learned: see `learned_record`; {} in files of earlier versions and of strangers."""
+    digests = learned.get("digests")
+    if not isinstance(digests, torch.Tensor) or digests.dim() != 2:
+        say(f"warning: {what} does not say which images it learned from; whether val has some could not be checked")
+        return None
+    if [learned.get("size"), learned.get("decoding")] != [
+        [manifest.height, manifest.width], manifest.decoding
+    ]:  # fmt: skip
+        say(
+            f"warning: {what} learned from images of another size or decoding; whether val has some could not be "
+            "checked"
+        )
+        return None
+    known, told = set(map(bytes, digests.numpy())), set(map(bytes, splits["train"].digests))
+    seen = [row for row, digest in enumerate(map(bytes, splits["val"].digests)) if digest in known]
+    rows = [row for row in seen if bytes(splits["val"].digests[row]) not in told]
+    if rows:
+        names = first_of(image_names(config, "val", rows), 100)
+        raise UserError(
+            f"{what}: learned from {len(rows)} of {len(splits['val'].digests)} images of val ({names}); a score would "
+            f"not be of new images; {remedy}",
+            "E-STAGE-SEEN",
+        )
+    return len(seen)
 
 
 def _short(values: Sequence[float]) -> str:

@@ -29,7 +29,8 @@ def write_provenance(report: Path, manifest: Manifest, **found: Any) -> Path:
     """Write provenance.json into a stage's folder of reports and return its path.
 
     found: `encoder` and `weights`, sha256 of files; `start`, that of the classifier that was trained further;
-    `train_settings`, see there; `trained_on`, the data that a scored classifier was made from; `pretraining`, see
+    `train_settings`, see there; `trained_on`, the data that a scored classifier was made from; `learned_in_val`, how
+    many images of val it learned from, where that is known; `pretraining`, see
     `pretraining_of`; `correct`, rows of booleans by the metric whose images they are; `images`, of
     other accuracies the number alone.
     """

@@ -105,7 +105,9 @@ def _broken(results: Results) -> list[str]:
     if data and data != results.provenance.get("data"):
         notes.append(f"measured on other data than {MANIFEST} describes")
     if (trained := results.provenance.get("trained_on")) and trained != results.provenance.get("data"):
-        notes.append("trained on other data than it is scored on, so that it may have seen images of this val")
+        seen = results.provenance.get("learned_in_val")
+        few = "may have learned from images of this val" if seen is None else f"learned from {seen} images of this val"
+        notes.append(f"trained on other data than it is scored on; it {few}")
     if results.stage in FOLDERS:
         path = FOLDERS[results.stage] / "model_sub.pth"
         if (weights := _digest(path)) and weights != results.weights:

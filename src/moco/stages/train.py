@@ -25,7 +25,7 @@ from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
 from moco.stages.extra_file import EXTRA_LABELS, packed
 from moco.stages.identity import Making, Start
-from moco.stages.joins import check_images, tell_other_data
+from moco.stages.joins import check_images, learned_record, tell_other_data
 from moco.stages.outputs import locked_outputs
 from moco.stages.provenance import (
     BEFORE_REFIT,
@@ -138,8 +138,12 @@ def train_classifier(
         record.log(results, max(line["step"] for line in metric_history(record.path)) + 1)
         weights = _with_layer(architecture, encoder, classes, fit)
         made_from = encoder_provenance(encoder.sha256, manifest)
-        found = Classifier(architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results)
         extra = inputs.splits.get("extra")
+        parts = [inputs.splits["train"], *([] if extra is None else [extra])]
+        found = Classifier(
+            architecture, weights, fit.epoch, fit.accuracy, fit.optimizer, chain, made_from, results,
+            learned_record(parts, manifest),
+        )  # fmt: skip
         kept = {} if extra is None else {EXTRA_LABELS: packed(extra, inputs.splits["unlabeled"])}
         files = write_classifier(run_folder.own(folder), found, manifest, config.eval, kept)
         for place, text in texts.items():
@@ -231,11 +235,11 @@ def labelled(
     parts = [splits[name] for name in ("train", "extra") if name in splits]
     known = [part.labels for part in parts if part.labels is not None]
     kept, held = features.stratified_holdout(known[0], holdout, seed)
-    kept = features.apart(kept, held, parts[0].digests)
     if not len(held):
         raise UserError(f"{stage}.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT")
     labels = np.concatenate(known)
-    return parts, labels, np.concatenate([kept, np.arange(len(known[0]), len(labels))]), held
+    kept = np.concatenate([kept, np.arange(len(known[0]), len(labels))])
+    return parts, labels, features.apart(kept, held, np.concatenate([part.digests for part in parts])), held
 
 
 def classify(

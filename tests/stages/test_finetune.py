@@ -58,7 +58,8 @@ def test_it_leaves_the_files_of_a_classifier_and_its_reports(moco: Moco, project
     assert content["settings"]["finetune.epochs"] == "3" and "pretrain.lr" in content["settings"]
     assert same(content["weights"], weights(folder))
     assert set(found) == {
-        "held_out_accuracy", "best_held_out_accuracy", "held_out_images", "val_accuracy", "best_epoch", "minutes",
+        "held_out_accuracy", "best_held_out_accuracy", "held_out_images", "held_out_in_pool", "val_accuracy",
+        "best_epoch", "minutes",
         "images_seen", "images_per_second", "labelled_images_seen", "views_seen", "extra_labels",
         "start_held_out_accuracy", "better_than_start",
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,35 @@ def test_splits_beyond_the_real_batch_are_refused(moco: Moco, project: Path) -> 
 def test_settings_that_fit_are_not_warned_about(moco: Moco, project: Path) -> None:
     run_all(moco, "data")
     assert "warning" not in moco("pretrain").stderr
+
+
+@pytest.mark.fault("overlap", 6)
+def test_held_out_images_that_pretraining_sees_are_told_with_their_accuracy(moco: Moco, project: Path) -> None:
+    """By the stages, the report, the comparison and the record, from which MLflow is fed."""
+    for number in range(20):
+        shutil.copy(project / f"dataset/train/{number}.png", project / f"dataset/unlabeled/{number}.png")
+    write_params(project, pretrain__epochs=1, finetune__epochs=1)
+    run_all(moco, "data")
+    for stage in ("pretrain", "train", "finetune"):
+        said = moco(stage).stderr
+        held = 10
+        assert f"{held} of the {held} held-out images also stand in the pool" in said, said
+        metrics = json.loads((project / f"reports/{stage}/metrics.json").read_text())
+        assert metrics["held_out_in_pool"] == held
+        events = list(read_events(next((project / f"runs/{stage}").glob("*/metrics.jsonl"))))
+        assert any(event.get("metrics", {}).get("held_out_in_pool") == held for event in events)
+        if stage != "pretrain":
+            (model,) = [event for event in events if event["event"] == "model"]
+            assert float(model["tags"]["held_out_in_pool"]) == held
+    for command in ("report", "compare"):
+        told = " ".join(moco(command).stdout.split())
+        for stage in ("pretrain", "train", "finetune"):
+            assert f"held-out images of {stage} also stand in the pool" in told
+
+
+def test_held_out_images_of_their_own_are_not_remarked(moco: Moco, project: Path) -> None:
+    write_params(project, pretrain__epochs=1)
+    run_all(moco, "data", "pretrain")
+    assert "stand in the pool" not in moco("train").stderr
+    assert json.loads((project / "reports/train/metrics.json").read_text())["held_out_in_pool"] == 0
+    assert "stand in the pool" not in moco("report").stdout

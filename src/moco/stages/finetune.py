@@ -150,6 +150,7 @@ def _run(
         content = {**facts, "loop": state.as_dict(), "best": choice.best, "start": choice.start, **step.state()}
         record.checkpoint(checkpoints.save(state.epoch, content), state.step)
 
+    in_pool = features.count_in_pool(parts[0].digests[held], splits["unlabeled"].digests)
     say(features.describe_holdout(labels[: len(parts[0].images)], held, section.holdout, "finetune.holdout"))
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
     train_supervised("finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every)
@@ -159,6 +160,7 @@ def _run(
     results = {
         **dict.fromkeys(("held_out_accuracy", "best_held_out_accuracy"), chosen["accuracy"]),
         "held_out_images": float(len(held)),
+        "held_out_in_pool": float(in_pool),
         "val_accuracy": float(correct["val_accuracy"].mean()),
         "best_epoch": chosen["epoch"],
         **run_effort(state, step.images_per_step),
@@ -265,8 +267,11 @@ def _write(
     record.artifact(report / "metrics.json")
     record.artifact(curve)
     tags = {name: f"{value:.4f}" for name, value in accuracies.items()}
+    tags["held_out_in_pool"] = f"{results['held_out_in_pool']:.0f}"
     record.model(files, tags, (manifest.height, manifest.width), judged)
     say(
         f"finetune: epoch {found.epoch}, held-out accuracy {found.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {FINETUNED}"
     )
+    if known := features.describe_in_pool(int(results["held_out_in_pool"]), int(results["held_out_images"])):
+        say(f"finetune: {known}")

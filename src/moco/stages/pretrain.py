@@ -63,11 +63,12 @@ SHOWN = 8  # images whose views are drawn
 
 @dataclass
 class Monitor:
-    """Held-out quality of the query encoder; ends a collapsed run."""
+    """Held-out quality of the query encoder; ends a collapsed run. pool: digests of its images, N x 16 uint8."""
 
     step: ContrastStep
     train: DecodedSplit
     classes: int
+    pool: np.ndarray
 
     def __post_init__(self) -> None:
         assert self.train.labels is not None
@@ -78,11 +79,13 @@ class Monitor:
                 "pretrain.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT"
             )
         self.kept, self.held = features.apart(kept, held, self.train.digests), held
+        self.in_pool = features.count_in_pool(self.train.digests[held], self.pool)
 
     def described(self) -> str:
         """Return a line that says how many images are held out."""
         assert self.train.labels is not None
-        return features.describe_holdout(self.train.labels, self.held, self.step.config.holdout, "pretrain.holdout")
+        fraction = self.step.config.holdout
+        return features.describe_holdout(self.train.labels, self.held, fraction, "pretrain.holdout", self.in_pool)
 
     def __call__(self) -> dict[str, float]:
         step, network = self.step, self.step.model.query_encoder
@@ -204,14 +207,14 @@ def _run(
             return record
 
         record = processes.alone(begin)
-        monitor = Monitor(step, splits["train"], len(manifest.classes))
+        monitor = Monitor(step, splits["train"], len(manifest.classes), splits["unlabeled"].digests)
         _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
         def finish() -> None:
             assert record is not None
             report, encoder = run_folder.own(REPORTS / "pretrain"), run_folder.own(ENCODER)
             save_encoder(encoder, step.model.query_encoder, architecture, manifest, chain)
-            effort = run_effort(state, sampler.batch_size)
+            effort = {**run_effort(state, sampler.batch_size), "held_out_in_pool": float(monitor.in_pool)}
             record.log({**effort, **({"steps_back": steps_back} if steps_back else {})}, state.step + 1)
             record.artifact(_provenance(report, encoder, manifest, len(monitor.held)))
             record.artifact(write_metrics(record.path, report / "metrics.json", {}))

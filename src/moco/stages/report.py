@@ -80,6 +80,11 @@ def run(console: Console) -> None:
     if not rows:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
     _print(console, rows, pipeline)
+    for stage in ("pretrain", "train", "train_extra", "finetune"):
+        if in_pool := found[stage].metrics.get("held_out_in_pool"):
+            console.print(
+                f"Note: {in_pool:,.0f} held-out images of {stage} also stand in the pool: pretraining sees them."
+            )
     if MANIFEST.is_file():
         for note in load_manifest(MANIFEST).notes():
             console.print(f"Note: {note}.", markup=False)

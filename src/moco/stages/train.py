@@ -134,6 +134,9 @@ def train_classifier(
         _assert_frozen(network, encoder.weights)
         report = run_folder.own(REPORTS / stage)
         record.artifact(write_curve(record.path, report / "epochs.csv", "held_out_accuracy"))
+        judged = held_out(inputs, section, correct["best_held_out_accuracy"])
+        in_pool = held_in_pool(inputs.splits, section)
+        results["held_out_in_pool"] = float(in_pool)
         results |= {**more, "iterations" if section.solver == "lbfgs" else "best_epoch": fit.epoch}
         record.log(results, max(line["step"] for line in metric_history(record.path)) + 1)
         weights = _with_layer(architecture, encoder, classes, fit)
@@ -153,7 +156,6 @@ def train_classifier(
         made = {**made_from, "weights": sha256(files[0]), "architecture": architecture.as_dict()}
         made["train_settings"] = train_settings(section)
         record.artifact(write_provenance(report, manifest, **made, correct=correct))
-        judged = held_out(inputs, section, correct["best_held_out_accuracy"])
         tags = {name: f"{value:.4f}" for name, value in results.items()}
         record.model(files, tags, (manifest.height, manifest.width), judged)
         drawn = ("loss", "held_out_accuracy")
@@ -164,6 +166,8 @@ def train_classifier(
         f"{stage}: {unit} {fit.epoch}, held-out accuracy {fit.accuracy:.2%}, val {results['val_accuracy']:.2%} "
         f"-> {folder}"
     )
+    if known := features.describe_in_pool(in_pool, int(results["held_out_images"])):
+        say(f"{stage}: {known}")
 
 
 def _loaded(architecture: Architecture, encoder: EncoderFile, classes: int) -> nn.Module:
@@ -182,6 +186,12 @@ def held_out(inputs: Inputs, section: TrainConfig, correct: np.ndarray) -> dict[
     *_, held = labelled(inputs.splits, section.holdout, section.seed, "train")
     assert train.labels is not None
     return held_out_record(train.digests[held], train.labels[held], inputs.manifest.classes, correct, judged)
+
+
+def held_in_pool(splits: dict[str, DecodedSplit], section: TrainConfig) -> int:
+    """Return how many of the held-out images pretraining sees."""
+    *_, held = labelled(splits, section.holdout, section.seed, "train")
+    return features.count_in_pool(splits["train"].digests[held], splits["unlabeled"].digests)
 
 
 def linear_views(manifest: Manifest, device: torch.device) -> Views:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moco.tracking.pipeline_run import of_pipeline
 from moco.tracking.sync import logs_of
 from moco.training.significance import wilson
 
+HELD_OUT = re.compile(r"held_out_accuracy$|\.knn_accuracy$")
 PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.stages.provenance)
 
 # Shown where they were measured and nothing else is asked for.
@@ -150,12 +152,21 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
     if any(row.images.get(name) for row in rows for name in chosen):
         console.print("±: 95 % interval (Wilson, the longer side) for the number of images that an accuracy is of.")
     for row in rows:
+        for line in _seen_by_pretraining(row, chosen):
+            console.print(line, markup=False, highlight=False)
         for stage in row.left_out:
             console.print(f"{row.name}: {stage} is of another encoder or classifier than train, and left out.")
     for problem in problems[:NAMED]:
         console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > NAMED:
         console.print(f"note: and {len(problems) - NAMED} more that could not be read")
+
+
+def _seen_by_pretraining(row: Pipeline, chosen: list[str]) -> Iterator[str]:
+    """Yield a line for each stage with an accuracy of held-out images of which some stand in the pool."""
+    for stage in dict.fromkeys(name.split(".")[0] for name in chosen if name in row.metrics and HELD_OUT.search(name)):
+        if in_pool := row.metrics.get(f"{stage}.held_out_in_pool"):
+            yield f"{row.name}: {in_pool:,.0f} held-out images of {stage} also stand in the pool: pretraining sees them"
 
 
 def _header(name: str) -> str:

@@ -102,9 +102,10 @@ def _tell(version: Any, run: Any, say: Say) -> None:
 
 
 def _of_images(tags: dict[str, str]) -> str:
-    """Return '0.5540 of 480 images'; the number is not known of versions of before it was recorded."""
-    images = tags.get("held_out_images")
-    return tags.get("best_held_out_accuracy", "") + (f" of {images} images" if images else "")
+    """Return '0.5540 of 480 images, 12 of them in the pool'; versions of before have no such numbers."""
+    images, in_pool = tags.get("held_out_images"), float(tags.get("held_out_in_pool") or 0)
+    pool = f", {in_pool:.0f} of them in the pool, which pretraining sees" if in_pool else ""
+    return tags.get("best_held_out_accuracy", "") + (f" of {images} images{pool}" if images else "")
 
 
 def _restore(tags: dict[str, str], kept: dict[str, str], ask: Callable[[str], bool], say: Say) -> None:

@@ -95,10 +95,24 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.exp(-(shares * torch.log(shares.clamp(min=1e-12))).sum()))
 
 
-def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key: str) -> str:
+def count_in_pool(digests: np.ndarray, pool: np.ndarray) -> int:
+    """Return how many of the held-out images also stand in the pool, where pretraining sees them without their labels.
+
+    digests, pool: M x 16 and N x 16 uint8, of the images' content."""
+    known = set(map(bytes, pool))
+    return sum(bytes(digest) in known for digest in digests)
+
+
+def describe_in_pool(count: int, held: int) -> str:
+    """Return what must be known wherever an accuracy on `held` held-out images is shown; '' where nothing."""
+    return f"{count:,} of the {held:,} held-out images also stand in the pool: pretraining sees them" if count else ""
+
+
+def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key: str, in_pool: int = 0) -> str:
     """Return a line that says how many of the images are held out, and why, where that is far from what was asked.
 
-    labels: N int64; held: indices of the held-out ones. fraction: what the setting `key` asks for.
+    labels: N int64; held: indices of the held-out ones. fraction: what the setting `key` asks for. in_pool: see
+    `count_in_pool`.
     """
     real = len(held) / len(labels)
     text = f"{key} {fraction:g}: {len(held):,} of {len(labels):,} labelled images are held out ({real:.1%})"
@@ -107,7 +121,7 @@ def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key:
         text = f"warning: {text}, since a class holds out one image at least"
     if alone := int((counts == 1).sum()):
         text += f"; {alone:,} of {len(counts):,} classes have a single label and hold out none"
-    return text
+    return f"{text}; {describe_in_pool(in_pool, len(held))}" if in_pool else text
 
 
 def apart(kept: np.ndarray, held: np.ndarray, digests: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ def at_work(workspace: Path, epochs: int) -> tuple[subprocess.Popen[bytes], Path
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     while not (new := set((workspace / "runs/pretrain").iterdir()) - before) or not list(new.pop().glob("*.sha256")):
-        assert process.poll() is None, "pretraining ended too early"
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     (folder,) = set((workspace / "runs/pretrain").iterdir()) - before
     return process, folder
@@ -79,16 +79,18 @@ def lives(pid: int) -> bool:
         return False
 
 
-@pytest.mark.long  # minutes on two cores
+@pytest.mark.fault("dvc-gone")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stage_ends_in_order_when_dvc_is_killed(workspace: Path, number: int) -> None:
-    process, folder = at_work(workspace, 400)
+    process, folder = at_work(workspace, 40)
     assert (sign := json.loads((folder / "holder").read_text()))["pid"] != process.pid
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) != 0
-    assert process.stderr is not None
-    said = process.stderr.read()  # to the end of the stage, which holds the other end
+    _, said = process.communicate(timeout=300)  # to the end of the stage, which holds the other end of the pipe
+    assert process.returncode != 0
     assert b"dvc has ended" in said and b"stopped by SIGTERM; the state is saved" in said, said
+    until = time.monotonic() + 60
+    while lives(sign["pid"]) and time.monotonic() < until:  # the pipe is closed shortly before its end
+        time.sleep(0.05)
     assert not lives(sign["pid"]) and not (folder / "holder").exists()
     assert not (folder / "done").exists() and list(folder.glob("checkpoint_*.pth"))
     assert f"continuing from {folder.relative_to(workspace)}" in run(workspace, "dvc", "repro", "pretrain")

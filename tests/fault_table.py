@@ -38,6 +38,8 @@ ROWS = {
                           "one line names them; dvc.lock stays; with the old ones back the result is taken "
                           "without making it again"),
     "other-code": ("an interrupted run's code is changed", "one line names the file; `--resume` continues on purpose"),
+    "foreign-code": ("moco of another clone runs in this project's folder",
+                     "refused where code of the stage differs, else recorded; moco doctor tells"),
     "dvc-gone": ("DVC is killed while its stage is at work",
                  "the stage saves its state and ends; the next `dvc repro` continues it"),
     "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),

@@ -83,10 +83,21 @@ def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
     return config
 
 
+def _tells() -> bool:
+    """Whether this process tells what all of one run meet: of several the first of each node."""
+    return not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _echo(text: str) -> None:
+    if _tells():
+        typer.echo(one_line(text), err=True)
+
+
 def _start(stage: str, params: Path, changes: dict[str, Any] | None = None) -> Start:
     """What a stage finds when it begins: before it is imported, so that no later change of its code goes unseen."""
-    from moco.stages.identity import Start
+    from moco.stages.identity import Start, refuse_other_code
 
+    refuse_other_code(stage, _echo)
     return Start.of(stage, lambda: load(params, changes))
 
 
@@ -241,8 +252,8 @@ def main() -> None:
     Of the processes of one run, the first of each node tells what all of them met; each tells what it may have met
     alone, as full memory.
     """
-    tells = not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
-    environment.shield(lambda text: typer.echo(one_line(text), err=True) if tells else None)
+    tells = _tells()
+    environment.shield(_echo)
     try:
         with raise_on_signals():
             end_with_dvc()

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from moco.errors import Say, quoted
 
@@ -36,6 +37,7 @@ RUN_MODULE = (
     "import sys; sys.path[:1] == [''] and sys.path.pop(0); import runpy; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
+PACKAGE = Path(__file__).resolve().parent  # the code that runs
 left_out: list[str] = []  # names of variables that `shield` has taken out of this process's environment
 
 
@@ -89,6 +91,32 @@ def _is_thread_count(value: str) -> bool:
     """Return whether a value is a number of threads, or a list of them by the level of nesting."""
     numbers = [number.strip() for number in value.split(",")]
     return all(re.fullmatch("[0-9]{1,4}", number) and 1 <= int(number) <= MOST_THREADS for number in numbers)
+
+
+def other_checkout() -> Path | None:
+    """Return src/moco of the current folder where it is not the code that runs: with one virtual environment and two
+    clones of the project, say, or in the folder of a queued experiment. None where there is none, as in a project that
+    an installed moco works on."""
+    here = Path("src/moco").resolve()
+    return here if here != PACKAGE and (here / "cli.py").is_file() else None
+
+
+def differing_code(other: Path) -> list[str]:
+    """Return the files of code that are not the same here and in another package's folder, as 'moco/config.py'."""
+    names = {
+        path.relative_to(folder)
+        for folder in (PACKAGE, other)
+        for kind in ("*.py", "*.html")
+        for path in folder.rglob(kind)
+    }
+    return sorted(f"moco/{name.as_posix()}" for name in names if _content(PACKAGE / name) != _content(other / name))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

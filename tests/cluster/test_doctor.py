@@ -40,7 +40,7 @@ def run(step: bool = False) -> tuple[int, dict[str, str]]:
 def test_a_sound_project_gives_one_line_a_check(project: Path) -> None:
     before = torch.get_rng_state()
     code, lines = run(step=True)
-    names = "container libc driver gpu squashfs user_namespaces slurm params dataset scratch mlflow dvc git step"
+    names = "container code libc driver gpu squashfs user_namespaces slurm params dataset scratch mlflow dvc git step"
     assert list(lines) == [name.replace("_", " ") for name in names.split()]
     assert code == int(any(line.startswith("FAIL") for line in lines.values()))
     for name in ("params", "dataset", "scratch", "step"):

@@ -26,6 +26,7 @@ def run(params: Path, step: bool, say: Say) -> int:
         say(finding.line())
 
     check("container", doctor_machine.container)
+    check("code", doctor_machine.code)
     check("libc", doctor_machine.libc)
     if importlib.util.find_spec("torch"):
         check("driver", doctor_gpu.driver)

@@ -21,7 +21,8 @@ from moco.cluster.finding import (
     reason,
     warn,
 )
-from moco.errors import UserError
+from moco.environment import PACKAGE, differing_code, other_checkout
+from moco.errors import UserError, first_of
 
 DRIVER_LIBRARIES = Path("/.singularity.d/libs")  # where Apptainer's --nv puts the host's
 READ = "gzip and xz images are read as they are, others"
@@ -141,3 +142,15 @@ def slurm() -> Finding:
     if done.returncode != 0:
         return warn("slurm", f"sbatch does not work: {reason(done.stderr)}{within}", "ask the administrator")
     return ok("slurm", done.stdout.strip() + within)
+
+
+def code() -> Finding:
+    """Whether the moco that runs is the project's own: DVC and the record name that one."""
+    other = other_checkout()
+    if other is None:
+        own = Path("src/moco").is_dir()
+        return ok("code", "this folder's own, src/moco") if own else note("code", f"{PACKAGE}: none in this folder")
+    if different := differing_code(other):
+        remedy = "`make install` here and use its moco, or set PYTHONPATH=src"
+        return fail("code", f"{PACKAGE} runs; {len(different)} files differ here: {first_of(different)}", remedy)
+    return note("code", f"{PACKAGE} runs, not this folder's src/moco, which is the same at present")

@@ -14,12 +14,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import moco
 from moco.config import Config, flatten
-from moco.errors import UserError, first_of
+from moco.environment import PACKAGE, differing_code, other_checkout
+from moco.errors import Say, UserError, first_of
 from moco.files import sha256
 
-PACKAGE = Path(moco.__file__).resolve().parent
 ROOM = 100  # characters that named differences may take in a line
 CODE = "code"  # in a state: digests of the code that made it
 HANDED_IN = ("eval.team_id", "eval.team_name", "eval.email_address")
@@ -157,6 +156,26 @@ def digest_of(path: Path) -> str:
     for each in sorted(each for each in path.rglob("*") if not each.name.startswith(".") and each.is_file()):
         digest.update(f"{each.relative_to(path).as_posix()}\0{sha256(each)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def refuse_other_code(stage: str, say: Say) -> None:
+    """Raise UserError where a stage would run other code than the current folder's src/moco has: dvc.lock, commit and
+    patch would name that. Tell where only code differs that decides nothing about the stage's result."""
+    other = other_checkout()
+    if other is None or not (different := differing_code(other)):
+        return
+    needed = [name for name in different if name in code_of(stage)]
+    if needed:
+        raise UserError(
+            f"moco runs from {PACKAGE}, and {len(needed)} of the files that this stage runs differ from src/moco here "
+            f"({first_of(needed, 60)}): the record would be untrue; `make install` here and use its moco, or set "
+            "PYTHONPATH=src",
+            "E-RUN-OTHER-CODE",
+        )
+    say(
+        f"warning: moco runs from {PACKAGE}; {len(different)} of its files differ from src/moco here "
+        f"({first_of(different, 60)}), none that this stage's result depends on"
+    )
 
 
 def code_changes(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -25,6 +25,7 @@ GIT_OWN = (".git", ".gitmodules", "git~1")  # what git takes orders from
 # What is told of the run, in this order: tag and words.
 TOLD = (
     ("git_commit", "commit"), ("git_dirty", "with changes"), ("git_commits", "commits in turn"),
+    ("code_folder", "code from"), ("code_differs", "not the commit's"),
     ("dvc_experiment", "DVC experiment"), ("data_digest", "data"), ("data_notes", "its images"),
     ("slurm_job_ids", "Slurm jobs"), ("image", "image"), ("host", "host"),
     ("device", "device"), ("threads", "threads"), ("torch", "torch"), ("python", "Python"), ("packages", "packages"),

@@ -26,6 +26,8 @@ import yaml
 import moco
 from moco.config import Config, flatten
 from moco.data.manifest import Manifest
+from moco.environment import PACKAGE, differing_code, other_checkout
+from moco.errors import first_of
 from moco.files import sha256
 from moco.redaction import literal_secret, redact_tree, redacted_keys
 
@@ -165,12 +167,23 @@ def _code() -> dict[str, str]:
         "git_dirty": None if status is None else str(bool(status or new)).lower(),
         "dvc_experiment": os.environ.get("DVC_EXP_NAME"),
         "dvc_lock": sha256(lock) if lock.is_file() else None,
+        **_foreign_code(),
         "packages": _packages(),
         "moco": moco.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def _foreign_code() -> dict[str, str]:
+    """Return where the code lies that runs, in place of the current folder's, and what differs from that."""
+    other = other_checkout()
+    if other is None:
+        return {} if Path("src/moco").is_dir() else {"code_folder": str(PACKAGE)}
+    different = differing_code(other)
+    differs = {"code_differs": f"{len(different)} file(s): {first_of(different)}"} if different else {}
+    return {"code_folder": str(PACKAGE), **differs}
 
 
 @functools.cache

@@ -40,6 +40,8 @@ ROWS = {
     "other-code": ("an interrupted run's code is changed", "one line names the file; `--resume` continues on purpose"),
     "foreign-code": ("moco of another clone runs in this project's folder",
                      "refused where code of the stage differs, else recorded; moco doctor tells"),
+    "damaged-reports": ("files of reports/ that are damaged, or that may not be read",
+                        "named in a line; the other rows are shown"),
     "dvc-gone": ("DVC is killed while its stage is at work",
                  "the stage saves its state and ends; the next `dvc repro` continues it"),
     "damaged-checkpoint": ("a checkpoint is truncated or changed", "named, passed over; the one before it is used"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from stage_helpers import run_all
 
-from conftest import Moco, write_params
+from conftest import Moco, assert_one_line_error, write_params
 from moco.files import sha256
 from moco.tracking.metric_log import last_values
 from moco.training.significance import unpack, wilson
@@ -159,3 +159,28 @@ def test_a_copied_classifier_takes_its_past_along(moco: Moco, project: Path) -> 
     assert made["encoder"] != sha256(project / "models/encoder.pth")
     logs = sorted((project / "runs/eval").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     assert last_values(logs[-1])["images_seen"] == first["images_seen"]
+
+
+@pytest.mark.fault("damaged-reports", 7)
+def test_rows_are_shown_beside_files_that_cannot_be_read(moco: Moco, project: Path) -> None:
+    run_all(moco, "data", "pretrain", "train", "baseline")
+    reports = project / "reports"
+    for name, content in (
+        ("provenance", "{"), ("provenance", "[]"), ("provenance", '{"data": 5}'), ("provenance", '\udcff'),
+        ("provenance", '{"data": "x", "pretraining": "y"}'), ("metrics", '{"val_accuracy": "high"}'),
+    ):  # fmt: skip
+        path = reports / f"train/{name}.json"
+        before = path.read_bytes()
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        done = moco("report")
+        assert done.returncode == 0, done.stderr
+        assert f"reports/train/{name}.json is damaged" in " ".join(done.stdout.split())
+        assert "random weights" in done.stdout and ("linear classifier" in done.stdout)
+        assert "earlier version" not in done.stdout
+        path.write_bytes(before)
+    shutil.move(reports / "train/metrics.json", reports / "train/kept")
+    (reports / "train/metrics.json").mkdir()
+    done = moco("report")
+    assert done.returncode == 0 and "reports/train/metrics.json cannot be read" in " ".join(done.stdout.split())
+    shutil.rmtree(reports / "baseline")
+    assert_one_line_error(moco("report"), "reports/train/metrics.json", "[E-REPORT-UNREADABLE]")

@@ -6,6 +6,8 @@ classifier in models/ says so below the table; a difference says whether it is m
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moco.data.manifest import load_manifest
-from moco.errors import UserError
+from moco.errors import UserError, first_of
 from moco.files import sha256
 from moco.stages.provenance import NAME, read_json
 from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MANIFEST, REPORTS
@@ -28,11 +30,12 @@ FOLDERS = {"train": CLASSIFIER, "eval": CLASSIFIER, "train_extra": CLASSIFIER_EX
 
 @dataclass(frozen=True)
 class Results:
-    """What a stage has left in reports/STAGE."""
+    """What a stage has left in reports/STAGE. problems: a line for each file that is there and cannot be used."""
 
     stage: str
     metrics: dict[str, Any]
     provenance: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.metrics)
@@ -77,9 +80,14 @@ def run(console: Console) -> None:
     pipeline = _pipeline(found)
     rows = [*_baseline(found, pipeline), *([pipeline] if pipeline else []), *_extra(found, pipeline)]
     rows += _finetuned(found, pipeline)
+    problems = [problem for results in found.values() for problem in results.problems]
+    if not rows and problems:
+        raise UserError(f"{first_of(problems, 200)}; run the stages again", "E-REPORT-UNREADABLE")
     if not rows:
         raise UserError(f"{REPORTS}: no results yet; run `dvc repro` first")
     _print(console, rows, pipeline)
+    for problem in problems:
+        console.print(f"Note: {problem}; running the stage again writes it.", markup=False, highlight=False)
     for stage in ("pretrain", "train", "train_extra", "finetune"):
         if in_pool := found[stage].metrics.get("held_out_in_pool"):
             console.print(
@@ -92,17 +100,52 @@ def run(console: Console) -> None:
 
 
 def _read(stage: str) -> Results:
-    folder = REPORTS / stage
-    return Results(stage, read_json(folder / "metrics.json"), read_json(folder / NAME))
+    folder, problems = REPORTS / stage, list[str]()
+    metrics = _content(folder / "metrics.json", _are_numbers, problems)
+    return Results(stage, metrics, _content(folder / NAME, _is_provenance, problems), problems)
+
+
+def _content(path: Path, sound: Callable[[Any], bool], problems: list[str]) -> dict[str, Any]:
+    """Return what a file of reports holds; {} where it is not there, or no use, which goes to `problems`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if sound(found):
+            return dict(found)
+        problems.append(f"{path} is damaged")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        problems.append(f"{path} cannot be read: {error.strerror}")
+    except ValueError:
+        problems.append(f"{path} is damaged")
+    return {}
+
+
+def _are_numbers(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
+
+
+def _is_provenance(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("data"), str)
+        and all(isinstance(found.get(name, ""), str) for name in ("encoder", "weights", "start", "trained_on"))
+        and _are_numbers(found.get("pretraining", {}))
+    )
 
 
 def _digest(path: Path) -> str | None:
-    """The file's sha256; None where it is not there, as in a clone without the models."""
-    return sha256(path) if path.is_file() else None
+    """The file's sha256; None where it is not there, as in a clone without the models, or cannot be read."""
+    try:
+        return sha256(path) if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _broken(results: Results) -> list[str]:
     """Return what of a stage's results does not belong to the files in models/."""
+    if results.problems:
+        return [f"{results.problems[0]}: what it was made from is not known"]
     if not results.provenance:
         return ["of an earlier version of this program: what it was made from is not known"]
     notes = []
@@ -246,7 +289,12 @@ def _difference(row: Row, pipeline: Row | None) -> str:
     if pipeline is None or row is pipeline:
         return "-"
     ours, theirs = row.results.correct(row.accuracy), pipeline.results.correct(pipeline.accuracy)
-    if ours is None or theirs is None or row.results.provenance["data"] != pipeline.results.provenance["data"]:
+    if (
+        ours is None
+        or theirs is None
+        or len(ours) != len(theirs)
+        or row.results.provenance["data"] != pipeline.results.provenance["data"]
+    ):
         return "not comparable"
     chance = mcnemar(*discordant(ours, theirs))
     words = "p < 0.001" if chance < 0.001 else f"p = {chance:.2g}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sink_helpers import CONFIG, begin, connect, empty_store, no_server_from_outside, store  # noqa: F401
+from sink_helpers import CONFIG, begin, connect, empty_store, history, no_server_from_outside, only_run, store  # noqa: F401
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.errors import UserError
@@ -222,6 +222,30 @@ def test_a_version_that_somebody_removed_stays_away(moco: Moco, project: Path, s
     state.unlink()
     assert moco("sync", "--again", str(state.parent)).returncode == 0
     assert len(connected.search_model_versions("name = 'moco-classifier'")) == 1
+
+
+@pytest.mark.slow
+def test_values_are_sent_in_full_requests(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request costs a store four transactions, and a server a round trip."""
+    from mlflow import MlflowClient
+
+    log = MetricLog(tmp_path / "runs/pretrain/KEY/metrics.jsonl")
+    log.write("start", stage="pretrain", name="n", params={}, tags={})
+    names = [f"value_{number}" for number in range(6)]
+    for step in range(1, 501):
+        log.write("metrics", step=step, metrics=dict.fromkeys(names, 1 / step))
+    log.close()
+    sizes: list[int] = []
+    send = MlflowClient.log_batch
+
+    def counted(client: Any, run_id: str, metrics: Any = (), **others: Any) -> Any:
+        sizes.append(len(metrics))
+        return send(client, run_id, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    sync_all(tmp_path, CONFIG, lambda _: None)
+    assert [size for size in sizes if size] == [996, 996, 996, 12]
+    assert history(connect(), only_run().info.run_id, "value_5") == [(step, 1 / step) for step in range(1, 501)]
 
 
 @pytest.mark.long

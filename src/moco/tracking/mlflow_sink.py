@@ -149,14 +149,14 @@ class MlflowSink:
             if event["event"] == "metrics" and any(after < place and event["step"] > step for place, step in resumed):
                 pass  # void, and not sent yet
             elif event["event"] in ("metrics", "system"):
+                if len(pending) + len(event["metrics"]) > store.BATCH:  # so that no request is nearly empty
+                    self._send(pending, steps, reached)
                 pending.extend(self._metrics(event, steps))
             else:
                 self._send(pending, steps, reached)
                 self._handle(event, reached)
                 self._remember(after)
             reached = after
-            if len(pending) >= store.BATCH:
-                self._send(pending, steps, reached)
         self._send(pending, steps, reached)
         if self.problem is not None:
             # The one that failed goes to the end, so that it does not stand before the others each time.

@@ -83,7 +83,8 @@ def lives(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stage_ends_in_order_when_dvc_is_killed(workspace: Path, number: int) -> None:
     process, folder = at_work(workspace, 40)
-    assert (sign := json.loads((folder / "holder").read_text()))["pid"] != process.pid
+    sign = json.loads((folder / "holder").read_text())
+    assert sign["pid"] != process.pid
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=300)  # to the end of the stage, which holds the other end of the pipe
     assert process.returncode != 0

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moco.data import as_seen
-from moco.data.image_kinds import HEAD, is_heic, why_not_read
+from moco.data.image_kinds import CONVERT, HEAD, UNREAD_SUFFIXES, is_heic, why_not_read
 from moco.data.squashfs_reader import SquashfsImage
 from moco.memory import full_memory
 
@@ -151,6 +151,8 @@ def _file(path: str) -> BinaryIO:
         raise ValueError("a folder")
     if not stat.S_ISREG(kind):  # a pipe would be waited for, for ever
         raise ValueError("not a regular file")
+    if path.lower().endswith(UNREAD_SUFFIXES):  # camera raws look like TIFF, of which Pillow reads the small preview
+        raise ValueError(f"{os.path.splitext(path)[1]} files are not read; {CONVERT}")  # noqa: PTH122
     return open(path, "rb")  # noqa: PTH123
 
 

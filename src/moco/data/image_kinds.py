@@ -8,6 +8,12 @@ SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
     ".tiff", ".avif", ".heic", ".heif",
 )  # fmt: skip
+# Images that cannot be read here by any means: what has such a name is listed, so that it is refused with its reason.
+UNREAD_SUFFIXES = (
+    ".heics", ".heifs", ".hif", ".avifs", ".avci", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".psd", ".psb",
+    ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef",
+    ".srw", ".exr", ".hdr", ".dcm", ".dicom", ".fits", ".tga", ".xcf", ".dds", ".jng", ".qoi", ".pcx",
+)  # fmt: skip
 # What operating systems, network storages and browsers of files leave in folders; names that begin with a dot as well.
 LITTER = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
@@ -42,8 +48,8 @@ def has_suffix(name: str) -> bool:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the name has the suffix of an image."""
-    return name.lower().endswith(SUFFIXES)
+    """Whether the name has the suffix of an image, of a kind that is read or not."""
+    return name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES))
 
 
 def is_image(head: bytes) -> bool:

@@ -83,3 +83,12 @@ def test_held_out_images_of_their_own_are_not_remarked(moco: Moco, project: Path
     assert "stand in the pool" not in moco("train").stderr
     assert json.loads((project / "reports/train/metrics.json").read_text())["held_out_in_pool"] == 0
     assert "stand in the pool" not in moco("report").stdout
+
+
+@pytest.mark.fault("small-data", 3)
+def test_a_batch_beyond_the_labelled_images_is_told(moco: Moco, project: Path) -> None:
+    sizes = {"train__batch_size": 64, "baseline__batch_size": 64, "finetune__batch_size": 64}
+    write_params(project, pretrain__epochs=1, baseline__epochs=1, finetune__epochs=1, **sizes)
+    run_all(moco, "data", "pretrain")
+    for stage, count in (("train", 10), ("baseline", 20), ("finetune", 10)):
+        assert f"{stage}.batch_size: 64 is more than the {count} images" in moco(stage).stderr

@@ -95,6 +95,10 @@ def _supervised(
     of steps."""
     train, val = splits["train"], splits["val"]
     assert train.labels is not None and val.labels is not None
+    if section.batch_size > len(train.labels):
+        say(
+            f"warning: baseline.batch_size: {section.batch_size} is more than the {len(train.labels)} images; batches are of these"
+        )
     sampler = EpochSampler(
         np.arange(len(train.labels)), even_batch(len(train.labels), section.batch_size), section.seed
     )  # fmt: skip

@@ -126,6 +126,10 @@ def _run(
     network = _network(start, manifest, config)
     if saved is None and section.start == "classifier":
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
+    if section.batch_size > len(kept):
+        say(
+            f"warning: finetune.batch_size: {section.batch_size} is more than the {len(kept)} images; batches are of these"
+        )
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = classifier_views(manifest, device, section.crop_scale)
     pool = _pool(section, splits["unlabeled"], sampler.batch_size, views, manifest)

@@ -274,6 +274,10 @@ def classify(
     stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])
     say(features.describe_holdout(known[: len(parts[0].images)], held, section.holdout, "train.holdout"))
+    if section.solver == "sgd" and section.batch_size > len(kept):
+        say(
+            f"warning: train.batch_size: {section.batch_size} is more than the {len(kept)} images; batches are of these"
+        )
     fit = fit_linear(stack[:, kept], labels[kept], stack[0, held], labels[held], classes, section, log)
     correct = {"best_held_out_accuracy": predictions(fit, stack[0, held]) == known[held]}
     fit.accuracy = float(correct["best_held_out_accuracy"].mean())

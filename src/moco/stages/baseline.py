@@ -97,7 +97,8 @@ def _supervised(
     assert train.labels is not None and val.labels is not None
     if section.batch_size > len(train.labels):
         say(
-            f"warning: baseline.batch_size: {section.batch_size} is more than the {len(train.labels)} images; batches are of these"
+            f"warning: baseline.batch_size: {section.batch_size} is more than the {len(train.labels)} images; "
+            "all of them make one batch"
         )
     sampler = EpochSampler(
         np.arange(len(train.labels)), even_batch(len(train.labels), section.batch_size), section.seed

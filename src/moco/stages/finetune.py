@@ -128,7 +128,8 @@ def _run(
         _fit_last_layer(network, config, start, manifest, parts, labels, kept, device)
     if section.batch_size > len(kept):
         say(
-            f"warning: finetune.batch_size: {section.batch_size} is more than the {len(kept)} images; batches are of these"
+            f"warning: finetune.batch_size: {section.batch_size} is more than the {len(kept)} images; "
+            "all of them make one batch"
         )
     sampler = EpochSampler(kept, section.batch_size, section.seed)
     views = classifier_views(manifest, device, section.crop_scale)

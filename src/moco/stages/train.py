@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +263,17 @@ def classify(
     `feature_sets`.
 
     Accuracy is measured on a held-out part of train, on which sgd also chooses its epoch; with `refit` the layer is
-    then fitted on all labels: by lbfgs to the optimum, by sgd for so many epochs. val is measured once, at the end, and
+    then fitted on all labels: by lbfgs to the optimum, by sgd for so many epochs, which are the fewer the more labels
+    `extra` has. val is measured once, at the end, and
     decides nothing. Images of `extra` are never held out: their labels are not as sure as train's, and so accuracy is
     measured on the same images with and without them.
     """
     val = splits["val"]
     assert val.labels is not None
     parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
+    if section.solver == "sgd":  # as many steps as without `extra`, whose labels alone are to make the difference
+        own = int((kept < len(parts[0].images)).sum())
+        section = replace(section, epochs=max(1, round(section.epochs * own / len(kept))))
     labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.labels)
     stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])

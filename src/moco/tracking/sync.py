@@ -22,16 +22,18 @@ from moco.tracking.store_file import refuse_other_schema, relocate
 class FoundLogs:
     """logs: of runs, oldest first. unreadable: folders and logs that this user may not read, or that lead nowhere."""
 
-    logs: list[Path]
+    project: Path
+    logs: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
 
     def describe(self) -> str:
         """Return which cannot be read, in one line with what to do; '' where all can."""
         if not self.unreadable:
             return ""
+        names = [path.relative_to(self.project) for path in self.unreadable]
         return (
-            f"{len(self.unreadable)} run folder(s) cannot be read and are left out: {first_of(self.unreadable)}; if "
-            "they are another user's, ask for `chmod -R go+rX`"
+            f"{len(names)} run folder(s) cannot be read and are left out: {first_of(names)}; if they are another user's, "
+            "ask for `chmod -R go+rX`"
         )
 
 
@@ -45,7 +47,7 @@ def _began(log: Path) -> float:
 
 def logs_of(project: Path) -> FoundLogs:
     """Find every metric log of the project and of its sweeps, oldest first."""
-    found = FoundLogs([])
+    found = FoundLogs(project)
     runs = [project / "runs"]
     for sweep in _folders(project / "sweeps", found):
         runs += [task / "runs" for task in _folders(sweep, found)]

@@ -32,8 +32,8 @@ class FoundLogs:
             return ""
         names = [path.relative_to(self.project) for path in self.unreadable]
         return (
-            f"{len(names)} run folder(s) cannot be read and are left out: {first_of(names)}; if they are another user's, "
-            "ask for `chmod -R go+rX`"
+            f"{len(names)} run folder(s) cannot be read and are left out: {first_of(names)}; if they are another "
+            "user's, ask for `chmod -R go+rX`"
         )
 
 

@@ -98,7 +98,8 @@ def sync_all(
     for folder in runs:
         if not (folder / NAME).is_file():
             raise UserError(f"{folder}: no run's folder, as it has no {NAME}; they are runs/STAGE/KEY", "E-SYNC-FOLDER")
-    found = FoundLogs(sorted((folder / NAME for folder in runs), key=_began)) if runs else logs_of(project)
+    given = sorted((folder / NAME for folder in runs), key=_began)
+    found = FoundLogs(project, given) if runs else logs_of(project)
     failed: list[str] = []
     deleted: list[Path] = []
     with _rare_garbage_collection():

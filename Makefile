@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 READY = $(VENV)/.ready-$(TORCH)
 LOCK = requirements/$(if $(filter cpu none,$(TORCH)),cpu,workstation).txt
 
-.PHONY: demo test test-slow test-long test-container test-cluster faults mutations audit lint types lock lock-image install clean
+.PHONY: demo test test-slow test-long test-container test-cluster faults mutations audit dvc lint types lock lock-image install clean
 install: $(READY)
 
 $(READY): requirements/uv.txt $(LOCK) pyproject.toml
@@ -63,6 +63,10 @@ mutations: install
 # Known vulnerabilities of what is installed; needs the index's own database, so that a mirror may not do.
 audit: install
 	for lock in workstation image; do uv tool run pip-audit --strict --no-deps --disable-pip -r requirements/$$lock.txt || exit 1; done
+
+# What dvc.yaml lists, from the imports of each stage.
+dvc: install
+	python tools/dvc_yaml.py
 
 lint: install
 	ruff check .

@@ -31,8 +31,8 @@ import torch
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.model.encoder import build_encoder, strip_head
-from moco.params import load
-from moco.presets import edit, render
+from moco.settings.presets import edit, render
+from moco.settings.reading import load
 from moco.stages.architecture import described
 from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder

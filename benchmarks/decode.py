@@ -42,8 +42,8 @@ def bound(files: list[bytes], workers: int) -> float:
 def main() -> None:
     # Not at the top: the cache's workers import this file as well, and torch in it would be counted as building.
     from moco.data.prepare import prepare
-    from moco.params import parse
-    from moco.presets import edit, render
+    from moco.settings.presets import edit, render
+    from moco.settings.reading import parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)

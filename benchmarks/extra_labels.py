@@ -22,7 +22,6 @@ import torch
 from label_requests import interval
 from torch import Tensor, nn
 
-from moco.config import Config, TrainConfig
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
@@ -30,7 +29,9 @@ from moco.data.pool_names import drawn_labels
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.model.encoder import build_encoder, load_body, strip_head
-from moco.params import load
+from moco.settings.reading import load
+from moco.settings.schema import Config
+from moco.settings.train import TrainConfig
 from moco.stages.encoder_file import load_encoder
 from moco.stages.train import classify, linear_views
 from moco.stages.workspace import scratch_folder

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from idea_networks import NETWORKS
 from torch import Tensor, nn
 
-from moco.config import Config
 from moco.data.batches import EpochSampler, gather, step_generator
 from moco.data.cache import DecodedSplit
 from moco.data.prepare import open_decoded, prepare
@@ -41,8 +40,9 @@ from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder, last_width
 from moco.model.momentum_contrast import MomentumContrast, info_nce
 from moco.model.split_batch_norm import use_split_batch_norm
-from moco.params import parse
-from moco.presets import edit, render
+from moco.settings.presets import edit, render
+from moco.settings.reading import parse
+from moco.settings.schema import Config
 from moco.stages.architecture import described
 from moco.stages.train import CROP_SCALE, feature_sets
 from moco.training.features import extract, knn_accuracy

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.params import load
+from moco.settings.reading import load
 from moco.stages.contrast import build_model, pretraining_views
 from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training import features

@@ -123,7 +123,7 @@ def open_data(args: argparse.Namespace) -> dict[str, Any]:
     from moco.data.manifest import load_manifest
     from moco.data.prepare import open_decoded
     from moco.model.encoder import build_encoder, last_width, load_body, strip_head
-    from moco.params import load
+    from moco.settings.reading import load
     from moco.stages.contrastive_losses import contrastive_losses
     from moco.stages.encoder_file import load_encoder
     from moco.stages.train import Inputs, linear_views

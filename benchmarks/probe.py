@@ -21,8 +21,8 @@ from extra_labels import CPU, accuracy, open_project
 from finetuning import PARAMS, changes
 
 from moco.data.batches import gather
-from moco.params import parse
-from moco.presets import edit
+from moco.settings.presets import edit
+from moco.settings.reading import parse
 from moco.stages.train import feature_sets
 from moco.training.features import extract
 

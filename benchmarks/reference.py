@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from moco.config import PretrainConfig
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, batch_norms, build_encoder
+from moco.settings.pretrain import PretrainConfig
 from moco.stages.contrast import ContrastStep
 from moco.training.features import knn_accuracy
 from moco.training.numerics import choose_device, choose_precision, set_up

@@ -28,8 +28,8 @@ from moco.data.cache import DecodedSplit
 from moco.data.dataset import Dataset, Split
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.views import Views, recipe
-from moco.params import load
-from moco.presets import edit
+from moco.settings.presets import edit
+from moco.settings.reading import load
 from moco.stages.workspace import scratch_folder
 
 BLOCK = 4096

@@ -32,12 +32,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moco.config import PretrainConfig, TrainConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.cache import DecodedSplit
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
 from moco.model.momentum_contrast import MomentumContrast
+from moco.settings.pretrain import PretrainConfig
+from moco.settings.train import TrainConfig
 from moco.stages.contrast import ContrastStep
 from moco.stages.train import feature_sets
 from moco.training.distributed import SOLO, Processes
@@ -52,15 +53,8 @@ BATCHES = 8  # of an epoch of `input`
 def settings(**changes: Any) -> PretrainConfig:
     """Section `pretrain`, by default that of the first CIFAR-10 preset; as a type, since a GPU may lack PyYAML."""
     values: dict[str, Any] = {
-        "encoder": "small_resnet", "stem": "small", "width": 24, "stages": 4, "convolutions": 2,
-        "head": "mlp", "dim": original.DIM, "queue": QUEUE, "momentum": 0.99,
-        "momentum_schedule": "constant", "temperature": original.TEMPERATURE,
-        "loss": "asymmetric", "batch_norm": "plain", "splits": 2, "shuffle": False, "augmentation": "v2_no_blur",
-        "crop_scale": (0.2, 1.0), "blur_sigma": (0.1, 2.0), "resolutions": (1.0,), "resolution_changes": (),
-        "epochs": 200, "minutes": None, "batch_size": 128,
-        "accumulate": 1, "lr": 0.03, "sgd_momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "warmup": 0.0,
-        "milestones": (), "subset": 1.0, "precision": "auto", "holdout": 0.1, "monitor_every": 5,
-        "knn_neighbours": 20, "checkpoint_every": 5, "keep_checkpoints": 2, "log_every": 20, "steps_back": 0, "seed": 0,
+        "width": 24, "stages": 4, "dim": original.DIM, "queue": QUEUE, "temperature": original.TEMPERATURE,
+        "crop_scale": (0.2, 1.0), "epochs": 200, "lr": 0.03, "warmup": 0.0,
     }  # fmt: skip
     return PretrainConfig(**values | changes)
 

@@ -22,8 +22,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from moco.config import TrackingConfig
 from moco.model.small_resnet import SmallResNet
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run
 
@@ -42,7 +42,7 @@ def steps_per_second(step: Callable[[], float], seconds: float, every: int, log:
 
 def tracked(folder: Path, step: Callable[[], float], seconds: float, every: int) -> tuple[float, float, float]:
     """(steps a second, seconds until MLflow was there, share of all processors that the process beside took)."""
-    config = TrackingConfig(f"sqlite:///{folder.parent}/mlflow.db", False, "benchmark", "none", True)
+    config = TrackingConfig(uri=f"sqlite:///{folder.parent}/mlflow.db", experiment="benchmark", registered_model="none")
     with Run(folder, "benchmark", config, print) as run:
         began = time.perf_counter()
         run.start({}, UNKNOWN)

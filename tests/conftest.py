@@ -86,10 +86,10 @@ def tiny_params(**changes: object) -> dict[str, dict[str, object]]:
     params = yaml.safe_load((ROOT / "presets" / "default.yaml").read_text())
     params["data"].update(source="folder", path="dataset", mounted="", classes=5)
     params["pretrain"].update(
-        width=4, stages=3, dim=16, queue=24, epochs=2, batch_size=8, log_every=1,
-        monitor_every=1, holdout=0.4,
-        knn_neighbours=3, precision="fp32", warmup=0.0, checkpoint_every=1,
+        width=4, stages=3, dim=16, queue=24, epochs=2, batch_size=8, precision="fp32", warmup=0.0
     )  # fmt: skip
+    params["monitor"].update(every=1, holdout=0.4, neighbours=3, log_every=1)
+    params["checkpoint"].update(every=1)
     params["train"].update(solver="sgd", features="pyramid", epochs=3, batch_size=8, views=1, holdout=0.4)
     params["eval"].update(batch_size=4)
     params["baseline"].update(epochs=2, minutes=None, batch_size=4)

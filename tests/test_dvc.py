@@ -211,7 +211,7 @@ def test_queued_experiments_leave_their_logs_in_the_project_and_its_store(worksp
 
 def test_interrupted_pretraining_continues_on_the_next_repro(workspace: Path) -> None:
     edit(workspace, "pretrain", "epochs", 60)
-    edit(workspace, "pretrain", "checkpoint_every", 1)
+    edit(workspace, "checkpoint", "every", 1)
     before = set((workspace / "runs/pretrain").iterdir())
     path = f"{workspace / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(
@@ -222,7 +222,7 @@ def test_interrupted_pretraining_continues_on_the_next_repro(workspace: Path) ->
         assert process.poll() is None, "pretraining ended too early"
     os.killpg(process.pid, 15)
     process.wait(timeout=120)
-    edit(workspace, "pretrain", "checkpoint_every", 100)  # housekeeping: still the same run
+    edit(workspace, "checkpoint", "every", 100)  # housekeeping: still the same run
     output = run(workspace, "dvc", "repro", "pretrain")
     assert "continuing from" in output
     restore(workspace)

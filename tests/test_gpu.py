@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
-from moco import params
-from moco.config import PretrainConfig
 from moco.data.batches import Fetcher, step_generator
 from moco.data.views import Views, recipe
 from moco.memory import GPU
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
+from moco.settings import reading as params
+from moco.settings.pretrain import PretrainConfig
 from moco.stages.contrast import ContrastStep
 from moco.tracking.metric_log import metric_history
 from moco.training.numerics import choose_device, set_up

@@ -24,7 +24,7 @@ from moco.memory import FullMemory, full_memory, refuse_queue
 from moco.training.interrupt import end_with_dvc, raise_on_signals
 
 if TYPE_CHECKING:
-    from moco.config import Config
+    from moco.settings.schema import Config
     from moco.stages.identity import Start
 
 app = typer.Typer(
@@ -41,7 +41,9 @@ app.add_typer(image_app, name="image")
 
 PRESETS = Path("presets")
 # Commands that torchrun may start, and those that only look; a stage that does not share its work would do it twice.
-IN_SEVERAL_PROCESSES = ("pretrain", "report", "preset", "sync", "ui", "compare", "origin", "doctor", "slurm", "image")
+IN_SEVERAL_PROCESSES = (
+    "pretrain", "report", "preset", "config", "sync", "ui", "compare", "origin", "doctor", "slurm", "image",
+)  # fmt: skip
 
 Resume = Annotated[
     Path | None,
@@ -226,13 +228,25 @@ def preset(
     force: Annotated[bool, typer.Option("--force", help="Overwrite changes of your own.")] = False,
 ) -> None:
     """Switch params.yaml to a preset; `git diff params.yaml` then shows what that changed."""
-    from moco import presets
+    from moco.settings import presets
 
     if name is None:
         typer.echo("\n".join(presets.names(PRESETS)))
         return
     presets.switch(PRESETS, name, params, force)
     typer.echo(f"{params} is now the preset {name}")
+
+
+@app.command("config")
+def config_command(
+    name: Annotated[str, typer.Argument(help="A section or a key, such as pretrain.lr; all without it.")] = "",
+    params: Params = PARAMS,
+) -> None:
+    """Print every setting with its value, where that comes from, and what it is; the output is a parameter file."""
+    from moco.settings.listing import listed
+
+    for line in listed(load(params), params.read_text(encoding="utf-8"), params, name):
+        typer.echo(line)
 
 
 @app.command("doctor")

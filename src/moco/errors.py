@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from moco.redaction import redact
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 LONGEST = 300  # characters of a line that reports an error, with "error: " and its code
 QUOTED = 40  # characters that a message quotes of a file's content
 
@@ -44,6 +46,13 @@ def first_of(items: Sequence[object], room: int = 160) -> str:
         shown.append(item if len(item) <= room else f"{item[: room // 2]}…{item[-room // 2 :]}")
     more = len(items) - len(shown)
     return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def present(value: T | None, what: str) -> T:
+    """Return a value that must be there. Raises RuntimeError where it is not, which is a fault of this program."""
+    if value is None:
+        raise RuntimeError(f"{what}: missing, though nothing here can work without")
+    return value
 
 
 class UserError(Exception):

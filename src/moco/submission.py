@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 
-from moco.config import EvalConfig
 from moco.data import as_seen
 from moco.data.manifest import Manifest
 from moco.model import small_resnet
 from moco.model.encoder import Architecture
+from moco.settings.eval import EvalConfig
 
 HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch, torchvision, numpy and Pillow.
 

@@ -72,9 +72,8 @@ def bring_project(checkout: Path) -> None:
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, checkout / name)
     params = tiny_params(data__source="squashfs", data__path="", data__mounted="/dataset", data__classes=10)
-    params["pretrain"].update(
-        width=8, batch_size=64, epochs=4, queue=256, holdout=0.1, knn_neighbours=20, log_every=5, splits=2
-    )
+    params["pretrain"].update(width=8, batch_size=64, epochs=4, queue=256, splits=2)
+    params["monitor"].update(holdout=0.1, neighbours=20, log_every=5)
     params["train"].update(epochs=30, batch_size=64, holdout=0.1)
     params["baseline"].update(epochs=4, batch_size=64)
     params["finetune"].update(epochs=3, batch_size=64, holdout=0.1)

@@ -71,7 +71,7 @@ def test_a_check_that_raises_is_a_failure_with_its_reason(project: Path, monkeyp
     def broken(text: str) -> None:
         raise ZeroDivisionError("what nobody foresaw")
 
-    monkeypatch.setattr("moco.params.yaml.SafeLoader", broken)
+    monkeypatch.setattr("moco.settings.reading.yaml.SafeLoader", broken)
     code, lines = run()
     assert code == 1
     assert "FAIL  params           the check could not be made (ZeroDivisionError: " in lines["params"]

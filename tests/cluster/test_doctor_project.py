@@ -13,11 +13,12 @@ import pytest
 from filelock import FileLock
 
 from conftest import tiny_params, write_params
-from moco import params
 from moco.cluster import doctor_project
 from moco.cluster.finding import Finding, attempt
-from moco.config import Config, RuntimeConfig
 from moco.data.prepare import prepare
+from moco.settings import reading as params
+from moco.settings.runtime import RuntimeConfig
+from moco.settings.schema import Config
 
 
 def settings(project: Path, **changes: object) -> Config:

@@ -19,7 +19,7 @@ import yaml
 from conftest import Moco, assert_one_line_error, write_params
 from moco.cluster import doctor_tracking
 from moco.cluster.finding import Finding, attempt
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking import store_check
 
 
@@ -84,7 +84,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def look_at_store(uri: str, mounts: Path = doctor_tracking.MOUNTS) -> Finding:
-    return doctor_tracking.mlflow(TrackingConfig(uri, False, "experiment", "model", True), mounts)
+    return doctor_tracking.mlflow(TrackingConfig(uri=uri, experiment="experiment", registered_model="model"), mounts)
 
 
 class Server(BaseHTTPRequestHandler):

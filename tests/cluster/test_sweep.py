@@ -18,7 +18,7 @@ from moco.cluster.sweep import Sweep
 from moco.cluster.sweep import plan as plan_or_none
 from moco.cluster.workspaces import make
 from moco.errors import UserError
-from moco.params import load
+from moco.settings.reading import load
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from moco.config import DataConfig, GeneratedConfig
 from moco.data import cache
 from moco.data.prepare import prepare
+from moco.settings.data import DataConfig, GeneratedConfig
 
 
 def generated_config(**changes: Any) -> GeneratedConfig:

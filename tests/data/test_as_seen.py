@@ -30,7 +30,6 @@ from image_helpers import (
 from PIL import Image, features
 
 from conftest import write_dataset
-from moco.config import EvalConfig
 from moco.data.as_seen import as_seen
 from moco.data.decode import read_adjusted, read_image
 from moco.data.generated import pack
@@ -38,6 +37,7 @@ from moco.data.manifest import Manifest
 from moco.data.prepare import open_decoded, prepare
 from moco.errors import UserError
 from moco.model.encoder import Architecture
+from moco.settings.eval import EvalConfig
 from moco.submission import render
 
 EXACT: dict[str, dict[str, object]] = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}

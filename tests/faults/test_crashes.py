@@ -25,8 +25,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     project, seconds = tmp_path_factory.mktemp("undisturbed"), dict[str, float]()
     write_dataset(project / "dataset", unlabeled=3000, train=40)
     write_params(
-        project, pretrain__epochs=3, pretrain__batch_size=32, pretrain__log_every=5, pretrain__checkpoint_every=1,
-        finetune__epochs=60, finetune__checkpoint_every=4, train__epochs=60, request__budget=40,
+        project, pretrain__epochs=3, pretrain__batch_size=32, monitor__log_every=5, checkpoint__every=1,
+        finetune__epochs=60, train__epochs=60, request__budget=40,
     )  # fmt: skip
     make_ready()
     for stage in STAGES:

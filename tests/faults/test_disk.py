@@ -34,7 +34,7 @@ EPOCHS = 8
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = tmp_path_factory.mktemp("undisturbed")
     write_dataset(project / "dataset")
-    write_params(project, pretrain__epochs=EPOCHS, pretrain__width=16, pretrain__keep_checkpoints=2)
+    write_params(project, pretrain__epochs=EPOCHS, pretrain__width=16, checkpoint__keep=2)
     must(project, "data")
     must(project, "pretrain")
     return project

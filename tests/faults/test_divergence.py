@@ -52,9 +52,7 @@ def sound(project: Path) -> list[str]:
 
 def prepared(moco: Moco, project: Path, **changes: object) -> float:
     """The configured learning rate."""
-    write_params(
-        project, pretrain__epochs=EPOCHS, pretrain__keep_checkpoints=9, pretrain__schedule="constant", **changes
-    )
+    write_params(project, pretrain__epochs=EPOCHS, checkpoint__keep=9, pretrain__schedule="constant", **changes)
     assert moco("data").returncode == 0
     return 0.12
 
@@ -68,7 +66,7 @@ def test_a_learning_rate_that_is_far_too_large_stops_with_one_line(moco: Moco, p
 def test_it_steps_back_with_half_the_rate_and_says_so(
     moco: Moco, project: Path, break_when: Callable[[Breaks], None]
 ) -> None:
-    lr = prepared(moco, project, pretrain__steps_back=2)
+    lr = prepared(moco, project, checkpoint__max_rollbacks=2)
     break_when(lambda step, number: number >= 12 and step.config.lr > 0.6 * lr)
     done = moco("pretrain")
     assert done.returncode == 0, done.stderr
@@ -89,7 +87,7 @@ def test_it_steps_back_with_half_the_rate_and_says_so(
 def test_steps_back_that_do_not_help_end_and_a_new_start_knows_of_them(
     moco: Moco, project: Path, break_when: Callable[[Breaks], None]
 ) -> None:
-    prepared(moco, project, pretrain__steps_back=2)
+    prepared(moco, project, checkpoint__max_rollbacks=2)
     break_when(lambda step, number: number >= 12)
     for wanted in (2, 0):
         done = moco("pretrain")
@@ -120,7 +118,7 @@ def test_weights_that_break_while_the_loss_does_not_are_never_saved(
 
 
 def test_a_collapse_is_a_divergence(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lr = prepared(moco, project, pretrain__steps_back=1)
+    lr = prepared(moco, project, checkpoint__max_rollbacks=1)
     spread = features.feature_std
     calls: list[int] = []
 
@@ -140,7 +138,7 @@ def test_a_collapse_is_a_divergence(moco: Moco, project: Path, monkeypatch: pyte
 def test_a_branch_goes_on_with_the_rate_of_the_run_that_stepped_back(
     moco: Moco, project: Path, break_when: Callable[[Breaks], None]
 ) -> None:
-    lr = prepared(moco, project, pretrain__steps_back=1)
+    lr = prepared(moco, project, checkpoint__max_rollbacks=1)
     break_when(lambda step, number: number >= 12 and step.config.lr > 0.6 * lr)
     assert moco("pretrain").returncode == 0
     (named,) = (project / "runs/pretrain").glob(f"*/checkpoint_{EPOCHS:03}.pth")
@@ -154,7 +152,7 @@ def test_a_signal_that_comes_with_a_divergence_is_not_forgotten(
     moco: Moco, project: Path, break_when: Callable[[Breaks], None]
 ) -> None:
     """Slurm's warning comes once."""
-    prepared(moco, project, pretrain__steps_back=2, pretrain__log_every=4)
+    prepared(moco, project, checkpoint__max_rollbacks=2, monitor__log_every=4)
     sent: list[int] = []
 
     def breaks(step: ContrastStep, number: int) -> bool:

@@ -30,7 +30,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_work(workspace: Path, epochs: int) -> tuple[subprocess.Popen[bytes], Path]:
     """`dvc repro pretrain`, and its run's folder, once the first state has been saved."""
     edit(workspace, "pretrain", "epochs", epochs)
-    edit(workspace, "pretrain", "monitor_every", 100)
+    edit(workspace, "monitor", "every", 100)
     before = set((workspace / "runs/pretrain").iterdir())
     path = f"{workspace / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     process = subprocess.Popen(

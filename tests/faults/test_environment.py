@@ -22,9 +22,9 @@ NAMES = ["a$b$c", "_hidden", "^x\\frac{", "[red]x", "猫 😀", "\u202eabc", "n"
 # Makes a store in the current folder, puts a file into a run, and fetches it.
 IN_STORE = """
 from pathlib import Path
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking import store
-uri = store.store_uri(TrackingConfig("sqlite:///mlflow.db", False, "e", "m", True))
+uri = store.store_uri(TrackingConfig(uri="sqlite:///mlflow.db", experiment="e", registered_model="m"))
 assert store.sqlite_file(uri) == Path("mlflow.db").absolute()
 client = store.client(uri)
 experiment = client.create_experiment("e", artifact_location=store.artifact_location(uri))

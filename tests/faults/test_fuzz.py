@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import ROOT
-from moco.config import Config
 from moco.data.decode import read_image
 from moco.data.label_files import read_table
 from moco.data.manifest import load_manifest
 from moco.data.sources import read_labels
 from moco.errors import UserError, one_line
-from moco.params import load, parse
+from moco.settings.reading import load, parse
+from moco.settings.schema import Config
 from moco.tracking.metric_log import metric_history, read_events
 from moco.training.checkpoints import load_weights
 

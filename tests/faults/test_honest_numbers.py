@@ -67,7 +67,7 @@ def test_every_metric_is_defined_and_every_definition_has_its_metric(
     for solver in ("lbfgs", "sgd"):
         write_params(
             project, train__solver=solver, finetune__pool=1, train_extra__labels="labels/reply.csv",
-            train_extra__suspicious="warn",
+            monitor__suspicious_labels="warn",
         )  # fmt: skip
         run_all(moco, *STAGES)
         for stage in STAGES[1:]:
@@ -123,7 +123,7 @@ def test_a_pass_of_the_baseline_takes_all_labelled_images(moco: Moco, project: P
 @pytest.mark.fault("numbers")
 def test_the_rate_in_the_log_is_that_of_its_step(moco: Moco, project: Path) -> None:
     """A cosine over four epochs of five steps, with a line after every fourth step."""
-    write_params(project, pretrain__epochs=4, pretrain__log_every=4, pretrain__lr=1.0)
+    write_params(project, pretrain__epochs=4, monitor__log_every=4, pretrain__lr=1.0)
     run_all(moco, "data", "pretrain")
     lines = [line for line in metric_history(log(project, "pretrain")) if "lr" in line["metrics"]]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20]
@@ -212,7 +212,7 @@ def test_that_fine_tuning_gained_nothing_is_told(moco: Moco, project: Path) -> N
 def test_what_is_really_held_out_is_told(moco: Moco, project: Path) -> None:
     """Two labels a class: a tenth of them is one, which is half."""
     write_dataset(project / "few", train=10)
-    write_params(project, data__path="few", pretrain__holdout=0.1, train__holdout=0.1, finetune__holdout=0.1)
+    write_params(project, data__path="few", monitor__holdout=0.1, train__holdout=0.1, finetune__holdout=0.1)
     for stage in ("data", "pretrain", "train", "baseline", "finetune"):
         said = run_all(moco, stage)
         lines = [line for line in said.splitlines() if "holdout" in line]

@@ -34,7 +34,7 @@ PLACES = [
 ]
 
 
-SETTINGS = {"request__strategy": "margin", "finetune__epochs": 3, "finetune__checkpoint_every": 1}
+SETTINGS = {"request__strategy": "margin", "finetune__epochs": 3, "checkpoint__every": 1}
 
 
 @pytest.fixture(scope="module")

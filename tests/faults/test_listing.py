@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from conftest import write_dataset
-from moco.config import DataConfig, GeneratedConfig
 from moco.data.generated import pack
 from moco.data.label_files import read_lines
 from moco.data.prepare import prepare
 from moco.errors import UserError
+from moco.settings.data import DataConfig, GeneratedConfig
 from process_helpers import forget_failed_imports
 
 LITTER = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", "__MACOSX")

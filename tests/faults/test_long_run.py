@@ -21,8 +21,8 @@ def test_memory_handles_and_files_stay_flat(tmp_path: Path) -> None:
     write_dataset(tmp_path / "dataset", size=8)
     write_params(
         tmp_path, pretrain__batch_size=2, pretrain__queue=8, pretrain__stages=1, train__features="last",
-        pretrain__augmentation="v1", pretrain__epochs=STEPS // PER_EPOCH, pretrain__monitor_every=50,
-        pretrain__checkpoint_every=10, pretrain__keep_checkpoints=KEEP, pretrain__log_every=100,
+        pretrain__augmentation="v1", pretrain__epochs=STEPS // PER_EPOCH, monitor__every=50,
+        checkpoint__every=10, checkpoint__keep=KEEP, monitor__log_every=100,
     )  # fmt: skip
     must(tmp_path, "data")
     process, samples = start(tmp_path, "pretrain"), []

@@ -15,8 +15,9 @@ import yaml
 from conftest import ROOT, write_params
 from moco.cluster.finding import warn
 from moco.errors import UserError
-from moco.params import load
 from moco.redaction import literal_secret, redact, redact_tree
+from moco.settings.listing import params_text
+from moco.settings.reading import load
 from moco.tracking import lineage, origin
 from moco.tracking.metric_log import MetricLog
 from moco.tracking.store import explain
@@ -87,7 +88,7 @@ def test_no_output_shows_a_secret(form: str, tmp_path: Path, project: Path) -> N
     log.close()
     assert_hidden(log.path.read_text())
     write_params(project, tracking__uri=form, data__path=form)
-    assert_hidden(origin.params_text(load(project / "params.yaml")))
+    assert_hidden(params_text(load(project / "params.yaml")))
 
 
 def test_what_is_no_secret_stays_as_it_is() -> None:
@@ -115,7 +116,7 @@ def test_no_setting_of_a_preset_is_changed_in_the_record(project: Path) -> None:
         assert redact_tree(tree) == tree, path
     write_params(project, data__path="/data/run_sig=3/token=5/x@y", data__mounted="/mnt//a@b")
     for config in (load(ROOT / "params.yaml"), load(project / "params.yaml")):
-        assert yaml.safe_load(origin.params_text(config)) == json.loads(json.dumps(asdict(config)))
+        assert yaml.safe_load(params_text(config)) == json.loads(json.dumps(asdict(config)))
 
 
 def test_no_line_of_this_project_counts_as_a_secret() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conftest import Moco, write_params
-from moco.config import RequestConfig
+from moco.settings.request import RequestConfig
 
 STRATEGIES = typing.get_args(typing.get_type_hints(RequestConfig)["strategy"])
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import Moco, assert_one_line_error
-from moco.config import EvalConfig
 from moco.data.manifest import load_manifest
 from moco.errors import UserError
 from moco.model.encoder import Architecture
+from moco.settings.eval import EvalConfig
 from moco.stages.known_submission import is_known
 from moco.submission import render
 from moco.tracking.lineage import _restore, _show_patch
@@ -37,7 +37,8 @@ def test_what_this_project_writes_is_known_and_any_change_is_not(
     moco: Moco, project: Path, network: Architecture
 ) -> None:
     assert moco("data").returncode == 0
-    text = render(network, load_manifest(project / "models/manifest.json"), EvalConfig(1, 2, 7, "a 'team'", "a@b"))
+    config = EvalConfig(team_id=7, team_name="a 'team'", email_address="a@b")
+    text = render(network, load_manifest(project / "models/manifest.json"), config)
     path = project / "submission.py"
     path.write_text(text)
     assert is_known(path)

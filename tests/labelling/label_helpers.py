@@ -13,11 +13,11 @@ from threading import Thread
 
 import numpy as np
 
-from moco import params
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.labelling.reply import Reply
 from moco.labelling.server import Server, make_server
+from moco.settings import reading as params
 from moco.stages.workspace import FORM, MANIFEST
 
 CLASSES = ["cat", "dog", "owl"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import write_params
-from moco import params
 from moco.model import split_batch_norm
+from moco.settings import reading as params
 from moco.stages.contrast import missing_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -196,3 +196,12 @@ def test_a_deep_copy_keeps_the_splits_but_not_the_memory() -> None:
     assert torch.equal(twin(x), split(x))
     assert twin.running_mean is not None and split.running_mean is not None
     assert twin.running_mean.data_ptr() != split.running_mean.data_ptr()
+
+
+def test_a_layer_is_made_by_its_own_name() -> None:
+    images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    made, given = SplitBatchNorm2d(3, splits=2, momentum=0.2), nn.BatchNorm2d(3, momentum=0.2)
+    replaced = use_split_batch_norm(nn.Sequential(given), 2)
+    assert torch.equal(made(images), replaced(images))
+    assert torch.equal(made.running_var, given.running_var), "the layer that was replaced shares its tensors"
+    assert torch.equal(SplitBatchNorm2d(3)(images), nn.BatchNorm2d(3)(images))

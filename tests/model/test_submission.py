@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from moco.config import EvalConfig
 from moco.data.decode import resize_and_crop
 from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
 from moco.model.encoder import Architecture, build_encoder
+from moco.settings.eval import EvalConfig
 from moco.submission import render
 
 CONFIG = EvalConfig(batch_size=4, calibration_bins=5, team_id=7, team_name="blue", email_address="a@b.example")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from PIL import Image
 
 from conftest import ROOT, Moco, assert_one_line_error, tiny_params, write_dataset, write_params
 from moco.data.cache import caches
-from moco.params import parse
+from moco.settings.data import DataConfig
+from moco.settings.eval import EvalConfig
+from moco.settings.reading import load, parse
+from moco.settings.schema import Config
+from moco.settings.train import TrainConfig
 from moco.tracking.metric_log import read_events
 
 
@@ -68,11 +73,19 @@ def test_unknown_key_names_file_and_line(moco: Moco, project: Path) -> None:
     assert_one_line_error(moco("train"), f"params.yaml:{lines.index('  epoch: 3') + 1}: train.epoch")
 
 
-def test_missing_key_and_section_and_file(moco: Moco, project: Path) -> None:
+def test_missing_keys_and_sections_have_their_defaults(project: Path) -> None:
     edit_params(project, lambda params: params["train"].pop("epochs"))
-    assert_one_line_error(moco("data"), "train", "missing: epochs", "presets/default.yaml")
+    assert load(project / "params.yaml").train.epochs == TrainConfig().epochs
     edit_params(project, lambda params: params.pop("eval"))
-    assert_one_line_error(moco("data"), "missing: eval")
+    assert load(project / "params.yaml").eval == EvalConfig()
+    text = "data:\n  source: folder\npretrain:\n"  # a section whose keys are all left out
+    assert parse(text, Path("params.yaml")) == replace(Config(), data=replace(DataConfig(), source="folder"))
+
+
+def test_missing_and_unreadable_files(moco: Moco, project: Path) -> None:
+    for nothing in ("", "# nothing\n"):
+        (project / "params.yaml").write_text(nothing)
+        assert_one_line_error(moco("data"), "params.yaml", "expected a section")
     (project / "params.yaml").write_text("data: [unclosed\n")
     assert_one_line_error(moco("data"), "params.yaml:", "YAML")
     (project / "params.yaml").unlink()
@@ -87,10 +100,10 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(moco: Moco, project:
 
 def test_merged_keys_stand_there_once(project: Path) -> None:
     text = (ROOT / "presets/default.yaml").read_text()
-    merged = text.replace("\ntrain_extra:", "\ntrain_extra:\n  <<: {suspicious: warn, labels: other.csv}\n #")
-    assert parse(merged, Path("params.yaml")).train_extra == parse(text, Path("params.yaml")).train_extra
-    only = merged.replace("  suspicious: refuse", "  #")
-    assert parse(only, Path("params.yaml")).train_extra.suspicious == "warn"
+    merged = text.replace("\nbaseline:", "\nbaseline:\n  <<: {epochs: 7, minutes: 9.0}\n #")
+    assert parse(merged, Path("params.yaml")).baseline == parse(text, Path("params.yaml")).baseline
+    only = merged.replace("  epochs: 320", "  #")
+    assert parse(only, Path("params.yaml")).baseline.epochs == 7
 
 
 @pytest.mark.fault("bad-params")
@@ -266,7 +279,7 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(moco: Moco, project: P
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(project / "runs")]
     subprocess.run(mount, check=True)
     try:
-        write_params(project, pretrain__width=16, pretrain__keep_checkpoints=20, pretrain__epochs=30)
+        write_params(project, pretrain__width=16, checkpoint__keep=20, pretrain__epochs=30)
         done = moco("pretrain")
         assert_one_line_error(done, "checkpoint_", "cannot be written")
         left = sorted(path.name for path in (project / "runs").glob("pretrain/*/*"))

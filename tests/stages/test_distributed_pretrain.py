@@ -129,7 +129,7 @@ def test_a_collapse_ends_both_with_one_line(again: Path) -> None:
 
 @pytest.mark.fault("divergence")
 def test_both_step_back_together(again: Path) -> None:
-    write_params(again, **SETTINGS, pretrain__lr=3000.0, pretrain__steps_back=20)
+    write_params(again, **SETTINGS, pretrain__lr=3000.0, checkpoint__max_rollbacks=20)
     codes, errors = finish(start_two(again))
     assert codes == [0, 0], errors
     assert "(step back 1 of 20)" in errors[0] and errors[1] == "", "rank 0 alone speaks"

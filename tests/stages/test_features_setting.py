@@ -10,8 +10,9 @@ import yaml
 from stage_helpers import run_all
 
 from conftest import ROOT, Moco, assert_one_line_error, tiny_params, write_params
-from moco import params, presets
 from moco.model.small_resnet import SmallResNet
+from moco.settings import presets
+from moco.settings import reading as params
 from moco.stages.classifier_files import read_classifier
 from moco.stages.contrast import build_model
 
@@ -58,7 +59,7 @@ def test_a_parameter_file_with_the_old_key_says_where_it_is_now(moco: Moco, proj
     del old["train"]["features"]
     (project / "params.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
     line = (project / "params.yaml").read_text().splitlines().index("  features: pyramid") + 1
-    assert_one_line_error(moco("data"), f"params.yaml:{line}", "pretrain.features", "train.features", "E-PARAMS-MOVED")
+    assert_one_line_error(moco("data"), "params.yaml", f"train.features (line {line})", "E-PARAMS-MOVED")
 
 
 @pytest.mark.parametrize(("preset", "pyramid"), [("default", False), ("cifar10", True)])

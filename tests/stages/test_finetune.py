@@ -17,7 +17,7 @@ from torch import Tensor
 from conftest import Moco, assert_one_line_error, write_params
 from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
-from moco.params import load
+from moco.settings.reading import load
 from moco.stages import best_epoch
 from moco.stages.best_epoch import BestEpoch
 from moco.stages.supervised import SupervisedStep
@@ -223,7 +223,7 @@ def test_the_best_epoch_survives_an_interruption(
 def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(
     moco: Moco, project: Path, classifier: Path, pool: int
 ) -> None:
-    write_params(project, finetune__epochs=40, finetune__checkpoint_every=100, finetune__pool=pool)
+    write_params(project, finetune__epochs=40, checkpoint__every=100, finetune__pool=pool)
     run_all(moco, "finetune")
     undisturbed = (project / "models/finetuned/model_sub.pth").read_bytes()
     with (project / "reports/finetune/epochs.csv").open() as file:
@@ -236,7 +236,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(
     code, errors = process.finish()
     assert code == 128 + signal.SIGTERM, errors
     assert "the same command continues" in errors
-    write_params(project, finetune__epochs=40, finetune__checkpoint_every=7, finetune__pool=pool)  # still the same run
+    write_params(project, finetune__epochs=40, checkpoint__every=7, finetune__pool=pool)  # still the same run
     done = moco("finetune")
     assert done.returncode == 0 and "continuing from" in done.stderr, done.stderr
     assert (project / "models/finetuned/model_sub.pth").read_bytes() == undisturbed

@@ -38,7 +38,7 @@ STAGES: dict[str, tuple[str, str, str, object]] = {
     "train_extra": ("train.open_decoded", "models/classifier_extra", "train__lr", 0.7),
     "eval": ("eval.open_decoded", "reports/eval/metrics.json", "eval__batch_size", 3),
 }
-LABELLED = {"train_extra__labels": "labels/some.csv", "train_extra__suspicious": "warn"}
+LABELLED = {"train_extra__labels": "labels/some.csv", "monitor__suspicious_labels": "warn"}
 PUT_BACK = {"pretrain", "train", "baseline", "finetune", "request", "train_extra"}
 
 

@@ -24,7 +24,7 @@ def losses(log: Path) -> list[float]:
 @pytest.mark.fault("signal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
 def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Moco, project: Path, name: str) -> None:
-    write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=100)
+    write_params(project, pretrain__epochs=12, checkpoint__every=100)
     assert moco("data").returncode == 0
     assert moco("pretrain").returncode == 0
     undisturbed = (project / "models/encoder.pth").read_bytes()
@@ -53,7 +53,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_same_bits(moco: Mo
 
 @pytest.mark.fault("kill")
 def test_a_killed_run_continues_from_its_last_checkpoint(moco: Moco, project: Path) -> None:
-    write_params(project, pretrain__epochs=12, pretrain__checkpoint_every=1)
+    write_params(project, pretrain__epochs=12, checkpoint__every=1)
     assert moco("data").returncode == 0
     assert moco("pretrain").returncode == 0
     undisturbed = (project / "models/encoder.pth").read_bytes()
@@ -115,7 +115,7 @@ def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, projec
     assert moco("data").returncode == 0
     assert moco("pretrain").returncode == 0
     checkpoint = next((project / "runs/pretrain").glob("*/checkpoint_002.pth"))
-    write_params(project, pretrain__epochs=30, pretrain__checkpoint_every=100)
+    write_params(project, pretrain__epochs=30, checkpoint__every=100)
     logs = set((project / "runs/pretrain").iterdir())
     process = Started(project, "pretrain", "--resume", str(checkpoint))
     while not any('"loss"' in log.read_text() for log in (project / "runs/pretrain").glob("*/metrics.jsonl")
@@ -134,7 +134,7 @@ def test_an_interrupted_resumption_goes_on_from_its_own_state(moco: Moco, projec
 
 
 def test_resuming_from_an_older_checkpoint_gives_up_the_later_ones(moco: Moco, project: Path) -> None:
-    write_params(project, pretrain__epochs=40, pretrain__keep_checkpoints=9)
+    write_params(project, pretrain__epochs=40, checkpoint__keep=9)
     assert moco("data").returncode == 0
     process = Started(project, "pretrain")
     wait_for_steps(process, project, 30)

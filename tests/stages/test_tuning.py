@@ -18,7 +18,7 @@ from conftest import Moco, write_params
 from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.model.small_resnet import SmallResNet
-from moco.params import load
+from moco.settings.reading import load
 from moco.stages import finetune
 from moco.stages.best_epoch import BestEpoch
 from moco.stages.pool_batches import PoolBatches

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import MetricLog
 from moco.tracking.store import create, store_uri
 
-CONFIG = TrackingConfig("sqlite:///mlflow.db", False, "experiment", "classifier", True)
+CONFIG = TrackingConfig(uri="sqlite:///mlflow.db", experiment="experiment", registered_model="classifier")
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def test_a_run_that_is_killed_twenty_times_has_every_step_once(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write_params(project, tracking__uri=STORE, tracking__offline=offline, pretrain__epochs=800,
-                 pretrain__monitor_every=50, pretrain__log_every=4)  # fmt: skip
+                 monitor__every=50, monitor__log_every=4)  # fmt: skip
     assert moco("data").returncode == 0
     done = subprocess.run(
         [sys.executable, "-c", LIVES], env={**os.environ, "KILLS": "20"}, capture_output=True, text=True, check=False
@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_twenty_times_has_every_step_once(
 def test_a_killed_run_is_shown_as_killed(moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process beside it notices, and tells MLflow."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    write_params(project, tracking__uri=STORE, pretrain__epochs=4000, pretrain__monitor_every=1000)
+    write_params(project, tracking__uri=STORE, pretrain__epochs=4000, monitor__every=1000)
     assert moco("data").returncode == 0
     training = subprocess.Popen([sys.executable, "-m", "moco.cli", "pretrain"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -133,7 +133,7 @@ def test_a_run_without_a_word_is_ended_only_when_nobody_holds_it(tmp_path: Path)
 TEN = """
 import os, sys
 from pathlib import Path
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking import run
 from moco.tracking.origin import Origin
 run.PATIENCE = 120
@@ -142,7 +142,7 @@ children = []
 for number in range(10):
     child = os.fork()
     if child == 0:
-        config = TrackingConfig(f"sqlite:///{here}/mlflow.db", False, "moco-pipeline", "m", True)
+        config = TrackingConfig(uri=f"sqlite:///{here}/mlflow.db", experiment="moco-pipeline", registered_model="m")
         pipeline = {"key": "one", "name": "p", "params": {"pretrain.lr": 1}, "tags": {"data_digest": "d"}}
         with run.Run(here / f"runs/train/{number}", "train", config, print) as record:
             record.start({"pretrain.seed": number}, Origin({"data_digest": "d"}, {}, pipeline, {}))
@@ -177,8 +177,8 @@ def test_a_full_disk_under_the_log_is_one_line_and_the_run_goes_on_afterwards(
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=100, pretrain__monitor_every=50,
-                 pretrain__checkpoint_every=20)  # fmt: skip
+    write_params(project, tracking__uri=STORE, tracking__offline=True, pretrain__epochs=100, monitor__every=50,
+                 checkpoint__every=20)  # fmt: skip
     assert moco("data").returncode == 0
     (project / "runs").mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(project / "runs")]

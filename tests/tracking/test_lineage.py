@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Moco, assert_one_line_error, write_params
-from moco.params import load
+from moco.settings.reading import load
 from moco.tracking.compare import collect
 from moco.training.significance import wilson
 
@@ -44,7 +44,7 @@ def test_pipelines_are_compared_by_what_differs_and_share_what_they_have_in_comm
 
 def test_a_training_after_a_change_of_what_is_logged_belongs_to_its_pipeline(moco: Moco, project: Path) -> None:
     for every, stages in ((2, ("data", "pretrain", "train")), (3, ("train",))):
-        write_params(project, pretrain__log_every=every, train__lr=float(every))
+        write_params(project, monitor__log_every=every, train__lr=float(every))
         for stage in stages:
             assert moco(stage).returncode == 0
     rows = collect(project)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from moco.config import TrackingConfig
 from moco.errors import UserError
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import MetricLog, as_text, metric_history, read_events
 from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run
 
-TRACKING = TrackingConfig("", False, "e", "m", True)
+TRACKING = TrackingConfig(uri="", experiment="e", registered_model="m")
 
 
 def steps(path: Path) -> list[int]:

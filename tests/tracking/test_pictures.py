@@ -89,7 +89,7 @@ def test_every_stage_leaves_its_pictures_with_the_run(moco: Moco, project: Path)
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(moco: Moco, project: Path) -> None:
-    from moco.config import TrackingConfig
+    from moco.settings.tracking import TrackingConfig
     from moco.tracking.metric_log import read_events
     from moco.tracking.run import Run
 
@@ -97,7 +97,9 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(moco: Moco, project: Path) 
         raise ValueError("no such colour")
 
     said: list[str] = []
-    with Run(project / "run", "train", TrackingConfig("", False, "e", "m", True), said.append) as record:
+    with Run(
+        project / "run", "train", TrackingConfig(uri="", experiment="e", registered_model="m"), said.append
+    ) as record:
         record.picture("map", fail)
     assert said == ["warning: map.png could not be drawn: no such colour"]
     assert list(read_events(record.path)) == []

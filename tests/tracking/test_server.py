@@ -42,8 +42,8 @@ def logged(project: Path, stage: str) -> list[dict[str, dict[str, float]]]:
 def test_a_server_killed_in_the_midst_of_a_run_gets_every_step_once(
     moco: Moco, project: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(project, tracking__uri=server.uri, pretrain__epochs=300, pretrain__monitor_every=100,
-                 pretrain__checkpoint_every=100)  # fmt: skip
+    write_params(project, tracking__uri=server.uri, pretrain__epochs=300, monitor__every=100,
+                 checkpoint__every=100)  # fmt: skip
     server.start()
     assert moco("data").returncode == 0
     training = subprocess.Popen(

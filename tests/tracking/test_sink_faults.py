@@ -10,7 +10,7 @@ import pytest
 from sink_helpers import CONFIG, begin, connect, history, no_server_from_outside, only_run  # noqa: F401
 
 from conftest import Moco
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import MetricLog
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.run import Run
@@ -73,7 +73,10 @@ def test_what_is_written_during_a_delivery_comes_with_the_next(tmp_path: Path, m
 
 def test_a_run_that_was_stopped_before_it_began_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt), Run(folder, "train", TrackingConfig("", False, "e", "m", True), print):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Run(folder, "train", TrackingConfig(uri="", experiment="e", registered_model="m"), print),
+    ):
         raise KeyboardInterrupt
     log = MetricLog(folder / "metrics.jsonl")
     log.write("end", status="KILLED")  # as an earlier version wrote it

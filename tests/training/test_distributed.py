@@ -18,11 +18,11 @@ import yaml
 from torch import Tensor
 
 from conftest import tiny_params
-from moco import params
-from moco.config import PretrainConfig
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
 from moco.errors import Interrupted, UserError
+from moco.settings import reading as params
+from moco.settings.pretrain import PretrainConfig
 from moco.stages.contrast import ContrastStep
 from moco.training.distributed import SOLO, Processes, from_environment
 from moco.training.interrupt import StopFlag

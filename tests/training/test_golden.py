@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from conftest import tiny_params
-from moco import params
 from moco.data.batches import EpochSampler
 from moco.data.generated import draw
 from moco.data.views import Views, recipe
+from moco.settings import reading as params
 from moco.stages.contrast import ContrastStep
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

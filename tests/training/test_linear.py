@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.config import TrainConfig
 from moco.errors import UserError
+from moco.settings.train import TrainConfig
 from moco.training.linear import LinearFit, clearly_better, fit_linear, make_scaling
 
 CONFIG = TrainConfig(

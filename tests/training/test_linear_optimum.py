@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits, load_iris, load_wine
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from moco.config import TrainConfig
 from moco.errors import UserError
+from moco.settings.train import TrainConfig
 from moco.training import linear
 from moco.training.linear import LinearFit, fit_linear, make_scaling
 

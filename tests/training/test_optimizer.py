@@ -11,7 +11,7 @@ from torch import nn
 
 from moco.data.views import Views, recipe
 from moco.model.small_resnet import SmallResNet
-from moco.params import load
+from moco.settings.reading import load
 from moco.stages.pool_batches import PoolBatches
 from moco.stages.supervised import SupervisedStep, Tuning
 from moco.training.optimizer import load_sgd, make_sgd

@@ -85,7 +85,7 @@ def test_states_by_minutes_continue_to_the_same_bits(
     moco: Moco, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here after every step; a crash in the midst of the second epoch loses that step alone."""
-    write_params(project, pretrain__checkpoint_every=100, pretrain__monitor_every=100)
+    write_params(project, checkpoint__every=100, monitor__every=100)
     assert moco("data").returncode == 0 and moco("pretrain").returncode == 0
     undisturbed = (project / "models/encoder.pth").read_bytes()
     (project / "runs").rename(project / "runs-undisturbed")

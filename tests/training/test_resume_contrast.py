@@ -13,10 +13,10 @@ import yaml
 from torch import Tensor, nn
 
 from conftest import tiny_params
-from moco import params
-from moco.config import PretrainConfig
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.views import Views, recipe
+from moco.settings import reading as params
+from moco.settings.pretrain import PretrainConfig
 from moco.stages.contrast import ContrastStep, build_model
 from moco.training.checkpoints import load_weights, save_weights
 

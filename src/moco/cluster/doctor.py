@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moco.cluster import doctor_gpu, doctor_machine, doctor_project, doctor_tracking
 from moco.cluster.finding import Finding, attempt, note
-from moco.config import Config
 from moco.errors import Say
+from moco.settings.schema import Config
 
 
 def run(params: Path, step: bool, say: Say) -> int:

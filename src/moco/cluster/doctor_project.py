@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from moco import params
 from moco.cluster.finding import (
     MOUNTS,
     Finding,
@@ -24,12 +23,15 @@ from moco.cluster.finding import (
     warn,
     writing_problem,
 )
-from moco.config import Config, DataConfig, RuntimeConfig
 from moco.data.manifest import load_manifest
 from moco.data.source_files import TORCHVISION_FOLDERS
 from moco.data.squashfs import check_image
 from moco.errors import UserError
 from moco.files import scratch_place
+from moco.settings import reading as params
+from moco.settings.data import DataConfig
+from moco.settings.runtime import RuntimeConfig
+from moco.settings.schema import Config
 
 MANIFEST = Path("models/manifest.json")
 # Exit code 0 where a lock that another process holds could be taken as well.

@@ -21,9 +21,9 @@ from moco.cluster.finding import (
     warn,
     writing_problem,
 )
-from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.store import (
     available,
     check_address,

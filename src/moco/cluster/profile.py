@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco.errors import UserError
-from moco.params import nearest
+from moco.settings.reading import nearest
 
 
 @dataclass(frozen=True)

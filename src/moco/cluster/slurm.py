@@ -16,7 +16,7 @@ from moco.cluster.profile import Profile
 from moco.cluster.sweep import PARAMS, Sweep
 from moco.cluster.workspaces import make
 from moco.errors import Say, UserError
-from moco.params import load, nearest
+from moco.settings.reading import load, nearest
 from moco.tracking.store import shared_uri
 
 # Seconds before the time limit at which Slurm warns: enough to end a step and to write a checkpoint.

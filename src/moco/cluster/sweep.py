@@ -18,10 +18,10 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from moco.config import Config
 from moco.errors import UserError
-from moco.params import load, parse
-from moco.presets import edit
+from moco.settings.presets import edit
+from moco.settings.reading import load, parse
+from moco.settings.schema import Config
 
 FOLDER = Path("sweeps")
 PARAMS = Path("params.yaml")

@@ -40,7 +40,7 @@ from moco.data.decode import (
 from moco.data.decode_outcome import refuse_problems, tell_adjusted, to_leave_out
 from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import SquashfsImage
-from moco.errors import Say, UserError, first_of
+from moco.errors import Say, UserError, first_of, present
 from moco.files import own_folder
 from moco.memory import full_memory
 
@@ -59,6 +59,11 @@ class DecodedSplit:
     images: np.ndarray
     labels: np.ndarray | None
     digests: np.ndarray
+
+    @property
+    def known_labels(self) -> np.ndarray:
+        """Return the labels of a split that has some."""
+        return present(self.labels, "labels of this split")
 
 
 @dataclass

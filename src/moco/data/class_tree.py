@@ -11,7 +11,7 @@ from moco.data.class_names import check_names, class_name, refuse_one_class
 from moco.data.dataset import Dataset, Split
 from moco.data.listing import images_below, is_folder, shown, subfolders
 from moco.errors import Say, UserError, first_of
-from moco.params import nearest
+from moco.settings.reading import nearest
 
 POOL_NAMES = ("unlabeled", "unlabelled")
 KNOWN = ("train", "val", *POOL_NAMES)

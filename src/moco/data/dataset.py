@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moco.errors import present
 
 
 @dataclass
@@ -38,9 +40,8 @@ class Split:
         return self.inodes if self.inodes is not None else self.paths or []
 
     def __len__(self) -> int:
-        items = self.paths if self.array is None else self.array
-        assert items is not None
-        return len(items)
+        items: Sized | None = self.paths if self.array is None else self.array
+        return len(present(items, "images of this split"))
 
     def image_name(self, index: int) -> str:
         """How a message calls the image: its path within the split's folder, or its number."""

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moco.config import DataConfig
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.class_tree import pool_folder
@@ -25,6 +24,7 @@ from moco.data.label_files import Line, read_lines
 from moco.data.label_meaning import ClassNames
 from moco.data.manifest import Manifest
 from moco.errors import Say, UserError, quoted
+from moco.settings.data import DataConfig
 
 UNANSWERED, REPEATED, IN_TRAIN, IN_VAL, USED = "no label yet", "repeated", "in train", "in val", "used"
 TOLD = {
@@ -73,8 +73,7 @@ def read_extra_labels(
     images = _Images(config, manifest, splits["unlabeled"], splits["val"])
     _refuse_foreign_reply(path, lines, images)
     train = splits["train"]
-    assert train.labels is not None
-    of_train = dict(zip(map(bytes, train.digests), train.labels.tolist(), strict=True))
+    of_train = dict(zip(map(bytes, train.digests), train.known_labels.tolist(), strict=True))
     of_val = set(map(bytes, splits["val"].digests))
     seen: dict[bytes, Answer] = {}
     answers, names, positions = [], ClassNames(manifest.classes), 0

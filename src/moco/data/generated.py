@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco.config import GeneratedConfig
 from moco.errors import Say, UserError
 from moco.files import working_folder
+from moco.settings.data import GeneratedConfig
 
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("stripes", "checks", "dots")

@@ -24,7 +24,7 @@ from moco.data.listing import images_below, shown, subfolders
 from moco.data.sources import numbered_images, read_labels
 from moco.errors import Say, UserError, first_of, quoted
 from moco.files import refuse_irregular
-from moco.params import nearest
+from moco.settings.reading import nearest
 
 JSON = (".json", ".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", *JSON)  # of a folder's label files; a single file may have any name

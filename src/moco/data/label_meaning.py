@@ -11,7 +11,7 @@ import re
 import unicodedata
 
 from moco.errors import UserError, quoted
-from moco.params import nearest
+from moco.settings.reading import nearest
 
 SHOWN = 10  # names
 # What a program may have made of a name or a name of it: 3, 03, 3.0, 1e3, 1,5, and TRUE, which is 1 elsewhere.

@@ -9,7 +9,7 @@ import numpy as np
 
 from moco.data.dataset import Dataset
 from moco.data.decode import DIGEST_BYTES, ChunkReport
-from moco.errors import NAMED, UserError, first_of
+from moco.errors import NAMED, UserError, first_of, present
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def warnings(found: Overlaps, dataset: Dataset, classes: list[str]) -> list[str]
         names = _lazily(found.val_in_train, lambda first, row: f"{val.image_name(row)} = {train.image_name(first)}")
         said.append(f"warning: {len(names)} image(s) of val also stand in train: {first_of(names)}")
     if found.classes_twice:
-        labels = train.labels
-        assert labels is not None
+        labels = present(train.labels, "labels of train")
 
         def both(first: int, row: int) -> str:
             here, there = classes[labels[row]], classes[labels[first]]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moco.config import DataConfig
 from moco.data.cache import DecodedSplit
 from moco.data.class_tree import class_tree, pool_folder
 from moco.data.decode import ChunkReport, read_image, summarise
 from moco.data.generated import CLASSES
 from moco.data.manifest import Manifest
 from moco.errors import Say, UserError
+from moco.settings.data import DataConfig
 
 
 def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: DecodedSplit, say: Say) -> list[str]:
@@ -41,5 +41,6 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
 
 def drawn_labels(rows: np.ndarray, config: DataConfig) -> np.ndarray:
     """What the generator drew, for the given rows of a pool of its own."""
-    assert config.source == "generated"
+    if config.source != "generated":
+        raise ValueError(f"{config.source}: nobody knows the truth of these images")
     return rows % len(CLASSES)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from moco.config import DataConfig, flatten
 from moco.data import cache, overlaps, source_files
 from moco.data.cache import Built, DecodedSplit
 from moco.data.class_names import refuse_one_class
@@ -24,8 +23,10 @@ from moco.data.manifest import Manifest, SplitSummary, parse_manifest
 from moco.data.overlaps import Overlaps
 from moco.data.source_files import TORCHVISION_FOLDERS, Record, Source
 from moco.data.sources import open_dataset
-from moco.errors import Say, UserError, first_of
+from moco.errors import Say, UserError, first_of, present
 from moco.files import own_folder
+from moco.settings.data import DataConfig
+from moco.settings.kinds import flatten
 
 # Where the images lie, how they are reached and how many may be missing: may differ between nodes. What was left out is
 # in the manifest.
@@ -208,9 +209,9 @@ def _limit_labels(dataset: Dataset, labelled: int | None, classes: list[str], sa
         return
     if labelled > len(train):
         raise UserError(f"data.labelled: {labelled} wanted, train has {len(train)} images")
-    assert train.labels is not None
-    train.keep(_stratified(train.labels, labelled))
-    if missing := len(set(range(len(classes))) - set(train.labels.tolist())):
+    kept = _stratified(present(train.labels, "labels of train"), labelled)
+    train.keep(kept)
+    if missing := len(set(range(len(classes))) - set(present(train.labels, "labels of train").tolist())):
         say(f"warning: data.labelled: {labelled} labels leave {missing} of {len(classes)} classes without one")
 
 
@@ -231,8 +232,7 @@ def _stratified(labels: np.ndarray, count: int) -> np.ndarray:
 
 def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
     """Names of the classes. Raises UserError for labels out of range, naming split and row."""
-    train, val = dataset.splits["train"].labels, dataset.splits["val"].labels
-    assert train is not None and val is not None
+    train, val = (present(dataset.splits[name].labels, f"labels of {name}") for name in ("train", "val"))
     for split in dataset.splits.values():
         if not len(split):
             raise UserError(f"{split.name}: the split is empty")
@@ -260,8 +260,7 @@ def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
 
 
 def _overlaps(dataset: Dataset, built: Built) -> Overlaps:
-    labels = dataset.splits["train"].labels
-    assert labels is not None
+    labels = present(dataset.splits["train"].labels, "labels of train")
     train, val = (overlaps.digests(built.reports[name]) for name in ("train", "val"))
     return overlaps.overlaps(train, val, labels)
 

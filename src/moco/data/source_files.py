@@ -18,10 +18,11 @@ from pathlib import Path
 
 import PIL
 
-from moco.config import DataConfig, flatten
 from moco.data.cache import caches
 from moco.data.manifest import SPLITS
 from moco.files import write_text
+from moco.settings.data import DataConfig
+from moco.settings.kinds import flatten
 
 TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "stl10": "stl10_binary"}
 SETTLED_S = 2.0  # a file that changed this shortly before may change again within the same tick of its file system

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco.config import DataConfig
 from moco.data import squashfs
 from moco.data.class_names import check_names, class_name
 from moco.data.class_tree import class_tree
@@ -26,7 +25,8 @@ from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError, first_of
 from moco.files import refuse_irregular, sha256
 from moco.memory import full_memory
-from moco.params import nearest
+from moco.settings.data import DataConfig
+from moco.settings.reading import nearest
 
 Folder = Path | SquashfsPath
 

@@ -20,11 +20,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from moco.config import Config
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Interrupted, Say, UserError
 from moco.labelling.reply import AnsweredMeanwhileError, Reply
+from moco.settings.schema import Config
 from moco.stages.workspace import FORM, MANIFEST, RUNS, scratch_folder
 
 HOST = "127.0.0.1"

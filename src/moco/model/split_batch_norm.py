@@ -53,22 +53,35 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     `own_kernels`, channels-last images in equal parts go through kernels of this project's own, also in one part.
     """
 
-    splits: int
-    own_kernels: bool
+    # Always kept, so that none of them is None.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, num_features: int, splits: int = 1, own_kernels: bool = True, eps: float = 1e-5,
+        momentum: float | None = 0.1, affine: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine)
+        self.splits, self.own_kernels = splits, own_kernels
+
+    @classmethod
+    def of(cls, layer: nn.BatchNorm2d, splits: int, own_kernels: bool) -> SplitBatchNorm2d:
+        """Return a layer of the same settings that has the very parameters and buffers of `layer`."""
+        found = cls(layer.num_features, splits, own_kernels, layer.eps, layer.momentum, layer.affine)
+        found._parameters, found._buffers, found.training = layer._parameters, layer._buffers, layer.training
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         splits = min(self.splits, max(1, x.shape[0] // 2))
         if self.training and self._suits_kernels(x, splits) and callable(quick := kernels()):
-            assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             return quick(x, self.weight, self.bias, self.running_mean, self.running_var, parts=splits,
                          momentum=self.momentum, eps=self.eps)  # fmt: skip
         if not self.training or splits == 1:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None
         means = self.running_mean.repeat(splits, 1)  # S x C, one row a part
         variances = self.running_var.repeat(splits, 1)
-        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         # As nn.BatchNorm2d: without a momentum, the average over all batches so far.
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -91,9 +104,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_split_batch_norm(network: nn.Module, splits: int, own_kernels: bool = True) -> nn.Module:
-    """Turns every BatchNorm2d of the network, in place, into one with `splits` parts. Names stay."""
-    for _, _, layer in list(batch_norms(network)):
-        layer.__class__ = SplitBatchNorm2d
-        layer.splits = splits  # type: ignore[assignment]
-        layer.own_kernels = own_kernels  # type: ignore[assignment]
+    """Put one with `splits` parts in the place of every BatchNorm2d of the network. Names and tensors stay."""
+    for parent, name, layer in list(batch_norms(network)):
+        setattr(parent, name, SplitBatchNorm2d.of(layer, splits, own_kernels))
     return network

@@ -54,22 +54,20 @@ def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) 
         rows = order[candidates[order]][:budget]
         scores = torch.zeros(budget)
     elif strategy == "loss":
-        assert pool.losses is not None
-        scores, rows = pool.losses.masked_fill(~candidates, -torch.inf).topk(budget)
+        scores, rows = _needed(pool.losses, strategy).masked_fill(~candidates, -torch.inf).topk(budget)
     elif strategy == "kmedoids":
         rows, scores, clusters = k_medoids(features, candidates, labelled, budget, generator)
     elif strategy == "typiclust":
         rows, scores, clusters = typical(features, candidates, labelled, budget, generator)
     elif strategy == "margin":
-        assert pool.margins is not None
-        rows, scores, clusters = cluster_margin(features, candidates, pool.margins, budget, generator)
+        margins = _needed(pool.margins, strategy)
+        rows, scores, clusters = cluster_margin(features, candidates, margins, budget, generator)
     elif strategy == "coreset":
         rows, scores = k_centre(features, candidates, labelled, budget)
     else:
         weights = None
         if strategy == "uncertainty_herding":
-            assert pool.margins is not None
-            weights = 1 - pool.margins  # (arXiv 2412.20644, section 3)
+            weights = 1 - _needed(pool.margins, strategy)  # (arXiv 2412.20644, section 3)
         rows, scores = herd(features, candidates, labelled, budget, bandwidth, generator, weights)
     rows, scores = rows.cpu(), scores.cpu()
     if clusters is None:
@@ -91,3 +89,9 @@ def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:
     kept = directions[:, -width:].flip(1).to(features.device)
     parts = [F.normalize(F.normalize(part.float(), dim=1) @ kept, dim=1) for part in features.split(BLOCK)]
     return torch.cat(parts)
+
+
+def _needed(values: Tensor | None, strategy: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"{strategy}: it needs a value for each image, and the pool has none")
+    return values

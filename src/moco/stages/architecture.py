@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from moco.config import PretrainConfig
 from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.model.encoder import SMALL, Architecture, encoders
-from moco.params import nearest
+from moco.settings.pretrain import PretrainConfig
+from moco.settings.reading import nearest
 from moco.training.schedules import view_size
 
 DEEP = 4  # stages from which on a network is watched through its pyramid

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco.config import BaselineConfig, Config, flatten
 from moco.data.batches import EpochSampler
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
@@ -23,6 +22,9 @@ from moco.data.prepare import open_decoded
 from moco.data.views import Views
 from moco.files import write_text
 from moco.model.encoder import Architecture, build_encoder, strip_head, with_features
+from moco.settings.baseline import BaselineConfig
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
 from moco.stages.architecture import chosen_architecture
 from moco.stages.identity import Making, Start
 from moco.stages.outputs import locked_outputs
@@ -94,23 +96,22 @@ def _supervised(
     """Train from scratch on all labels; return the results, which images of val are right (booleans), and the number
     of steps."""
     train, val = splits["train"], splits["val"]
-    assert train.labels is not None and val.labels is not None
-    if section.batch_size > len(train.labels):
+    if section.batch_size > len(train.known_labels):
         say(
-            f"warning: baseline.batch_size: {section.batch_size} is more than the {len(train.labels)} images; "
+            f"warning: baseline.batch_size: {section.batch_size} is more than the {len(train.known_labels)} images; "
             "all of them make one batch"
         )
     sampler = EpochSampler(
-        np.arange(len(train.labels)), even_batch(len(train.labels), section.batch_size), section.seed
+        np.arange(len(train.known_labels)), even_batch(len(train.known_labels), section.batch_size), section.seed
     )  # fmt: skip
     step = SupervisedStep(
-        network, torch.from_numpy(train.labels), views, section, sampler.batch_size, device, precision
+        network, torch.from_numpy(train.known_labels), views, section, sampler.batch_size, device, precision
     )  # fmt: skip
     state = LoopState()
     log = record.log
     train_supervised("baseline", step, train.images, sampler, state, lambda metrics, at: log(_named(metrics), at))
     refuse_broken(network, state.step)
-    correct = step.correct(val.images, val.labels)
+    correct = step.correct(val.images, val.known_labels)
     found = {"val_accuracy": float(correct.mean()), **run_effort(state, sampler.batch_size)}
     return found, correct, state.step
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from moco.config import EvalConfig
 from moco.data.manifest import Manifest
 from moco.errors import UserError
 from moco.files import sha256, working_folder, write_text
 from moco.model.encoder import Architecture
+from moco.settings.eval import EvalConfig
 from moco.stages.joins import image_facts
 from moco.stages.workspace import MAKERS
 from moco.submission import render

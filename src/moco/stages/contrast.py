@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moco.config import PretrainConfig
 from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.data.views import Views, recipe
 from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import MomentumContrast
 from moco.model.split_batch_norm import kernels, use_split_batch_norm
+from moco.settings.pretrain import PretrainConfig
 from moco.stages.architecture import described
 from moco.training.averaging import Average
 from moco.training.distributed import SOLO, Processes

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.config import Config
 from moco.errors import UserError
 from moco.model.encoder import build_encoder
 from moco.model.momentum_contrast import with_head
+from moco.settings.schema import Config
 from moco.stages.contrast import pretraining_views
 from moco.stages.train import FEATURE_BATCH, Inputs
 from moco.training import features

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from moco.config import Config
 from moco.data.prepare import prepare
 from moco.files import write_text
+from moco.settings.schema import Config
 from moco.stages.identity import Start
 from moco.stages.outputs import locked_outputs
 from moco.stages.workspace import MANIFEST, say, scratch_folder

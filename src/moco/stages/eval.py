@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moco.config import HOUSEKEEPING, Config, flatten
 from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
@@ -26,6 +25,8 @@ from moco.data.prepare import open_decoded
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.memory import full_memory
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
 from moco.stages.identity import Making, Start
 from moco.stages.joins import check_scored, check_unseen
 from moco.stages.outputs import locked_outputs
@@ -92,7 +93,7 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
     ours = classifier_settings(config, settings)
     if maker == MAKERS[FINETUNED]:
         ours |= flatten(config.finetune, "finetune")
-    if maker and settings and (different := differences(settings, ours, HOUSEKEEPING)):
+    if maker and settings and (different := differences(settings, ours)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     remedy = f"run `moco {maker}` again" if maker else "train it again"
     check_scored(classifier, best, submission, manifest, remedy, say)
@@ -215,20 +216,19 @@ def score(
 ) -> Scores:  # fmt: skip
     """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes, for
     outputs that are no numbers, and where the network fails."""
-    assert split.labels is not None
     parts = []
     with ProgressDisplay("eval").counting(len(split.images)) as advance:
         for first in range(0, len(split.images), batch):
             parts.append(_outputs(network, transform, split.images[first : first + batch], device))
             advance(len(parts[-1]))
-    logits, labels = torch.cat(parts), torch.from_numpy(split.labels)
+    logits, labels = torch.cat(parts), torch.from_numpy(split.known_labels)
     if broken := int((~logits.softmax(1).isfinite()).any(1).sum()):
         raise UserError(f"the classifier's outputs for {broken} of {len(logits)} images are no numbers")
     if logits.shape[1] != classes:
         raise UserError(f"the classifier knows {logits.shape[1]} classes, the data has {classes}")
     confidence, predicted = logits.softmax(1).max(1)
     top5 = logits.topk(min(5, logits.shape[1]), 1).indices
-    return Scores(split.labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy())
+    return Scores(split.known_labels, predicted.numpy(), confidence.numpy(), (top5 == labels[:, None]).any(1).numpy())
 
 
 def calibration(scores: Scores, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -29,10 +29,9 @@ def content(digests: np.ndarray, labels: np.ndarray) -> str:
 
 def packed(extra: DecodedSplit, pool: DecodedSplit) -> dict[str, Any]:
     """What the file holds: images of the pool by their digests, all others as they are."""
-    assert extra.labels is not None
     known = set(map(bytes, pool.digests))
     own = [row for row, digest in enumerate(extra.digests) if bytes(digest) not in known]
-    arrays = {"digests": extra.digests, "labels": extra.labels, "own": extra.images[own]}
+    arrays = {"digests": extra.digests, "labels": extra.known_labels, "own": extra.images[own]}
     return {"format": 1, **{name: torch.from_numpy(array.copy()) for name, array in arrays.items()}}
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco.config import HOUSEKEEPING, Config, FinetuneConfig, flatten
 from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
@@ -28,6 +27,9 @@ from moco.data.views import Views
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import build_encoder, feature_width, with_features
+from moco.settings.finetune import FinetuneConfig
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
 from moco.stages.best_epoch import BestEpoch, beside_start
 from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.stages.curves import write_curve
@@ -65,7 +67,6 @@ from moco.training.linear import fit_linear
 from moco.training.loop import LoopState, run_effort
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 
-KEEP = 2  # checkpoints
 STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
 
 
@@ -90,7 +91,7 @@ def _open(config: Config, resume: Path | None, making: Making) -> None:
     check_classes(source, start.classes, manifest, f"run `moco {MAKERS[source]}` again")
     check_images(made, start.images, manifest, f"run `moco {maker}` again")
     tell_other_data(made, start.made_from.get("data"), start.images, manifest, say)
-    if different := differences(start.settings, classifier_settings(config, start.settings), HOUSEKEEPING):
+    if different := differences(start.settings, classifier_settings(config, start.settings)):
         say(f"warning: {made} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     if (extra := read_extra(source, splits["unlabeled"], start.settings)) is not None:
@@ -116,10 +117,9 @@ def _run(
     making: Making,
 ) -> None:  # fmt: skip
     section, val = config.finetune, splits["val"]
-    assert val.labels is not None
     parts, labels, kept, held = labelled(splits, section.holdout, section.seed, "finetune")
     images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
-    checkpoints = CheckpointFolder(folder.path, KEEP)
+    checkpoints = CheckpointFolder(folder.path, config.checkpoint.keep)
     data = f"{manifest.digest} {start.digest}"
     facts = {"params": {name: str(value) for name, value in chain.items()}, "data": data, **making.in_state()}
     saved = saved_state(checkpoints, resume, chain, data, 1, making.identity)
@@ -158,10 +158,10 @@ def _run(
     in_pool = features.count_in_pool(parts[0].digests[held], splits["unlabeled"].digests)
     say(features.describe_holdout(labels[: len(parts[0].images)], held, section.holdout, "finetune.holdout"))
     say(f"finetune: {len(kept)} images on {device}, {len(held)} held out; log: {record.path}")
-    train_supervised("finetune", step, images, sampler, state, record.log, choice, save, section.checkpoint_every)
+    train_supervised("finetune", step, images, sampler, state, record.log, choice, save, config.checkpoint.every)
     chosen = choice.choice()
     network.load_state_dict(chosen["weights"])
-    correct = {"best_held_out_accuracy": choice.correct(), "val_accuracy": step.correct(val.images, val.labels)}
+    correct = {"best_held_out_accuracy": choice.correct(), "val_accuracy": step.correct(val.images, val.known_labels)}
     results = {
         **dict.fromkeys(("held_out_accuracy", "best_held_out_accuracy"), chosen["accuracy"]),
         "held_out_images": float(len(held)),

@@ -14,16 +14,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moco.config import Config, flatten
 from moco.environment import PACKAGE, differing_code, other_checkout
 from moco.errors import Say, UserError, first_of
 from moco.files import sha256
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
 
 ROOM = 100  # characters that named differences may take in a line
 CODE = "code"  # in a state: digests of the code that made it
 HANDED_IN = ("eval.team_id", "eval.team_name", "eval.email_address")
 
-# As dvc.yaml has them: sections and keys of params.yaml, and files and folders, that a stage depends on.
+# Sections and keys of params.yaml, and files and folders, that a stage depends on; `make dvc` writes them into
+# dvc.yaml. DVC wants those keys in the file, so presets/default.yaml has them.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "pretrain": ("pretrain",),
@@ -35,7 +37,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "train", "pretrain.precision", *HANDED_IN),
     "request": ("request", "pretrain.precision"),
     "train_extra": ("train_extra", "train", "pretrain.precision", *HANDED_IN),
-    "eval": ("eval.batch_size", "eval.calibration_bins"),
+    "eval": ("eval",),
 }  # fmt: skip
 MANIFEST, ENCODER, CLASSIFIER = "models/manifest.json", "models/encoder.pth", "models/classifier"
 INPUTS: dict[str, tuple[str, ...]] = {
@@ -51,7 +53,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 
 # These decide nothing about a stage's outputs: they carry values, messages, records and whole files.
 CARRIERS = {
-    "moco", "moco.cli", "moco.config", "moco.environment", "moco.params", "moco.errors", "moco.files", "moco.safe_path",
+    "moco", "moco.cli", "moco.environment", "moco.errors", "moco.files", "moco.safe_path",
     "moco.tracking", "moco.stages",
     "moco.training", "moco.data", "moco.model", "moco.selection", "moco.stages.workspace", "moco.training.progress",
     "moco.training.interrupt", "moco.holder", "moco.memory", "moco.redaction", "moco.csv_files", "moco.stages.identity",
@@ -119,7 +121,7 @@ def closure(module: str, known: dict[str, Path]) -> set[str]:
 def code_modules(stage: str, known: dict[str, Path]) -> set[str]:
     """Return the modules that decide what a stage makes."""
     found = closure(f"moco.stages.{stage}", known) - CARRIERS
-    found = {name for name in found if not name.startswith("moco.tracking.")}
+    found = {name for name in found if not name.startswith(("moco.tracking.", "moco.settings"))}  # values count
     if stage != "data":
         copied = COPIED if "moco.submission" in found else set()
         found -= BEHIND_THE_MANIFEST - copied - (FINDS_LABELS if stage == "train_extra" else set())
@@ -219,14 +221,16 @@ class Start:
         """Return what the stage makes its result from, with the inputs as they are now. more: inputs beside those that
         dvc.yaml lists."""
         inputs = _inputs(self.stage, config, more)
-        return Making(Identity(self.stage, settings_of(self.stage, config), inputs, self.code), self.reread)
+        identity = Identity(self.stage, settings_of(self.stage, config), inputs, self.code)
+        return Making(identity, config, self.reread)
 
 
 @dataclass(frozen=True)
 class Making:
-    """The identity of a result that is being made, and how to read the settings once more."""
+    """The identity of a result that is being made, all settings, and how to read them once more."""
 
     identity: Identity
+    config: Config
     reread: Callable[[], Config] | None
 
     def in_state(self) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco.config import DataConfig
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest
 from moco.data.prepare import image_names
 from moco.errors import Say, UserError, first_of
+from moco.settings.data import DataConfig
 
 LONGEST = 40  # characters of a class's name in a message
 SAME_PIXELS = 0.02  # mean and standard deviation of channels, of [0, 1], are as good as equal below

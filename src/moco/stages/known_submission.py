@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moco.config import EvalConfig
 from moco.data.manifest import Manifest, load_manifest
 from moco.errors import UserError
 from moco.files import home, sha256
 from moco.model.encoder import SMALL, Architecture
+from moco.settings.eval import EvalConfig
 from moco.stages.workspace import MANIFEST, RUNS
 from moco.submission import render
 
@@ -83,4 +83,4 @@ def _values(text: str, manifest: Manifest) -> tuple[Architecture, Manifest, Eval
     else:
         stem = "small" if "model.maxpool = nn.Identity()" in text else "imagenet"
         architecture = Architecture(other[1] if other else "", stem, 1, 1)
-    return architecture, given, EvalConfig(1, 2, named["team_id"], named["team_name"], named["email_address"])
+    return architecture, given, EvalConfig(**{name: named[name] for name in ("team_id", "team_name", "email_address")})

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from moco.config import Config, PretrainConfig, flatten
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
 from moco.data.views import Views
-from moco.errors import DivergedError, Interrupted, Say, UserError
+from moco.errors import DivergedError, Interrupted, Say, UserError, present
 from moco.files import sha256
 from moco.model.encoder import last_width
+from moco.settings.kinds import flatten
+from moco.settings.monitor import MonitorConfig
+from moco.settings.schema import Config
 from moco.stages import step_back
 from moco.stages.architecture import chosen_architecture, described
 from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
@@ -65,27 +67,26 @@ SHOWN = 8  # images whose views are drawn
 class Monitor:
     """Held-out quality of the query encoder; ends a collapsed run. pool: digests of its images, N x 16 uint8."""
 
+    config: MonitorConfig
     step: ContrastStep
     train: DecodedSplit
     classes: int
     pool: np.ndarray
 
     def __post_init__(self) -> None:
-        assert self.train.labels is not None
-        config = self.step.config
-        kept, held = features.stratified_holdout(self.train.labels, config.holdout, config.seed)
+        seed = self.step.config.seed
+        kept, held = features.stratified_holdout(self.train.known_labels, self.config.holdout, seed)
         if not len(held):
             raise UserError(
-                "pretrain.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT"
+                "monitor.holdout: no class has two labelled images; none can be held out", "E-TRAIN-HOLDOUT"
             )
         self.kept, self.held = features.apart(kept, held, self.train.digests), held
         self.in_pool = features.count_in_pool(self.train.digests[held], self.pool)
 
     def described(self) -> str:
         """Return a line that says how many images are held out."""
-        assert self.train.labels is not None
-        fraction = self.step.config.holdout
-        return features.describe_holdout(self.train.labels, self.held, fraction, "pretrain.holdout", self.in_pool)
+        fraction = self.config.holdout
+        return features.describe_holdout(self.train.known_labels, self.held, fraction, "monitor.holdout", self.in_pool)
 
     def __call__(self) -> dict[str, float]:
         step, network = self.step, self.step.model.query_encoder
@@ -97,8 +98,7 @@ class Monitor:
             )  # fmt: skip
         finally:
             network.fc = head
-        assert self.train.labels is not None
-        labels = torch.from_numpy(self.train.labels)
+        labels = torch.from_numpy(self.train.known_labels)
         shaped = found[:, -last_width(network) :]  # by contrast
         spread = features.feature_std(shaped)
         if not spread > COLLAPSED_STD:
@@ -109,7 +109,7 @@ class Monitor:
         return {
             "knn_accuracy": features.knn_accuracy(
                 found[self.kept], labels[self.kept], found[self.held], labels[self.held],
-                neighbours=step.config.knn_neighbours, classes=self.classes,
+                neighbours=self.config.neighbours, classes=self.classes,
             ),
             "feature_std": spread,
             "effective_rank": features.effective_rank(shaped),
@@ -120,7 +120,7 @@ def run(config: Config, resume: Path | None = None, start: Start | None = None) 
     """Trains, or continues the run of the same settings and data where one was interrupted.
 
     resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input, DivergedError
-    where pretrain.steps_back are used up; Interrupted after a signal, with the state saved.
+    where checkpoint.max_rollbacks are used up; Interrupted after a signal, with the state saved.
     """
     section, processes = config.pretrain, from_environment()
     check(section, processes)
@@ -145,15 +145,14 @@ def run(config: Config, resume: Path | None = None, start: Start | None = None) 
             stack.enter_context(locked_outputs("pretrain", say))
             return stack.enter_context(open_run_folder("pretrain", key, making, lambda path: is_branch(path, resume)))
 
-        folder = processes.told(processes.alone(take))
-        assert folder is not None
-        checkpoints = CheckpointFolder(folder.path, section.keep_checkpoints)
+        folder = present(processes.told(processes.alone(take)), "the folder of the run")
+        checkpoints = CheckpointFolder(folder.path, config.checkpoint.keep)
         while not folder.restored:
             try:
                 _run(config, folder, checkpoints, manifest, splits, device, precision, resume, processes, making)
                 break
             except DivergedError as error:
-                processes.alone(step_back.step_back, checkpoints, section.steps_back, error, resume, say)
+                processes.alone(step_back.step_back, checkpoints, config.checkpoint.max_rollbacks, error, resume, say)
                 _, signal = processes.agree(0.0, error.signal)
             if signal is not None:  # it came while training diverged, and is not forgotten
                 raise Interrupted(signal, saved=True)
@@ -203,15 +202,18 @@ def _run(
 
         def begin() -> Run:
             record = stack.enter_context(Run(run_folder.path, "pretrain", config.tracking, say))
-            record.start(chain, origin(config, manifest, device), -1 if saved is None else state.step)
+            record.start(
+                {**chain, **flatten(config.monitor, "monitor")},
+                origin(config, manifest, device),
+                -1 if saved is None else state.step,
+            )
             return record
 
         record = processes.alone(begin)
-        monitor = Monitor(step, splits["train"], len(manifest.classes), splits["unlabeled"].digests)
-        _train(section, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
+        monitor = Monitor(config.monitor, step, splits["train"], len(manifest.classes), splits["unlabeled"].digests)
+        _train(config, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
-        def finish() -> None:
-            assert record is not None
+        def finish(record: Run) -> None:
             report, encoder = run_folder.own(REPORTS / "pretrain"), run_folder.own(ENCODER)
             save_encoder(encoder, step.model.query_encoder, architecture, manifest, chain)
             effort = {**run_effort(state, sampler.batch_size), "held_out_in_pool": float(monitor.in_pool)}
@@ -222,7 +224,7 @@ def _run(
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
             _draw(record, splits["unlabeled"].images, step.views)
 
-        processes.alone(finish)
+        processes.alone(lambda: finish(present(record, "the record of rank 0")))
         processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
 
 
@@ -246,7 +248,7 @@ def _draw(record: Run, images: np.ndarray, views: Views) -> None:
 
 
 def _train(
-    section: PretrainConfig, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
+    config: Config, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
     monitor: Monitor, save: Callable[[LoopState], None], record: Run | None, processes: Processes,
 ) -> None:  # fmt: skip
     """Runs the loop to its end. record: of rank 0 alone."""
@@ -259,11 +261,11 @@ def _train(
     display = ProgressDisplay("pretrain", terminal=None if record is not None else False)
     with watch_signals() as stop, display:
         hooks = Hooks(
-            record.log if record is not None else _nothing, section.log_every, display, stop, monitor,
-            section.monitor_every, save, section.checkpoint_every, processes, timed_monitor=True,
+            record.log if record is not None else _nothing, config.monitor.log_every, display, stop, monitor,
+            config.monitor.every, save, config.checkpoint.every, processes, timed_monitor=True,
         )  # fmt: skip
         try:
-            run_loop(step, sampler, fetcher, Length(section.epochs, section.minutes), state, hooks)
+            run_loop(step, sampler, fetcher, Length(config.pretrain.epochs, config.pretrain.minutes), state, hooks)
         except DivergedError as error:
             error.signal = stop.signal
             raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moco.config import PretrainConfig
 from moco.errors import Say, UserError
+from moco.settings.pretrain import PretrainConfig
 from moco.training.distributed import SOLO, Processes
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.config import Config
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import Say
+from moco.settings.schema import Config
 from moco.stages.architecture import chosen_architecture
 from moco.stages.contrast import ContrastStep, missing_kernels, pass_flops, pool, pretraining_views
 from moco.stages.pretrain_settings import check_alone, check_shares

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moco.config import TrainConfig, flatten
 from moco.data.manifest import Manifest
 from moco.files import write_text
+from moco.settings.kinds import flatten
+from moco.settings.train import TrainConfig
 from moco.stages.workspace import REPORTS
 from moco.training.significance import pack
 

@@ -17,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.config import Config, flatten
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import read_extra_labels
 from moco.data.manifest import Manifest
 from moco.data.pool_names import drawn_labels, pool_names
-from moco.errors import UserError
+from moco.errors import UserError, present
 from moco.model.encoder import build_encoder, last_width, load_body, strip_head, with_features
 from moco.selection.clusters import margins
 from moco.selection.coverage import coverage
 from moco.selection.near_copies import first_of_each, small_pictures
 from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
 from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.contrastive_losses import contrastive_losses
 from moco.stages.encoder_file import EncoderFile
@@ -161,8 +162,7 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
             )  # fmt: skip
 
     def chances(block: Tensor) -> Tensor:
-        assert layer is not None
-        return torch.softmax(layer(block), 1)
+        return torch.softmax(present(layer, "a classifier")(block), 1)
 
     def classified(images: np.ndarray) -> Tensor:
         return torch.cat([chances(block) for block in blocks(images)])

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from moco.config import Config
 from moco.csv_files import csv_text
 from moco.data.label_files import read_table
 from moco.errors import UserError
 from moco.files import write_atomically, write_text
+from moco.settings.schema import Config
 from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, RunFolder, say
 from moco.tracking import pictures
 from moco.tracking.run import Run

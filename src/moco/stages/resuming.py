@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moco.config import HOUSEKEEPING
 from moco.errors import UserError, first_of
 from moco.files import sha256, write_text
 from moco.stages import step_back
@@ -101,7 +100,7 @@ def _load(path: Path, named: str, params: dict[str, Any], digest: str, stage: st
     saved: dict[str, Any] = load_weights(path, "name another checkpoint, or none to start again")
     if not isinstance(saved, dict) or not {"params", "data", "loop", NETWORK[stage]} <= set(saved):
         raise UserError(f"{path}: not a checkpoint of `moco {stage}`, or of a version that kept no settings in it")
-    may_differ = {f"{stage}.epochs", f"{stage}.minutes", *HOUSEKEEPING}
+    may_differ = {f"{stage}.epochs", f"{stage}.minutes"}
     different = differences(saved["params"], params, may_differ)
     if saved["data"] != digest:
         different.append("it was made from other data")

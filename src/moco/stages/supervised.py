@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.config import SupervisedConfig
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.views import Views
+from moco.settings.supervised import SupervisedConfig
 from moco.stages.pool_batches import PoolBatches, pseudo_label_loss
 from moco.training import features
 from moco.training.interrupt import watch_signals

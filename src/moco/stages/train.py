@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import HOUSEKEEPING, Config, TrainConfig, flatten
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
@@ -20,6 +19,9 @@ from moco.data.views import Views, recipe
 from moco.errors import UserError
 from moco.files import sha256, write_text
 from moco.model.encoder import Architecture, build_encoder, load_body, strip_head, with_features
+from moco.settings.kinds import flatten
+from moco.settings.schema import Config
+from moco.settings.train import TrainConfig
 from moco.stages.classifier_files import Classifier, write_classifier
 from moco.stages.curves import write_curve, write_metrics
 from moco.stages.encoder_file import EncoderFile, load_encoder
@@ -90,7 +92,7 @@ def open_inputs(config: Config) -> Inputs:
     encoder = load_encoder(ENCODER)
     check_images(ENCODER, encoder.images, manifest, "run `moco pretrain` again")
     tell_other_data(ENCODER, encoder.digest, encoder.images, manifest, say)
-    if different := differences(encoder.settings, flatten(config.pretrain, "pretrain"), HOUSEKEEPING):
+    if different := differences(encoder.settings, flatten(config.pretrain, "pretrain")):
         say(f"warning: {ENCODER} was made with other settings: {'; '.join(different)}; `moco pretrain` makes it new")
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), say)
     return Inputs(device, manifest, encoder, splits)
@@ -184,8 +186,7 @@ def held_out(inputs: Inputs, section: TrainConfig, correct: np.ndarray) -> dict[
     """Return the record of the held-out images for the registry. correct: which of them are right."""
     train, judged = inputs.splits["train"], BEFORE_REFIT if section.refit else THESE
     *_, held = labelled(inputs.splits, section.holdout, section.seed, "train")
-    assert train.labels is not None
-    return held_out_record(train.digests[held], train.labels[held], inputs.manifest.classes, correct, judged)
+    return held_out_record(train.digests[held], train.known_labels[held], inputs.manifest.classes, correct, judged)
 
 
 def held_in_pool(splits: dict[str, DecodedSplit], section: TrainConfig) -> int:
@@ -269,12 +270,11 @@ def classify(
     measured on the same images with and without them.
     """
     val = splits["val"]
-    assert val.labels is not None
     parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
     if section.solver == "sgd":  # as many steps as without `extra`, whose labels alone are to make the difference
         own = int((kept < len(parts[0].images)).sum())
         section = replace(section, epochs=max(1, round(section.epochs * own / len(kept))))
-    labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.labels)
+    labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.known_labels)
     stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])
     say(features.describe_holdout(known[: len(parts[0].images)], held, section.holdout, "train.holdout"))
@@ -301,7 +301,7 @@ def classify(
     with ProgressDisplay("features of val").counting(len(val.images)) as advance:
         how: dict[str, Any] = {"batch_size": FEATURE_BATCH, "device": device, "advance": advance}
         val_features = features.extract(network, val.images, views.plain, **how)
-    correct["val_accuracy"] = predictions(fit, val_features) == val.labels
+    correct["val_accuracy"] = predictions(fit, val_features) == val.known_labels
     correct["val_knn_accuracy"] = features.knn_correct(
         stack[0], labels, val_features, val_labels, neighbours=VAL_NEIGHBOURS, classes=classes
     ).numpy()
@@ -320,7 +320,8 @@ def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """The encoder, its BatchNorm statistics included, is bit for bit what was loaded."""
     state = network.state_dict()
     for name, value in weights.items():
-        assert torch.equal(state[name].cpu(), value), f"frozen weights changed: {name}"
+        if not torch.equal(state[name].cpu(), value):
+            raise RuntimeError(f"frozen weights changed: {name}")
 
 
 def _with_layer(architecture: Architecture, encoder: EncoderFile, classes: int, fit: LinearFit) -> dict[str, Tensor]:

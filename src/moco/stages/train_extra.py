@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.config import Config
 from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest, load_manifest
 from moco.errors import UserError
 from moco.files import sha256, write_text
+from moco.settings.schema import Config
 from moco.stages.classifier_files import WEIGHTS, read_classifier
 from moco.stages.extra_file import content
 from moco.stages.identity import Making, Start
@@ -56,11 +56,10 @@ def _run(config: Config, making: Making) -> None:
     if not any(path.resolve().is_relative_to(folder.resolve()) for folder in (LABELS, REQUEST)):
         say(f"warning: {path} lies outside {LABELS}/, so that `dvc repro` does not see when it changes")
     train = inputs.splits["train"]
-    assert train.labels is not None
     classes = len(inputs.manifest.classes)
-    added, before = (np.bincount(labels, minlength=classes) for labels in (extra.labels, train.labels))
+    added, before = (np.bincount(labels, minlength=classes) for labels in (extra.labels, train.known_labels))
     say(
-        f"train_extra: {len(extra.labels)} labels added to {len(train.labels)}: {added.min()} to {added.max()} a class,"
+        f"train_extra: {len(extra.labels)} labels added to {len(train.images)}: {added.min()} to {added.max()} a class,"
         f" with train's {(before + added).min()} to {(before + added).max()}"
     )
     inputs.splits["extra"] = DecodedSplit(extra.images, extra.labels, extra.digests)
@@ -106,10 +105,9 @@ def _hand_on(why: str, making: Making) -> None:
 def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor) -> None:
     """features: of train, then of the extra images."""
     train = inputs.splits["train"]
-    assert train.labels is not None
     order = np.argsort(extra.order)  # as the lines stand in the file
     found = check_labels(
-        features[: len(train.labels)], torch.from_numpy(train.labels), features[len(train.labels) :][order],
+        features[: len(train.images)], torch.from_numpy(train.known_labels), features[len(train.images) :][order],
         torch.from_numpy(extra.labels[order]), len(inputs.manifest.classes),
     )  # fmt: skip
     if not found.runs:
@@ -130,9 +128,9 @@ def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor)
         f"{bad[0].chance:.0%} would by chance, {found.known:.0%} of train's own do, at least {bad[0].threshold:.0%} "
         "are expected"
     )
-    if config.train_extra.suspicious == "refuse":
+    if config.monitor.suspicious_labels == "refuse":
         raise UserError(
-            f"{said}. Labels of other images, rows that slipped? If they are right, set train_extra.suspicious: warn"
+            f"{said}. Labels of other images, rows that slipped? If they are right, set monitor.suspicious_labels: warn"
         )
     say(f"warning: {said}")
 
@@ -141,8 +139,7 @@ def _table(train: DecodedSplit | None, answers: list[Answer], manifest: Manifest
     """All labels and where each is from: train's by number, then every line that was read."""
     table: list[Sequence[object]] = [["image", "content", "label", "class", "source", "status"]]
     if train is not None and manifest is not None:
-        assert train.labels is not None
-        for number, (digest, label) in enumerate(zip(train.digests, train.labels.tolist(), strict=True)):
+        for number, (digest, label) in enumerate(zip(train.digests, train.known_labels.tolist(), strict=True)):
             content = bytes(digest).hex()
             table.append([f"train/{number}", content, label, manifest.classes[label], "train", "used"])
         for each in answers:

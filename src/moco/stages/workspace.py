@@ -10,15 +10,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moco.config import HOUSEKEEPING, MOVED, Config, flatten
 from moco.errors import LONGEST, UserError, shortened
 from moco.files import home, scratch_place, write_text
 from moco.holder import exclusive
+from moco.settings.kinds import flatten
+from moco.settings.listing import params_text
+from moco.settings.schema import MOVED, Config, without_setting
 from moco.stages import outputs
 from moco.stages.identity import Identity, Making
 
@@ -32,19 +34,11 @@ FORM = REQUEST / "request.csv"
 LABELS = Path("labels")  # files that people make; DVC looks for changes in it
 REPORTS = Path("reports")
 RUNS = Path("runs")
-LOG, DONE, IDENTITY = "metrics.jsonl", "done", "identity.json"  # in a run's folder
+LOG, DONE, IDENTITY, PARAMS = "metrics.jsonl", "done", "identity.json", "params.yaml"  # in a run's folder
+FORMAT = 2  # of identity.json; in 1, settings that change no result stood among the others
 STATES = "checkpoint_*.pth"  # in a run's folder: what it can be continued from
 CONTENT = "train_extra.content"  # a setting of classifiers with extra labels: which they are
 MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
-
-# Settings that came later, at the values at which all is as it was without them.
-ADDED: dict[str, Any] = {
-    "data.exclude_val": True,  # what it took out is in the data's digest
-    "pretrain.accumulate": 1, "pretrain.features": "last", "train.features": "last", "pretrain.convolutions": 2,
-    "pretrain.resolutions": (1.0,), "pretrain.resolution_changes": (), "finetune.classifier": "classifier",
-    "finetune.start": "classifier", "finetune.layer_decay": 1.0, "finetune.label_smoothing": 0.0, "finetune.mixup": 0.0,
-    "finetune.batch_norm": "batch", "finetune.pool": 0, "finetune.confidence": 0.8, "train.solver": "sgd",
-}  # fmt: skip
 
 
 def say(message: str) -> None:
@@ -66,7 +60,7 @@ def scratch_folder(setting: str) -> Path:
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
     """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
     differs too."""
-    theirs = {**ADDED, **{MOVED.get(name, name): value for name, value in theirs.items()}}
+    theirs = {**without_setting(), **{MOVED.get(name, name): value for name, value in theirs.items()}}
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {value} here"
         for name, value in ours.items()
@@ -83,9 +77,7 @@ def classifier_settings(config: Config, theirs: dict[str, str]) -> dict[str, Any
 
 def run_key(settings: dict[str, Any], digest: str) -> str:
     """Name of the run that these settings and this data make."""
-    kept = {name: value for name, value in settings.items()
-            if name not in HOUSEKEEPING and (name, value) not in ADDED.items()}  # fmt: skip
-    text = json.dumps({"settings": kept, "data": digest}, sort_keys=True, default=str)
+    text = json.dumps({"settings": settings, "data": digest}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -172,10 +164,33 @@ def _free(
             stack.close()
             return _complete(stage, key, making, fits) or _free(stage, key, making, fits, stack)
         shutil.rmtree(folder.own(Path()), ignore_errors=True)  # of a process that was stopped while it wrote them
-        if making is not None and not any(folder.path.glob(STATES)):
-            write_text(folder.path / IDENTITY, json.dumps(asdict(making.identity), indent=1))
+        if not (folder.path / LOG).exists():
+            _tell_of_older(stage, folder.path)
+        if making is not None:
+            write_text(folder.path / PARAMS, params_text(making.config))
+            if not any(folder.path.glob(STATES)):
+                content = {"format": FORMAT, **asdict(making.identity)}
+                write_text(folder.path / IDENTITY, json.dumps(content, indent=1))
         return folder
     raise RuntimeError("there is always a new folder")
+
+
+def _tell_of_older(stage: str, new: Path) -> None:
+    """Say which interrupted runs an earlier version began, whose names and settings were others."""
+    for folder in sorted(new.parent.iterdir()):
+        states = sorted(folder.glob(STATES))
+        if folder != new and states and not (folder / DONE).exists() and _identity(folder).get("format") != FORMAT:
+            say(f"note: {folder} was begun by an earlier version of moco and is not continued by itself; "
+                f"`moco {stage} --resume {states[-1]}` continues it where the settings fit")  # fmt: skip
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """What identity.json says; {} where there is none that can be read."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _may_go_on(folder: Path, making: Making | None) -> bool:
@@ -183,6 +198,4 @@ def _may_go_on(folder: Path, making: Making | None) -> bool:
     there is a state to continue from, that knows its code itself."""
     if making is None or not (folder / LOG).exists():
         return True
-    with suppress(OSError, ValueError):
-        return Identity.from_dict(json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) == making.identity
-    return False
+    return Identity.from_dict(_identity(folder)) == making.identity

@@ -23,7 +23,8 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-def
 
     def load_context(self, context: Any) -> None:
         spec = importlib.util.spec_from_file_location("submission", context.artifacts["submission"])
-        assert spec is not None and spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{context.artifacts['submission']}: no Python file")
         self.submission = importlib.util.module_from_spec(spec)
         before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the model's folder may be read-only
         try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moco.errors import NAMED, UserError
-from moco.params import nearest
+from moco.settings.reading import nearest
 from moco.tracking.metric_log import last_values, read_events
 from moco.tracking.pipeline_run import of_pipeline
 from moco.tracking.sync import logs_of

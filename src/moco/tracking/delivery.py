@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from moco.config import TrackingConfig
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import NAME, close_abandoned
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.store import explain

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moco.config import TrackingConfig
 from moco.errors import Say, UserError, one_line
 from moco.files import write_text
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.store import available, client, explain, sqlite_file, store_uri
 from moco.tracking.store_file import moved_from
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moco.config import TrackingConfig
+from moco.errors import present
 from moco.files import write_text
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking import pipeline_run, registry, store, uploads
 from moco.tracking.metric_log import NAME, finite, identity, read_from
 from moco.tracking.store_file import refuse_other_schema, relocate
@@ -134,8 +135,7 @@ class MlflowSink:
 
     @property
     def run_id(self) -> str:
-        assert self.state.run_id is not None
-        return self.state.run_id
+        return present(self.state.run_id, "a run in MLflow")
 
     def _replay(self) -> None:
         pending: list[Any] = []

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import moco
-from moco.config import Config, flatten
 from moco.data.manifest import Manifest
 from moco.environment import PACKAGE, differing_code, other_checkout
 from moco.errors import first_of
 from moco.files import sha256
 from moco.redaction import literal_secret, redact_tree, redacted_keys
+from moco.settings.kinds import flatten
+from moco.settings.listing import params_text
+from moco.settings.schema import Config
 
 # What a run is made by, and all that its patch may hold: no settings of DVC, and no file that merely lies about.
 SOURCES = (":(glob)src/**/*.py", ":(glob)src/**/*.html")
@@ -152,11 +153,6 @@ def redacted_settings(config: Config) -> list[str]:
     """Return the dotted names of the settings that `params_text` does not show as they are."""
     settings = json.loads(json.dumps(asdict(config)))
     return list(redacted_keys(settings, redact_tree(settings)))
-
-
-def params_text(config: Config) -> str:
-    """Return params.yaml of these settings, without passwords and keys."""
-    return yaml.safe_dump(redact_tree(json.loads(json.dumps(asdict(config)))), sort_keys=False)
 
 
 def _code() -> dict[str, str]:

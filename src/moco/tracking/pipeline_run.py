@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moco.config import HOUSEKEEPING
 from moco.tracking.metric_log import as_text
 from moco.tracking.store import log_metrics, log_params, search
 
@@ -44,8 +43,8 @@ def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], wh
 
 def of_pipeline(params: Mapping[str, Any], pipeline: Mapping[str, Any]) -> bool:
     """Whether a stage of these parameters, those of its whole chain, is one of the pipeline's. A classifier that came
-    from elsewhere has none but those of its evaluation. What is looked at or kept may differ."""
-    asked = params.keys() & pipeline.keys() - HOUSEKEEPING
+    from elsewhere has none but those of its evaluation."""
+    asked = params.keys() & pipeline.keys()
     return any(name.startswith("pretrain.") for name in params) and all(
         as_text(params[name]) == as_text(pipeline[name]) for name in asked
     )

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moco.config import TrackingConfig
 from moco.environment import python_module
-from moco.errors import Interrupted, Say, UserError
+from moco.errors import Interrupted, Say, UserError, present
 from moco.files import write_atomically
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
 from moco.tracking.origin import UNKNOWN, Origin
 from moco.tracking.store import available, store_uri
@@ -86,9 +86,9 @@ class Run:
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 start_new_session=True,  # Ctrl-C is for the run alone
             )  # fmt: skip
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(asdict(self.config)) + "\n")
-            self.process.stdin.flush()
+            pipe = present(self.process.stdin, "a pipe to the process")
+            pipe.write(json.dumps(asdict(self.config)) + "\n")
+            pipe.flush()
         except OSError as error:  # a limit on processes, say
             self.say(
                 f"warning: nothing goes to MLflow during this run ({error}); `moco sync` brings it there afterwards"
@@ -191,8 +191,7 @@ class Run:
         try:
             output, _ = self.process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+            present(self.process.stdout, "a pipe from the process").close()
             left_alone.append(self.process)
             return f"it takes longer than {patience:.0f} s"
         except (Interrupted, KeyboardInterrupt):  # the stage is over; only the waiting is given up

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.files import home, write_atomically
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import as_text
 from moco.tracking.store_file import ARTIFACTS, refuse_other_schema, refuse_version
 

@@ -10,9 +10,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from moco.config import TrackingConfig
 from moco.errors import UserError
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.store import check_address, deleted_experiment, sqlite_file, store_uri
 from moco.tracking.store_file import experiment_is_deleted, refuse_other_schema
 

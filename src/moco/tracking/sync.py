@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco.config import TrackingConfig
 from moco.errors import UserError, first_of
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import NAME, close_abandoned, read_events
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.pipeline_run import converge

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from moco.config import TrackingConfig
 from moco.environment import RUN_MODULE
 from moco.errors import Interrupted, UserError
 from moco.files import account
 from moco.redaction import redact
+from moco.settings.tracking import TrackingConfig
 from moco.tracking.store import available, check_address, client, explain, sqlite_file, store_uri, stray
 from moco.tracking.store_file import refuse_other_schema, relocate
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moco.errors import AloneError, Interrupted, ProcessLostError, UserError
+from moco.errors import AloneError, Interrupted, ProcessLostError, UserError, present
 from moco.memory import full_memory
 
 T = TypeVar("T")
@@ -173,8 +173,7 @@ SOLO = Processes()
 def begun(processes: Processes, begin: Callable[[], dist.Work | None]) -> Callable[[], object]:
     """Begins an exchange and returns what waits for its end. On a GPU its stream waits, not the CPU."""
     with _others(processes):
-        work = begin()
-    assert work is not None
+        work = present(begin(), "an exchange between processes")
 
     def arrived() -> None:
         with _others(processes):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.config import TrainConfig
-from moco.errors import UserError
+from moco.errors import UserError, present
+from moco.settings.train import TrainConfig
 from moco.training.progress import ProgressDisplay
 from moco.training.schedules import lr_factor, scaled_lr
 
@@ -212,7 +212,7 @@ def _fit_sgd(
         log({"loss": loss, "held_out_accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}, epoch)
         if best is None or accuracy > best.accuracy or epoch == stop_after:
             best = LinearFit(*scaling.fold(layer), epoch, accuracy, copy.deepcopy(optimizer.state_dict()))
-    assert best is not None
+    best = present(best, "an epoch")
     if stop_after is None and not clearly_better(best.accuracy, accuracy, len(held)):
         return LinearFit(*scaling.fold(layer), config.epochs, accuracy, copy.deepcopy(optimizer.state_dict()))
     return best

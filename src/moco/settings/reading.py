@@ -1,7 +1,4 @@
-"""Reads params.yaml into the sections of `moco.config`; every mistake is one line with its place.
-
-Every key must be present in the file and known: a missing one would be a value that nobody sees.
-"""
+"""Reads params.yaml into `Config`; every mistake is one line with its place. Keys that are not there have defaults."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from moco.config import MOVED, Config
-from moco.errors import UserError
+from moco.errors import UserError, first_of
+from moco.settings.schema import MOVED, Config
 
 LONGEST_WORD = 100  # characters
 
@@ -47,24 +44,16 @@ class _Reader:
         raise UserError(f"{self.place(key)}: {key}: {problem}")
 
     def section(self, kind: type[Any], value: Any, key: str) -> Any:
+        if value is None and key:  # a section whose keys are all left out
+            value = {}
         if not isinstance(value, dict):
             self.fail(key or "(top)", "expected a section of keys")
         hints = typing.get_type_hints(kind, include_extras=True)
         prefix = f"{key}." if key else ""
         for name in value:
-            if moved := MOVED.get(f"{prefix}{name}"):
-                raise UserError(
-                    f"{self.place(f'{prefix}{name}')}: {prefix}{name} is now {moved}: move the line to that section "
-                    "(the presets have it there)",
-                    "E-PARAMS-MOVED",
-                )
             if name not in hints:
                 self.fail(f"{prefix}{name}", f"unknown key{nearest(str(name), hints)}")
-        missing = [name for name in hints if name not in value]
-        if missing:
-            wanted = ", ".join(missing)
-            self.fail(key or "(top)", f"missing: {wanted}; copy it from presets/default.yaml")
-        return kind(**{name: self.value(hint, value[name], prefix + name) for name, hint in hints.items()})
+        return kind(**{name: self.value(hints[name], each, prefix + name) for name, each in value.items()})
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -124,6 +113,12 @@ def _lines(node: yaml.Node, path: Path, key: str = "") -> dict[str, int]:
     return lines
 
 
+def lines_of(text: str, path: Path) -> dict[str, int]:
+    """Return the line of every key that a file's text has, by dotted name. The text must be readable YAML."""
+    node = yaml.SafeLoader(text).get_single_node()
+    return _lines(node, path) if node else {}
+
+
 def load(path: Path) -> Config:
     """Reads and checks a parameter file. Raises UserError, one line, for anything that is wrong with it."""
     try:
@@ -152,5 +147,12 @@ def parse(text: str, path: Path) -> Config:
         ) from None
     except (ValueError, RecursionError) as error:  # a date that is none, brackets without end
         raise UserError(f"{path}: not readable as YAML: {error}") from None
+    _refuse_moved(lines, path)
     config: Config = _Reader(path, lines).section(Config, tree, "")
     return config
+
+
+def _refuse_moved(lines: dict[str, int], path: Path) -> None:
+    moved = [f"{old} is now {new} (line {lines[old]})" for old, new in MOVED.items() if old in lines]
+    if moved:
+        raise UserError(f"{path}: {len(moved)} key(s) have moved, move the values: {first_of(moved)}", "E-PARAMS-MOVED")

@@ -1,17 +1,19 @@
-"""Presets: params.yaml as a documented default plus a few named changes."""
+"""Presets: named changes of params.yaml, which holds the keys that most users change."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from moco.errors import UserError
 from moco.files import write_text
-from moco.params import load, nearest
+from moco.settings.reading import load, nearest
+from moco.settings.schema import docs
 
 DEFAULT = "default"
 
@@ -70,14 +72,34 @@ def _changed(text: str, changes: Mapping[str, Any], who: str) -> str:
 
 
 def _merge(tree: Any, changes: Mapping[str, Any], path: str, prefix: str) -> None:
-    known = list(tree) if isinstance(tree, Mapping) else []
+    """Put values into a tree of YAML; keys that are not there come in with what they are, in the schema's order."""
+    known = _keys(prefix)
     for key, value in changes.items():
-        if key not in known:
-            raise UserError(f"{path}: {prefix}{key}: unknown key{nearest(str(key), map(str, known))}")
+        name = f"{prefix}{key}"
+        if key not in known or not isinstance(tree, MutableMapping):
+            raise UserError(f"{path}: {name}: unknown key{nearest(str(key), known)}")
         if isinstance(value, Mapping):
-            _merge(tree[key], value, path, f"{prefix}{key}.")
-        else:
+            if tree.get(key) is None:
+                _insert(tree, key, CommentedMap(), known, None)
+            _merge(tree[key], value, path, f"{name}.")
+        elif key in tree:
             tree[key] = value
+        else:
+            _insert(tree, key, value, known, docs().get(name))
+
+
+def _keys(prefix: str) -> list[str]:
+    """Return the keys of a section, or the sections, in the schema's order."""
+    names = [name.removeprefix(prefix) for name in docs() if name.startswith(prefix)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def _insert(tree: Any, key: str, value: Any, known: list[str], doc: str | None) -> None:
+    """Put a key in front of the first that follows it in the schema; never last, since blank lines belong to the last
+    key."""
+    later = [place for place, name in enumerate(tree) if name in known and known.index(name) > known.index(key)]
+    tree.pop(key, None)
+    tree.insert(min(later, default=max(len(tree) - 1, 0)), key, value, comment=doc)
 
 
 def switch(folder: Path, name: str, params: Path, force: bool) -> None:

@@ -71,6 +71,7 @@ dvc: install
 lint: install
 	ruff check .
 	ruff format --check .
+	lint-imports
 
 types: install
 	mypy

@@ -30,12 +30,12 @@ import torch
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.model.encoder import build_encoder, strip_head
+from moco.encoders.encoder import build_encoder, strip_head
+from moco.files import scratch_folder
 from moco.settings.presets import edit, render
 from moco.settings.reading import load
-from moco.stages.architecture import described
 from moco.stages.train import classify, linear_views
-from moco.stages.workspace import scratch_folder
+from moco.training.architecture import described
 from moco.training.numerics import set_up
 
 HERE = Path(__file__).resolve().parent

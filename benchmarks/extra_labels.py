@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
-from moco.data.pool_names import drawn_labels
 from moco.data.prepare import open_decoded
-from moco.data.views import Views
-from moco.model.encoder import build_encoder, load_body, strip_head
+from moco.encoders.encoder import build_encoder, load_body, strip_head
+from moco.exchange.encoder_file import load_encoder
+from moco.files import scratch_folder
+from moco.labels.plausibility import check_labels
+from moco.labels.pool_names import drawn_labels
 from moco.settings.reading import load
 from moco.settings.schema import Config
 from moco.settings.train import TrainConfig
-from moco.stages.encoder_file import load_encoder
 from moco.stages.train import classify, linear_views
-from moco.stages.workspace import scratch_folder
-from moco.training.label_check import check_labels
 from moco.training.linear import fit_linear
+from moco.views.views import Views
 
 CPU = torch.device("cpu")
 

@@ -27,12 +27,12 @@ import yaml
 from moco.data.batches import gather
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.model.encoder import build_encoder
+from moco.encoders.encoder import build_encoder
+from moco.exchange.classifier_files import read_classifier
+from moco.files import scratch_folder
 from moco.settings.presets import edit
 from moco.settings.reading import load
-from moco.stages.classifier_files import read_classifier
 from moco.stages.train import linear_views
-from moco.stages.workspace import scratch_folder
 from moco.training.features import extract
 
 CPU = torch.device("cpu")

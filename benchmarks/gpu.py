@@ -24,10 +24,10 @@ from speed import settings, write_images
 from torch.profiler import ProfilerActivity, profile
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder
-from moco.stages.contrast import ContrastStep, pass_flops
+from moco.encoders.encoder import Architecture, build_encoder
+from moco.methods.step import ContrastStep, pass_flops
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
+from moco.views.views import Views, recipe
 
 POOL, EPOCHS = 512_000, 100  # images and epochs of the original's job
 REPEATS = 16  # of the images that are written

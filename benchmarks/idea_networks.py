@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.model.small_resnet import SmallBlock, SmallResNet
+from moco.encoders.small_resnet import SmallBlock, SmallResNet
 
 
 def as_small_resnet(network: nn.Module) -> None:

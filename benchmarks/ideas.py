@@ -36,19 +36,19 @@ from torch import Tensor, nn
 from moco.data.batches import EpochSampler, gather, step_generator
 from moco.data.cache import DecodedSplit
 from moco.data.prepare import open_decoded, prepare
-from moco.data.views import Views, recipe
-from moco.model.encoder import build_encoder, last_width
-from moco.model.momentum_contrast import MomentumContrast, info_nce
-from moco.model.split_batch_norm import use_split_batch_norm
+from moco.encoders.encoder import build_encoder, last_width
+from moco.encoders.split_batch_norm import use_split_batch_norm
+from moco.methods.momentum_contrast import MomentumContrast, info_nce
 from moco.settings.presets import edit, render
 from moco.settings.reading import parse
 from moco.settings.schema import Config
-from moco.stages.architecture import described
 from moco.stages.train import CROP_SCALE, feature_sets
+from moco.training.architecture import described
 from moco.training.features import extract, knn_accuracy
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, set_up
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr
+from moco.views.views import Views, recipe
 
 CPU = torch.device("cpu")
 FOLDS = 5

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
+from moco.errors import say
+from moco.files import scratch_folder
+from moco.layout import MANIFEST
+from moco.methods.step import build_model, pretraining_views
 from moco.settings.reading import load
-from moco.stages.contrast import build_model, pretraining_views
-from moco.stages.workspace import MANIFEST, say, scratch_folder
 from moco.training import features
-from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.weights import load_weights
 
 BATCH = 500  # images
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from scipy.stats import t
 from torch import Tensor
 
-from moco.selection.clusters import margins
-from moco.selection.strategies import NEEDS_CLASSIFIER, Pool, choose, reduced
+from moco.labels.selection.clusters import margins
+from moco.labels.selection.strategies import NEEDS_CLASSIFIER, Pool, choose, reduced
 
 BUDGETS = (10, 20, 50, 100, 500)
 STRATEGIES = (
@@ -122,12 +122,12 @@ def open_data(args: argparse.Namespace) -> dict[str, Any]:
     """Features and labels of the pool, and of what the accuracy is measured on."""
     from moco.data.manifest import load_manifest
     from moco.data.prepare import open_decoded
-    from moco.model.encoder import build_encoder, last_width, load_body, strip_head
+    from moco.encoders.encoder import build_encoder, last_width, load_body, strip_head
+    from moco.exchange.encoder_file import load_encoder
+    from moco.files import scratch_folder
     from moco.settings.reading import load
-    from moco.stages.contrastive_losses import contrastive_losses
-    from moco.stages.encoder_file import load_encoder
+    from moco.stages.request import pool_losses
     from moco.stages.train import Inputs, linear_views
-    from moco.stages.workspace import scratch_folder
     from moco.training.features import extract
     from moco.training.numerics import choose_precision
 
@@ -150,7 +150,7 @@ def open_data(args: argparse.Namespace) -> dict[str, Any]:
     inputs = Inputs(device, manifest, encoder, splits)
     losses = None
     if "loss" in args.strategies:
-        losses = contrastive_losses(config, inputs, config.request.loss_views, 0)
+        losses = pool_losses(config, inputs, config.request.loss_views, 0)
     unit, small = F.normalize(pool, dim=1), reduced(pool[:, -last:], config.request.dimensions)
     if not args.validate:
         test, labels = F.normalize(of("val"), dim=1), torch.from_numpy(splits["val"].labels)

@@ -22,11 +22,11 @@ from torch import nn
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.model.encoder import build_encoder, feature_width, load_body, strip_head
+from moco.encoders.encoder import build_encoder, feature_width, load_body, strip_head
+from moco.exchange.encoder_file import load_encoder
+from moco.files import scratch_folder
 from moco.settings.reading import load
-from moco.stages.encoder_file import load_encoder
 from moco.stages.train import classify, linear_views, views_precision
-from moco.stages.workspace import scratch_folder
 from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")

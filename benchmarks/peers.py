@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from moco.data.batches import step_generator
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
+from moco.encoders.encoder import Architecture, build_encoder, feature_width, strip_head
 from moco.training.numerics import set_up
+from moco.views.views import Views, recipe
 
 
 def found(name: str) -> Any:

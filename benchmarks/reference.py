@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, batch_norms, build_encoder
+from moco.encoders.encoder import Architecture, batch_norms, build_encoder
+from moco.methods.step import ContrastStep
 from moco.settings.pretrain import PretrainConfig
-from moco.stages.contrast import ContrastStep
 from moco.training.features import knn_accuracy
 from moco.training.numerics import choose_device, choose_precision, set_up
+from moco.views.views import Views, recipe
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10
 DIM, MOMENTUM, TEMPERATURE, LR_OF_512, WEIGHT_DECAY = 128, 0.99, 0.1, 0.06, 5e-4

@@ -27,10 +27,10 @@ from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.dataset import Dataset, Split
 from moco.data.manifest import Manifest, load_manifest
-from moco.data.views import Views, recipe
+from moco.files import scratch_folder
 from moco.settings.presets import edit
 from moco.settings.reading import load
-from moco.stages.workspace import scratch_folder
+from moco.views.views import Views, recipe
 
 BLOCK = 4096
 CROPS = (0.3, 0.8)  # of the area: few near copies of the image, or of each other

@@ -17,8 +17,8 @@ import time
 import torch
 from torch import Tensor
 
-from moco.selection.coverage import coverage
-from moco.selection.strategies import Pool, choose, reduced
+from moco.labels.selection.coverage import coverage
+from moco.labels.selection.strategies import Pool, choose, reduced
 
 CLUSTERS, WIDTH, BLOCK = 800, 2048, 16_384
 

@@ -1,4 +1,4 @@
-"""Two trainings at once on the same cores, whose threads wait for each other awake or asleep (moco/cores.py).
+"""Two trainings at once on the same cores, whose threads wait for each other awake or asleep (moco/accel/openmp.py).
 
     python benchmarks/sharing.py [--size 32 --batch 128]
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from speed import contrast_step
 
-from moco.cores import SETTINGS, SPINS
+from moco.accel.openmp import SETTINGS, SPINS
 from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")

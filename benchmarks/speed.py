@@ -34,16 +34,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.cache import DecodedSplit
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder, feature_width, strip_head
-from moco.model.momentum_contrast import MomentumContrast
+from moco.encoders.encoder import Architecture, build_encoder, feature_width, strip_head
+from moco.methods.momentum_contrast import MomentumContrast
+from moco.methods.step import ContrastStep
 from moco.settings.pretrain import PretrainConfig
 from moco.settings.train import TrainConfig
-from moco.stages.contrast import ContrastStep
 from moco.stages.train import feature_sets
 from moco.training.distributed import SOLO, Processes
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, matmul_rate, set_up
+from moco.views.views import Views, recipe
 
 CPU = torch.device("cpu")
 QUEUE = 4096

@@ -22,7 +22,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
 from moco.settings.tracking import TrackingConfig
 from moco.tracking.origin import UNKNOWN
 from moco.tracking.run import Run

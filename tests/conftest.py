@@ -25,7 +25,7 @@ from fault_table import (
     pytest_terminal_summary,
     tries,
 )
-from moco.cores import SPINS
+from moco.accel.openmp import SPINS
 from process_helpers import running
 
 __all__ = [
@@ -137,7 +137,7 @@ Moco = Callable[..., subprocess.CompletedProcess[str]]
 def moco(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Moco:
     """Runs `moco ARGS` in `project`, through the entry point of the command but in this process: importing
     torch takes longer than a tiny stage."""
-    from moco.cli import main
+    from moco.cli.main import main
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["moco", *arguments])

@@ -23,7 +23,7 @@ from server_helpers import free_port
 
 # Processes are forked from one that has imported what takes long; torch.optim imports torch._dynamo when it is used.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["moco.cli", "moco.stages.pretrain", "torch._dynamo"])
+SERVER.set_forkserver_preload(["moco.cli.main", "moco.stages.pretrain", "torch._dynamo"])
 running: list[Started] = []
 
 
@@ -106,7 +106,7 @@ def _moco(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     sys.argv = ["moco", *arguments]
-    from moco.cli import main
+    from moco.cli.main import main
 
     if room is not None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conftest import write_params
-from moco import cli, cores
+from moco.accel import openmp
+from moco.cli.main import main
 
 STAT = """cpu  999 999 999 999 999 999 999 999 999 999
 cpu0 100 5 50 1000 10 1 1 {steal} 40 0
@@ -40,13 +41,13 @@ NOTE = "note: others use these cores as well; threads wait for each other asleep
     ],
 )
 def test_how_many_cores_are_at_work(changes: dict[str, int], ours: set[int], expected: float) -> None:
-    assert cores.busy_cores(STAT.format(**BEFORE), STAT.format(**BEFORE | changes), ours) == expected
+    assert openmp.busy_cores(STAT.format(**BEFORE), STAT.format(**BEFORE | changes), ours) == expected
 
 
 def test_a_core_that_comes_on_between_the_looks_is_left_out() -> None:
     before, after = STAT.format(**BEFORE), STAT.format(**BEFORE | {"user": 210})
     without = "\n".join(line for line in before.splitlines() if not line.startswith("cpu0 "))
-    assert cores.busy_cores(without, after, {0, 1}) == 1.0
+    assert openmp.busy_cores(without, after, {0, 1}) == 1.0
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Finds:
     monkeypatch.delitem(sys.modules, "torch")
 
     def finds(looks: list[float]) -> list[float]:
-        monkeypatch.setattr(cores, "_busy", lambda: looks.pop(0))
+        monkeypatch.setattr(openmp, "_busy", lambda: looks.pop(0))
         return looks
 
     return finds
@@ -71,8 +72,8 @@ def test_others_have_to_be_at_work_for_more_than_a_moment(
     looks: list[float], asleep: bool, left: int, free: Finds
 ) -> None:
     found = free(looks)
-    assert cores.wait_asleep_where_shared() is asleep
-    assert os.environ.get("GOMP_SPINCOUNT") == (cores.SPINS if asleep else None)
+    assert openmp.wait_asleep_where_shared() is asleep
+    assert os.environ.get("GOMP_SPINCOUNT") == (openmp.SPINS if asleep else None)
     assert len(found) == left
 
 
@@ -81,27 +82,27 @@ def test_what_the_environment_says_stays(said: dict[str, str], free: Finds, monk
     free([])
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert not cores.wait_asleep_where_shared()
+    assert not openmp.wait_asleep_where_shared()
     assert {name: os.environ[name] for name in OURS if name in os.environ} == said
 
 
 def test_nothing_is_set_once_torch_has_read_it(free: Finds, monkeypatch: pytest.MonkeyPatch) -> None:
     free([])
     monkeypatch.setitem(sys.modules, "torch", sys)
-    assert not cores.wait_asleep_where_shared()
+    assert not openmp.wait_asleep_where_shared()
 
 
 @pytest.mark.parametrize("text", [None, "cpu0 1 2 three 4 5 6 7 8\ncpu1 a\n"])
 def test_a_system_that_does_not_tell_changes_nothing(
     text: str | None, free: Finds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "COUNTERS", tmp_path / "stat")
+    monkeypatch.setattr(openmp, "COUNTERS", tmp_path / "stat")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     if text:
         (tmp_path / "stat").write_text(text)
-    assert not cores.wait_asleep_where_shared()
+    assert not openmp.wait_asleep_where_shared()
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert not cores.wait_asleep_where_shared()
+    assert not openmp.wait_asleep_where_shared()
 
 
 @pytest.mark.parametrize(("threads", "device", "world", "looked"), [
@@ -114,15 +115,15 @@ def test_commands_look_where_threads_will_wait(
 ) -> None:  # fmt: skip
     write_params(project, runtime__threads=threads, runtime__device=device)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(cli, "wait_asleep_where_shared", lambda: True)
-    cli._load(project / "params.yaml")
+    monkeypatch.setattr(main, "wait_asleep_where_shared", lambda: True)
+    main._load(project / "params.yaml")
     assert (NOTE in capsys.readouterr().err) is looked
 
 
 @pytest.fixture
 def busy_core() -> Iterator[int]:
     """The last core of this process, on which another is at work for at most two minutes."""
-    if not hasattr(os, "sched_setaffinity") or not cores.COUNTERS.exists():
+    if not hasattr(os, "sched_setaffinity") or not openmp.COUNTERS.exists():
         pytest.skip("needs Linux, where libgomp computes for torch")
     core = max(os.sched_getaffinity(0))
     program = f"""
@@ -143,7 +144,7 @@ while time.monotonic() < {os.times().elapsed} + 120: pass
 
 def test_libgomp_hears_of_it(busy_core: int, project: Path) -> None:
     write_params(project, runtime__threads=0)
-    program = f"import os; os.sched_setaffinity(0, {{{busy_core}}}); from moco.cli import main; main()"
+    program = f"import os; os.sched_setaffinity(0, {{{busy_core}}}); from moco.cli.main import main; main()"
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
     command, show = [sys.executable, "-c", program, "train"], {"OMP_DISPLAY_ENV": "VERBOSE"}
     done = subprocess.run(

@@ -160,8 +160,8 @@ def test_machine_and_tracking_settings_rerun_nothing(workspace: Path) -> None:
     ("file", "expected"),
     [
         ("src/moco/stages/eval.py", ["eval", "eval_extra"]),
-        ("src/moco/model/momentum_contrast.py", ["pretrain", "request"]),
-        ("src/moco/cli.py", []),
+        ("src/moco/methods/momentum_contrast.py", ["pretrain", "request"]),
+        ("src/moco/cli/main.py", []),
     ],
 )
 def test_editing_code_reruns_the_stages_that_run_it(workspace: Path, file: str, expected: list[str]) -> None:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from conftest import Moco, assert_one_line_error, write_dataset, write_params
 from moco.data.batches import Fetcher, step_generator
-from moco.data.views import Views, recipe
-from moco.memory import GPU
-from moco.model.split_batch_norm import kernels, use_split_batch_norm
+from moco.encoders.split_batch_norm import kernels, use_split_batch_norm
+from moco.methods.step import ContrastStep
+from moco.out_of_memory import GPU
 from moco.settings import reading as params
 from moco.settings.pretrain import PretrainConfig
-from moco.stages.contrast import ContrastStep
 from moco.tracking.metric_log import metric_history
 from moco.training.numerics import choose_device, set_up
+from moco.views.views import Views, recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU = torch.device("cpu")

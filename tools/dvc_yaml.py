@@ -1,6 +1,6 @@
 """Write what each stage depends on into dvc.yaml: `make dvc`. With --check, exit with 1 where that would change it.
 
-The code comes from the stages' imports (moco.stages.identity), the settings and inputs from the tables there. Files of
+The code comes from the stages' imports (moco.runs.identity), the settings and inputs from the tables there. Files of
 settings are listed for their defaults: after a change the stage is asked again, and takes its earlier result where
 its own settings are what they were.
 """
@@ -12,10 +12,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from moco.stages import identity
+from moco.runs import identity
 
 FILE = Path(__file__).parents[1] / "dvc.yaml"
-CARRIERS = {"moco", "moco.settings", "moco.settings.kinds"}
+PLAIN = {"moco", "moco.settings", "moco.settings.kinds"}  # they have no defaults
 SCORED = {"eval": "models/classifier", "eval_extra": "models/classifier_extra"}
 
 
@@ -25,7 +25,7 @@ def dependencies(stage: str) -> list[str]:
     known = identity.modules()
     sections = {each.partition(".")[0] for each in identity.SETTINGS[name]}
     code = identity.code_modules(name, known)
-    code |= {each for section in sections for each in identity.closure(f"moco.settings.{section}", known)} - CARRIERS
+    code |= {each for section in sections for each in identity.closure(f"moco.settings.{section}", known)} - PLAIN
     inputs = [*identity.INPUTS[name], *([SCORED[stage]] if stage in SCORED else [])]
     return inputs + sorted(f"src/{known[each].relative_to(identity.PACKAGE.parent).as_posix()}" for each in code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -100,3 +101,8 @@ class Interrupted(BaseException):
         ending = "the state is saved, the same command continues" if saved else "the same command starts again"
         super().__init__(f"stopped by {signal.Signals(number).name}; {ending}")
         self.signal, self.saved = number, saved
+
+
+def say(message: str) -> None:
+    """Print a line for the user."""
+    print(shortened(message, LONGEST), file=sys.stderr, flush=True)

@@ -170,6 +170,17 @@ def scratch_place(setting: str) -> Path:
     return Path(place).expanduser().absolute()
 
 
+def scratch_folder(setting: str) -> Path:
+    """Node-local scratch, made where it is missing. Raises UserError where it cannot be written."""
+    path = scratch_place(setting)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"runtime.scratch: {path} cannot be written: {error.strerror}") from None
+    return path
+
+
 def sha256(path: Path) -> str:
     """Digest of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

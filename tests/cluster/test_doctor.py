@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import write_params
-from moco.cluster import doctor
-from moco.cluster.finding import Finding, attempt, fail
+from moco.doctor import doctor
+from moco.doctor.checks import Finding, attempt, fail
 from moco.errors import UserError
 
 LINE = re.compile(r"(ok   |note |warn |FAIL ) ([a-z]+( namespaces)?) +\S.*")

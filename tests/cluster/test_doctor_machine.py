@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco.cluster import doctor_gpu, doctor_machine
-from moco.cluster.finding import Finding, attempt, file_system, over_network
+from moco.doctor import gpu, machine
+from moco.doctor.checks import Finding, attempt, file_system, over_network
 
 NVRM = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Oct 19 18:56:32 UTC 2023\nGCC version:  gcc 12.3.0\n"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs-builder)\n"
@@ -50,27 +50,27 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_machine.container(tmp_path).found == "none"
+    assert machine.container(tmp_path).found == "none"
     (tmp_path / ".dockerenv").touch()
-    assert doctor_machine.container(tmp_path).found.startswith("Docker, ")
+    assert machine.container(tmp_path).found.startswith("Docker, ")
     (tmp_path / ".singularity.d").mkdir()
-    assert doctor_machine.container(tmp_path).found.startswith("Apptainer or Singularity, ")
+    assert machine.container(tmp_path).found.startswith("Apptainer or Singularity, ")
     monkeypatch.setenv("SINGULARITY_CONTAINER", "/share/old.sif")
-    assert doctor_machine.container(tmp_path).found == "Singularity, image old.sif"
+    assert machine.container(tmp_path).found == "Singularity, image old.sif"
     monkeypatch.setenv("APPTAINER_CONTAINER", "/share/apps/moco 1.sif")
-    assert doctor_machine.container(tmp_path).found == "Apptainer, image moco 1.sif"
+    assert machine.container(tmp_path).found == "Apptainer, image moco 1.sif"
 
 
 def test_libc_against_the_drivers_libraries(tmp_path: Path) -> None:
     kind, version = platform.libc_ver()
     if kind != "glibc":
         pytest.skip("no glibc here")
-    assert doctor_machine.libc(tmp_path) == Finding("ok", "libc", f"glibc {version}")
+    assert machine.libc(tmp_path) == Finding("ok", "libc", f"glibc {version}")
     (tmp_path / "libcuda.so.1").write_bytes(b"\x7fELF\0GLIBC_2.2.5\0GLIBC_2.9\0GLIBC_2.17\0GLIBC_PRIVATE\0\xff")
-    found = doctor_machine.libc(tmp_path)
+    found = machine.libc(tmp_path)
     assert found.status == "ok" and found.found.endswith("need 2.17")  # by number: 2.9 is older
     (tmp_path / "libnvidia-ml.so.1").write_bytes(b"\0\xfeGLIBC_2.99\0")
-    found = doctor_machine.libc(tmp_path)
+    found = machine.libc(tmp_path)
     assert found.status == "FAIL"
     assert found.found == f"the host's driver libraries need glibc 2.99, the image has {version}"
     assert "apptainer.def" in found.remedy and "--nv" in found.remedy
@@ -80,10 +80,10 @@ def test_libc_against_the_drivers_libraries(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", ["450.80.02", "595.10"])
 def test_driver_version_is_read(tmp_path: Path, text: str, version: str) -> None:
     (tmp_path / "version").write_text(text.format(version))
-    assert doctor_gpu.driver_version(tmp_path / "version") == version
-    assert doctor_gpu.driver_version(tmp_path / "none") is None
+    assert gpu.driver_version(tmp_path / "version") == version
+    assert gpu.driver_version(tmp_path / "none") is None
     (tmp_path / "version").write_text("something else 1.2.3\n")
-    assert doctor_gpu.driver_version(tmp_path / "version") == ""
+    assert gpu.driver_version(tmp_path / "version") == ""
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_driver_version_is_read(tmp_path: Path, text: str, version: str) -> None
     ],
 )
 def test_driver_against_torch(version: str | None, cuda: str | None, visible: bool, status: str, words: str) -> None:
-    found = doctor_gpu.judge_driver(version, cuda, visible)
+    found = gpu.judge_driver(version, cuda, visible)
     assert found.status == status
     assert re.search(words, found.line()), found.line()
 
@@ -122,45 +122,45 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_driver_without_a_visible_gpu(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_gpu.driver(driver).status == "ok"
-    found = doctor_gpu.gpu(driver)
+    assert gpu.driver(driver).status == "ok"
+    found = gpu.gpu(driver)
     assert found.status == "FAIL"
     for words in ("--nv", "--gpus all", "Slurm"):
         assert words in found.remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert "(CUDA_VISIBLE_DEVICES is '7')" in doctor_gpu.gpu(driver).found
+    assert "(CUDA_VISIBLE_DEVICES is '7')" in gpu.gpu(driver).found
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor_gpu.gpu(driver).status == "note", "hidden on purpose, as the image's own test does"
+    assert gpu.gpu(driver).status == "note", "hidden on purpose, as the image's own test does"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     driver.write_text(NVRM.format("470.57.02"))  # one cause is one failure
-    assert [doctor_gpu.driver(driver).status, doctor_gpu.gpu(driver).status] == ["FAIL", "note"]
+    assert [gpu.driver(driver).status, gpu.gpu(driver).status] == ["FAIL", "note"]
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert doctor_gpu.gpu(driver).status == "warn"
+    assert gpu.gpu(driver).status == "warn"
 
 
 def test_no_gpu_names_device_and_precision(tmp_path: Path, driver: Path) -> None:
-    assert re.fullmatch(r"none: computing on (cpu|mps) in (float32|bfloat16)", doctor_gpu.gpu(tmp_path / "none").found)
-    assert doctor_gpu.gpu(tmp_path / "none").status == "note"
+    assert re.fullmatch(r"none: computing on (cpu|mps) in (float32|bfloat16)", gpu.gpu(tmp_path / "none").found)
+    assert gpu.gpu(tmp_path / "none").status == "note"
 
 
 def test_a_gpu_that_is_seen_and_cannot_compute(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says of GPUs is made up; that nothing can be computed on them is this machine's own answer."""
-    monkeypatch.setattr(doctor_gpu, "gpu_visible", lambda: (True, ""))
+    monkeypatch.setattr(gpu, "gpu_visible", lambda: (True, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="X1", total_memory=5 << 30))
-    found = doctor_gpu.gpu(driver)
+    found = gpu.gpu(driver)
     assert found.status == "FAIL", found.line()
     assert found.found.startswith("2 x X1 (5 GiB) cannot compute: ") and found.remedy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_that_computes() -> None:
-    found = doctor_gpu.gpu()
+    found = gpu.gpu()
     assert found.status == "ok" and torch.cuda.get_device_name(0) in found.found
-    assert doctor_gpu.driver().status in ("ok", "warn", "note")
-    assert "steps on cuda in" in doctor_gpu.step().found
+    assert gpu.driver().status in ("ok", "warn", "note")
+    assert "steps on cuda in" in gpu.step().found
 
 
 @pytest.mark.parametrize("broken", ["loss", "weights"])
@@ -171,9 +171,9 @@ def test_step_fails_where_training_would(broken: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: cross_entropy(*a) * float("nan"))
     else:
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
-    found = doctor_gpu.step("cpu")
+    found = gpu.step("cpu")
     assert found.status == "FAIL" and broken in found.found
-    assert attempt("step", lambda: doctor_gpu.step("cuda:99")).status == "FAIL"
+    assert attempt("step", lambda: gpu.step("cuda:99")).status == "FAIL"
 
 
 UNMOUNT = [tool for tool in ("fusermount3", "fusermount", "umount") if shutil.which(tool)]
@@ -194,7 +194,7 @@ def test_squashfs_is_really_tried(tools: Tools, tmp_path: Path, names: tuple[str
         pytest.skip("whether mounting is permitted depends on the machine")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tools(*names)
-    found = doctor_machine.squashfs()
+    found = machine.squashfs()
     assert found.status == status, found.line()
     assert re.search(words, found.line()), found.line()
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
@@ -204,24 +204,24 @@ def test_squashfs_is_really_tried(tools: Tools, tmp_path: Path, names: tuple[str
 def test_squashfs_is_judged_where_nothing_can_be_packed(tools: Tools, tmp_path: Path) -> None:
     fuse = tmp_path / "fuse"
     tools("unsquashfs", squashfuse="exit 0")
-    assert doctor_machine.squashfs(fuse).status == "note"
+    assert machine.squashfs(fuse).status == "note"
     fuse.touch()
-    assert "others by squashfuse (not tried" in doctor_machine.squashfs(fuse).found
+    assert "others by squashfuse (not tried" in machine.squashfs(fuse).found
     (tmp_path / "bin" / "squashfuse").unlink()
-    assert "unpacked" in doctor_machine.squashfs(fuse).found
+    assert "unpacked" in machine.squashfs(fuse).found
     (tmp_path / "bin" / "unsquashfs").unlink()
-    assert "cannot be opened without squashfuse" in doctor_machine.squashfs(fuse).line()
+    assert "cannot be opened without squashfuse" in machine.squashfs(fuse).line()
     (tmp_path / "bin" / "mount").symlink_to("/bin/mount")
-    assert ("the kernel's mount" in doctor_machine.squashfs(fuse).found) == (os.geteuid() == 0)
+    assert ("the kernel's mount" in machine.squashfs(fuse).found) == (os.geteuid() == 0)
 
 
 def test_user_namespaces(tools: Tools, tmp_path: Path) -> None:
     """Forbidden for real: within a namespace whose own limit is set to none."""
     tools("unshare", "true", "sh")
-    if doctor_machine.user_namespaces(tmp_path).status != "ok":
+    if machine.user_namespaces(tmp_path).status != "ok":
         pytest.skip("user namespaces are forbidden here")
     code = (
-        "import sys; from pathlib import Path; from moco.cluster.doctor_machine import user_namespaces as look\n"
+        "import sys; from pathlib import Path; from moco.doctor.machine import user_namespaces as look\n"
         "Path('/proc/sys/user/max_user_namespaces').write_text('0')\n"
         "print(look(Path(sys.argv[1])).line()); Path(sys.argv[1], '.dockerenv').touch()\n"
         "print(look(Path(sys.argv[1])).line())"
@@ -232,17 +232,17 @@ def test_user_namespaces(tools: Tools, tmp_path: Path) -> None:
     assert outside.startswith("warn  user namespaces  unprivileged user namespaces are forbidden; rootless apptainer")
     assert within.startswith("note ")
     (tmp_path / "bin" / "unshare").unlink()
-    assert doctor_machine.user_namespaces(tmp_path).status == "note"
+    assert machine.user_namespaces(tmp_path).status == "note"
 
 
 def test_slurm(tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools(sbatch="echo slurm 26.05.1")
-    assert doctor_machine.slurm() == Finding("ok", "slurm", "slurm 26.05.1")
+    assert machine.slurm() == Finding("ok", "slurm", "slurm 26.05.1")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_JOB_PARTITION", "high")
-    assert doctor_machine.slurm().found == "slurm 26.05.1, in job 4711, partition high"
+    assert machine.slurm().found == "slurm 26.05.1, in job 4711, partition high"
     (tmp_path / "bin" / "sbatch").unlink()
-    found = doctor_machine.slurm()
+    found = machine.slurm()
     assert found.status == "note" and "no sbatch" in found.found and "job 4711, partition high" in found.found
 
 

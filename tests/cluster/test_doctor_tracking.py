@@ -17,21 +17,21 @@ import pytest
 import yaml
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.cluster import doctor_tracking
-from moco.cluster.finding import Finding, attempt
+from moco.doctor import tracking
+from moco.doctor.checks import Finding, attempt
 from moco.settings.tracking import TrackingConfig
 from moco.tracking import store_check
 
 
 def test_dvc(project: Path, read_only: Path) -> None:
     pytest.importorskip("dvc")
-    assert attempt("dvc", doctor_tracking.dvc).status == "warn"
+    assert attempt("dvc", tracking.dvc).status == "warn"
     (project / ".dvc").mkdir()
-    found = attempt("dvc", doctor_tracking.dvc)
+    found = attempt("dvc", tracking.dvc)
     assert found.status == "ok" and re.match(r"\d+\.\d+", found.found)
     assert list((project / ".dvc").iterdir()) == []
     (project / ".dvc" / "tmp").symlink_to(read_only)
-    found = attempt("dvc", doctor_tracking.dvc)
+    found = attempt("dvc", tracking.dvc)
     assert found.status == "FAIL" and ".dvc/tmp cannot be written: Read-only file system" in found.found
 
 
@@ -40,12 +40,12 @@ def test_a_broken_dvc_is_told_from_a_missing_one(project: Path, monkeypatch: pyt
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(project))
     (project / "dvc.py").write_text("import absent_helper")
-    found = doctor_tracking.dvc()
+    found = tracking.dvc()
     assert found.status == "warn" and "absent_helper" in found.found
     (project / "dvc.py").write_text("1 / 0")
-    assert doctor_tracking.dvc().status == "warn"
+    assert tracking.dvc().status == "warn"
     monkeypatch.setitem(sys.modules, "dvc", None)
-    assert doctor_tracking.dvc().status == "note"
+    assert tracking.dvc().status == "note"
 
 
 def git(*arguments: str) -> None:
@@ -57,23 +57,23 @@ def test_git(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(project / "gitconfig"))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
-    assert doctor_tracking.git().found == "this folder is in no repository: runs carry no commit"
+    assert tracking.git().found == "this folder is in no repository: runs carry no commit"
     git("init")
-    assert doctor_tracking.git().found == "no commit yet: runs carry none"
+    assert tracking.git().found == "no commit yet: runs carry none"
     git("add", "params.yaml")
     git("commit", "-m", "x")
-    found = doctor_tracking.git()
+    found = tracking.git()
     assert found.status == "ok" and re.fullmatch("commit [0-9a-f]{7,}, clean", found.found)
     write_params(project, pretrain__epochs=3)
-    assert doctor_tracking.git().found.endswith(", 1 file(s) changed")
+    assert tracking.git().found.endswith(", 1 file(s) changed")
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to try this
-    found = doctor_tracking.git()
+    found = tracking.git()
     assert found.status == "warn" and "dubious ownership" in found.found
     assert found.remedy == f"git config --global --add safe.directory {project}"
     subprocess.run(found.remedy.split(), check=True)
-    assert doctor_tracking.git().status == "ok"
+    assert tracking.git().status == "ok"
     monkeypatch.setenv("PATH", str(project))
-    assert doctor_tracking.git() == Finding("note", "git", "not installed: runs carry no commit")
+    assert tracking.git() == Finding("note", "git", "not installed: runs carry no commit")
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +83,8 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def look_at_store(uri: str, mounts: Path = doctor_tracking.MOUNTS) -> Finding:
-    return doctor_tracking.mlflow(TrackingConfig(uri=uri, experiment="experiment", registered_model="model"), mounts)
+def look_at_store(uri: str, mounts: Path = tracking.MOUNTS) -> Finding:
+    return tracking.mlflow(TrackingConfig(uri=uri, experiment="experiment", registered_model="model"), mounts)
 
 
 class Server(BaseHTTPRequestHandler):
@@ -188,11 +188,11 @@ def write_old_runs(folder: Path) -> None:
 
 
 def test_old_runs_are_found(project: Path) -> None:
-    assert doctor_tracking.old_runs() is None
+    assert tracking.old_runs() is None
     (project / "mlruns/7/8/artifacts").mkdir(parents=True)  # a server's artifacts are no store
-    assert doctor_tracking.old_runs() is None
+    assert tracking.old_runs() is None
     write_old_runs(project)
-    found = doctor_tracking.old_runs()
+    found = tracking.old_runs()
     assert found is not None and found.status == "warn" and "mlruns has runs of an older MLflow" in found.found
     assert look_at_store("mlruns").status == look_at_store(f"file://{project}/mlruns").status == "warn"
 

@@ -16,8 +16,8 @@ from docker.utils.build import exclude_paths
 
 import moco
 from conftest import ROOT
-from moco.cluster.carry import definition, make_sif, push_sif
 from moco.cluster.image import Build, build, commit_of, run
+from moco.cluster.sif import definition, make_sif, push_sif
 from moco.errors import UserError
 
 

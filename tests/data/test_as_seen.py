@@ -35,10 +35,10 @@ from moco.data.decode import read_adjusted, read_image
 from moco.data.generated import pack
 from moco.data.manifest import Manifest
 from moco.data.prepare import open_decoded, prepare
+from moco.encoders.encoder import Architecture
 from moco.errors import UserError
-from moco.model.encoder import Architecture
+from moco.exchange.submission import render
 from moco.settings.eval import EvalConfig
-from moco.submission import render
 
 EXACT: dict[str, dict[str, object]] = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 NEARLY: dict[str, dict[str, object]] = {"JPEG": {"quality": 100, "subsampling": 0}, "AVIF": {"quality": 100}}

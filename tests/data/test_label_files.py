@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moco.csv_files import csv_text, guarded, unguarded
-from moco.data.label_files import read_lines, read_table
 from moco.data.label_meaning import ClassNames
 from moco.errors import LONGEST, UserError
+from moco.labels.label_files import read_lines, read_table
 
 ROWS = [["image", "label"], ["1.png", "Möwe"], ["2.png", ""], ["17.png", "3.0"]]
 

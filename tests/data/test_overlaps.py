@@ -11,11 +11,11 @@ import torch
 from data_helpers import data_config, generated_config, silent
 from PIL import Image
 
-from moco.data.extra_labels import IN_VAL, USED, read_extra_labels
 from moco.data.manifest import Manifest, load_manifest
-from moco.data.pool_names import pool_names
 from moco.data.prepare import open_decoded, prepare
 from moco.errors import UserError
+from moco.labels.extra_labels import IN_VAL, USED, read_extra_labels
+from moco.labels.pool_names import pool_names
 from moco.training.features import apart
 
 

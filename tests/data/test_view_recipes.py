@@ -10,8 +10,8 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from moco.data import pixels, views
-from moco.data.views import ViewRecipe, Views, recipe
+from moco.views import pixels, views
+from moco.views.views import ViewRecipe, Views, recipe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 WHOLE = (1.0, 1.0)

@@ -11,8 +11,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from moco.data import pixels, views
-from moco.data.views import CROP_ATTEMPTS
+from moco.views import pixels, views
+from moco.views.views import CROP_ATTEMPTS
 
 DRAWS = 3000
 RATIOS = (3 / 4, 4 / 3)

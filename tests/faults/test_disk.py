@@ -22,9 +22,9 @@ import torch
 from fault_helpers import history, left_over, must, results, run, start
 
 from conftest import assert_one_line, write_dataset, write_params
-from moco import files, holder
+from moco import files
 from moco.errors import UserError
-from moco.training import checkpoints
+from moco.runs import checkpoints, heartbeat_lock
 
 pytestmark = pytest.mark.slow
 EPOCHS = 8
@@ -213,13 +213,14 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
     folder = tmp_path / "run"
     folder.mkdir()
     code = (
-        "import signal, sys, time; from pathlib import Path; from moco import holder\n"
-        "holder.BEAT, sign = 0.5, holder._sign\n"
+        "import signal, sys, time; from pathlib import Path; from moco.runs import heartbeat_lock\n"
+        "heartbeat_lock.BEAT, sign = 0.5, heartbeat_lock._sign\n"
         "def slow(handle, content):\n"
         "    if Path(sys.argv[1], 'stand-still').exists(): signal.raise_signal(signal.SIGSTOP)\n"
         "    return sign(handle, content)\n"
-        "holder._sign = slow\n"
-        "with holder.held(Path(sys.argv[1]), 'moco pretrain', print): print('holds', flush=True); time.sleep(60)"
+        "heartbeat_lock._sign = slow\n"
+        "with heartbeat_lock.held(Path(sys.argv[1]), 'moco pretrain', print):\n"
+        "    print('holds', flush=True); time.sleep(60)"
     )
     words = [*elsewhere(project, tmp_path), sys.executable, "-c", code, str(folder)]
     other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -227,27 +228,27 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
     said: list[str] = []
     try:
         refusal = pytest.raises(UserError, match="on elsewhere runs `moco pretrain`")
-        with refusal, holder.held(folder, "moco pretrain", said.append):
+        with refusal, heartbeat_lock.held(folder, "moco pretrain", said.append):
             pass
         assert len(said) == 1
         # It stands still for so long that it counts as dead, is succeeded, and moves again: it has just looked whether
         # the folder is its own, and would sign next.
-        monkeypatch.setattr(holder, "PATIENCE", 2.0)
-        monkeypatch.setattr(holder, "FIRST_BEAT", 0.2)
-        monkeypatch.setattr(holder, "BEAT", 0.2)
+        monkeypatch.setattr(heartbeat_lock, "PATIENCE", 2.0)
+        monkeypatch.setattr(heartbeat_lock, "FIRST_BEAT", 0.2)
+        monkeypatch.setattr(heartbeat_lock, "BEAT", 0.2)
         monkeypatch.setattr("os._exit", lambda _: said.append("ended"))  # instead of this process, without a word
         (folder / "stand-still").touch()
         os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
         (folder / "stand-still").unlink()
-        with holder.held(folder, "moco pretrain", said.append):
+        with heartbeat_lock.held(folder, "moco pretrain", said.append):
             os.killpg(other.pid, signal.SIGCONT)
             rest, _ = other.communicate(timeout=120)
             assert other.returncode == 1 and "taken over by" in rest, rest
-            _, sign = holder._read(folder / holder.NAME)
+            _, sign = heartbeat_lock._read(folder / heartbeat_lock.NAME)
             assert sign["pid"] == os.getpid(), "it did not touch the sign of its successor"
             time.sleep(0.5)
         assert said[-1].endswith("no sign of life; going on with it"), said
-        assert not (folder / holder.NAME).exists()
+        assert not (folder / heartbeat_lock.NAME).exists()
     finally:
         if other.poll() is None:
             os.killpg(other.pid, signal.SIGKILL)
@@ -256,13 +257,13 @@ def test_where_locks_do_not_reach_a_sign_of_life_refuses_the_second(
 
 @pytest.mark.fault("two-jobs")
 def test_a_holder_whose_successor_has_ended_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holder, "FIRST_BEAT", 0.1)
-    monkeypatch.setattr(holder, "BEAT", 0.1)
+    monkeypatch.setattr(heartbeat_lock, "FIRST_BEAT", 0.1)
+    monkeypatch.setattr(heartbeat_lock, "BEAT", 0.1)
     said: list[str] = []
     ended = threading.Event()
     monkeypatch.setattr("os._exit", lambda _: ended.set())
-    with holder.held(tmp_path, "moco pretrain", said.append):
-        (tmp_path / holder.NAME).unlink()
+    with heartbeat_lock.held(tmp_path, "moco pretrain", said.append):
+        (tmp_path / heartbeat_lock.NAME).unlink()
         assert ended.wait(10)
     assert "taken over by another process" in said[0]
 
@@ -271,12 +272,12 @@ def test_a_holder_whose_successor_has_ended_ends_too(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("before", [True, False])
 def test_a_full_disk_does_not_hide_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
     """Where a sign stood before, it is overwritten; where none did, one is given as soon as there is room."""
-    monkeypatch.setattr(holder, "FIRST_BEAT", 0.1)
-    monkeypatch.setattr(holder, "BEAT", 0.1)
-    path, write, full = tmp_path / holder.NAME, os.pwrite, threading.Event()
+    monkeypatch.setattr(heartbeat_lock, "FIRST_BEAT", 0.1)
+    monkeypatch.setattr(heartbeat_lock, "BEAT", 0.1)
+    path, write, full = tmp_path / heartbeat_lock.NAME, os.pwrite, threading.Event()
     full.set()
     if before:
-        path.write_text(json.dumps({"machine": holder.machine()}).ljust(holder.LENGTH))
+        path.write_text(json.dumps({"machine": heartbeat_lock.machine()}).ljust(heartbeat_lock.LENGTH))
 
     def limited(handle: int, content: bytes, offset: int) -> int:
         if full.is_set() and os.fstat(handle).st_size < offset + len(content):
@@ -284,7 +285,7 @@ def test_a_full_disk_does_not_hide_a_holder(tmp_path: Path, monkeypatch: pytest.
         return write(handle, content, offset)
 
     monkeypatch.setattr("os.pwrite", limited)
-    with holder.held(tmp_path, "moco pretrain", pytest.fail):
+    with heartbeat_lock.held(tmp_path, "moco pretrain", pytest.fail):
         if not before:
             assert not path.exists()
             full.clear()

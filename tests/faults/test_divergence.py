@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.stages.contrast import ContrastStep
+from moco.methods.step import ContrastStep
 from moco.tracking.metric_log import metric_history, read_events
 from moco.training import features
 

@@ -47,7 +47,7 @@ def at_work(workspace: Path, epochs: int) -> tuple[subprocess.Popen[bytes], Path
 @pytest.mark.fault("changed-meanwhile")
 @pytest.mark.parametrize("what", ["setting", "source"])
 def test_what_changes_while_a_stage_is_at_work_never_stands_in_dvc_lock(workspace: Path, what: str) -> None:
-    lock, source = workspace / "dvc.lock", workspace / "src/moco/data/views.py"
+    lock, source = workspace / "dvc.lock", workspace / "src/moco/views/views.py"
     before, text = lock.read_bytes(), source.read_text()
     process, folder = at_work(workspace, 20)
     if what == "setting":
@@ -56,7 +56,7 @@ def test_what_changes_while_a_stage_is_at_work_never_stands_in_dvc_lock(workspac
         source.write_text(text + "# changed\n")
     _, said = process.communicate(timeout=500)
     assert process.returncode != 0 and b"[E-STAGE-CHANGED]" in said, said
-    assert (b"temperature was 0.2 and is 0.07" if what == "setting" else b"moco/data/views.py") in said
+    assert (b"temperature was 0.2 and is 0.07" if what == "setting" else b"moco/views/views.py") in said
     assert lock.read_bytes() == before and (folder / "done").exists()
     assert "pretrain" in run(workspace, "dvc", "status")
     edit(workspace, "pretrain", "temperature", 0.2)

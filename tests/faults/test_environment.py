@@ -47,7 +47,7 @@ def console(project: Path, *arguments: str, **variables: str) -> subprocess.Comp
 def test_figures_are_drawn_whatever_backend_and_style_a_notebook_has_set(tmp_path: Path, backend: str) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 900\n")
     code = (
-        "import numpy as np; from pathlib import Path; from moco.stages.figures import confusion_figure;"
+        "import numpy as np; from pathlib import Path; from moco.tracking.figures import confusion_figure;"
         f"confusion_figure(np.eye({len(NAMES)}, dtype=int), {NAMES!r}, Path('c.png'))"
     )
     done = subprocess.run(
@@ -61,8 +61,7 @@ def test_figures_are_drawn_whatever_backend_and_style_a_notebook_has_set(tmp_pat
 
 @pytest.mark.fault("odd-names")
 def test_a_class_name_is_drawn_as_it_is_and_none_is_left_out(tmp_path: Path) -> None:
-    from moco.stages import figures
-    from moco.tracking import canvas, pictures
+    from moco.tracking import canvas, figures, pictures
 
     labels = np.arange(18) % len(NAMES)
     features = np.random.default_rng(0).normal(size=(18, 4))

@@ -35,14 +35,16 @@ def start_tags(project: Path) -> dict[str, str]:
 def test_code_of_another_clone_is_refused_where_the_stage_runs_it(clone: Path, moco: Moco) -> None:
     """dvc.lock, commit and patch once named code that had not run."""
     assert moco("data").returncode == 0
-    change(clone / "src/moco/model/encoder.py")
+    change(clone / "src/moco/encoders/encoder.py")
     done = moco("pretrain")
-    assert_one_line_error(done, str(ROOT / "src/moco"), "moco/model/encoder.py", "PYTHONPATH=src", "[E-RUN-OTHER-CODE]")
+    assert_one_line_error(
+        done, str(ROOT / "src/moco"), "moco/encoders/encoder.py", "PYTHONPATH=src", "[E-RUN-OTHER-CODE]"
+    )
     assert not (clone / "models/encoder.pth").exists()
     assert moco("data").returncode == 0, "which does not run that file"
-    shutil.copy(ROOT / "src/moco/model/encoder.py", clone / "src/moco/model/encoder.py")
-    (clone / "src/moco/model/small_resnet.py").unlink()
-    assert_one_line_error(moco("pretrain"), "moco/model/small_resnet.py", "[E-RUN-OTHER-CODE]")
+    shutil.copy(ROOT / "src/moco/encoders/encoder.py", clone / "src/moco/encoders/encoder.py")
+    (clone / "src/moco/encoders/small_resnet.py").unlink()
+    assert_one_line_error(moco("pretrain"), "moco/encoders/small_resnet.py", "[E-RUN-OTHER-CODE]")
 
 
 @pytest.mark.fault("foreign-code", 2)

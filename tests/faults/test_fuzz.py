@@ -20,14 +20,14 @@ from PIL import Image
 
 from conftest import ROOT
 from moco.data.decode import read_image
-from moco.data.label_files import read_table
 from moco.data.manifest import load_manifest
 from moco.data.sources import read_labels
 from moco.errors import UserError, one_line
+from moco.labels.label_files import read_table
 from moco.settings.reading import load, parse
 from moco.settings.schema import Config
 from moco.tracking.metric_log import metric_history, read_events
-from moco.training.checkpoints import load_weights
+from moco.weights import load_weights
 
 TRIES = int(os.environ.get("MOCO_TRIES", "100"))  # of each kind of input; more in `make faults`
 often = settings(max_examples=TRIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

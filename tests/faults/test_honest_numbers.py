@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import ROOT, Moco, write_dataset, write_params
-from moco.model.momentum_contrast import info_nce
+from moco.methods.momentum_contrast import info_nce
 from moco.tracking import system
 from moco.tracking.metric_log import last_values, metric_history, read_events
 

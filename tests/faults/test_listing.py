@@ -16,9 +16,9 @@ from PIL import Image
 
 from conftest import write_dataset
 from moco.data.generated import pack
-from moco.data.label_files import read_lines
 from moco.data.prepare import prepare
 from moco.errors import UserError
+from moco.labels.label_files import read_lines
 from moco.settings.data import DataConfig, GeneratedConfig
 from process_helpers import forget_failed_imports
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from conftest import Moco, assert_one_line, assert_one_line_error, tiny_params, write_dataset, write_params
-from moco.cli import SMALLER, app
+from moco.cli.main import SMALLER, app
 from moco.data import decode
 from moco.errors import UserError
-from moco.memory import GPU, MACHINE, full_memory
-from moco.stages.contrast import ContrastStep
+from moco.methods.step import ContrastStep
+from moco.out_of_memory import GPU, MACHINE, full_memory
 from moco.tracking.metric_log import metric_history
-from moco.training.checkpoints import load_weights
 from moco.training.distributed import Processes
 from moco.training.numerics import choose_device
+from moco.weights import load_weights
 from process_helpers import Started, finish, start_two, wait_for_steps
 
 LARGE = {"pretrain__width": 8, "pretrain__batch_size": 128, "pretrain__epochs": 2}

@@ -11,7 +11,7 @@ import torch
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.errors import UserError
-from moco.labelling.reply import Reply
+from moco.labels.reply import Reply
 
 FORM = Path("models/request/request.csv")
 

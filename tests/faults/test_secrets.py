@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from conftest import ROOT, write_params
-from moco.cluster.finding import warn
+from moco.doctor.checks import warn
 from moco.errors import UserError
 from moco.redaction import literal_secret, redact, redact_tree
 from moco.settings.listing import params_text

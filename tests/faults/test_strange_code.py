@@ -11,11 +11,11 @@ import pytest
 
 from conftest import Moco, assert_one_line_error
 from moco.data.manifest import load_manifest
+from moco.encoders.encoder import Architecture
 from moco.errors import UserError
-from moco.model.encoder import Architecture
+from moco.exchange.known_submission import is_known
+from moco.exchange.submission import render
 from moco.settings.eval import EvalConfig
-from moco.stages.known_submission import is_known
-from moco.submission import render
 from moco.tracking.lineage import _restore, _show_patch
 
 NETWORKS = [

@@ -15,10 +15,10 @@ import numpy as np
 
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.labelling.reply import Reply
-from moco.labelling.server import Server, make_server
+from moco.labels.reply import Reply
+from moco.labels.server import Server, make_server
+from moco.layout import FORM, MANIFEST
 from moco.settings import reading as params
-from moco.stages.workspace import FORM, MANIFEST
 
 CLASSES = ["cat", "dog", "owl"]
 HEADER = "image,label,rank,score,cluster,content"

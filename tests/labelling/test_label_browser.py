@@ -21,8 +21,8 @@ import pytest
 from label_helpers import CLASSES, command, labels, served, write_form, write_own_form
 
 from conftest import Moco
-from moco.labelling.reply import Reply
-from moco.labelling.server import address
+from moco.labels.reply import Reply
+from moco.labels.server import address
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from label_helpers import CLASSES, HEADER, labels, served, write_form
 
 from conftest import Moco, assert_one_line_error
 from moco.errors import UserError
-from moco.labelling.reply import Reply
-from moco.labelling.server import Server
+from moco.labels.reply import Reply
+from moco.labels.server import Server
 
 
 @pytest.fixture

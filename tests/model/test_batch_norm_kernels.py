@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from conftest import write_params
-from moco.model import split_batch_norm
+from moco.encoders import split_batch_norm
+from moco.methods.step import missing_kernels
 from moco.settings import reading as params
-from moco.stages.contrast import missing_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(6, 5, 5, 4), (6, 70, 9, 8), (6, 48, 13, 11), (12, 3, 1, 1), (24, 16, 7, 7)]
@@ -50,7 +50,7 @@ def test_equals_double_precision_on_every_part(
     shape: tuple[int, ...], parts: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means are some ten times the deviations, where a difference of sums of squares loses digits."""
-    kernels = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
+    kernels = pytest.importorskip("moco.accel.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
     monkeypatch.setattr(kernels, "PROGRAMS", programs)  # 8: each program has several tiles
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3 + 100
     x = (x + 2 * torch.arange(shape[0])[:, None, None, None]).to(DEVICE).contiguous(memory_format=torch.channels_last)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.model.bf16_relu import Bf16ReLU, use_bf16_relu
-from moco.model.encoder import Architecture, build_encoder
+from moco.accel.bf16_relu import Bf16ReLU, use_bf16_relu
+from moco.encoders.encoder import Architecture, build_encoder
 
 
 def every_number() -> Tensor:

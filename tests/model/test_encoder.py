@@ -7,7 +7,7 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from moco.model.encoder import (
+from moco.encoders.encoder import (
     Architecture,
     batch_norms,
     body_weights,
@@ -18,8 +18,8 @@ from moco.model.encoder import (
     load_body,
     strip_head,
 )  # fmt: skip
-from moco.model.momentum_contrast import with_head
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
+from moco.methods.momentum_contrast import with_head
 
 
 @pytest.fixture(autouse=True)

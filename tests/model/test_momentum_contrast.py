@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.model.momentum_contrast import MomentumContrast, info_nce
-from moco.model.small_resnet import SmallResNet
-from moco.model.split_batch_norm import use_split_batch_norm
+from moco.encoders.small_resnet import SmallResNet
+from moco.encoders.split_batch_norm import use_split_batch_norm
+from moco.methods.momentum_contrast import MomentumContrast, info_nce
 
 LR, SGD_MOMENTUM, DECAY, KEY_MOMENTUM, TEMPERATURE = 0.05, 0.9, 1e-3, 0.9, 0.2
 # The implementation computes logits in float32, all else here in float64.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.model import processor
+from moco.accel import processor
 
 
 @pytest.mark.parametrize(("vendor", "flags", "allowed", "bf16", "tiles"), [

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from moco.model import small_convolution
-from moco.model.encoder import Architecture, build_encoder
-from moco.model.small_convolution import SmallConv2d, use_small_convolutions
+from moco.accel import small_convolution
+from moco.accel.small_convolution import SmallConv2d, use_small_convolutions
+from moco.encoders.encoder import Architecture, build_encoder
 
 
 @pytest.mark.parametrize(("kernel", "size", "stride", "product"), [

@@ -9,10 +9,10 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from moco.model import split_batch_norm
-from moco.model.encoder import Architecture, build_encoder
-from moco.model.small_resnet import SmallResNet
-from moco.model.split_batch_norm import SplitBatchNorm2d, use_split_batch_norm
+from moco.encoders import split_batch_norm
+from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.small_resnet import SmallResNet
+from moco.encoders.split_batch_norm import SplitBatchNorm2d, use_split_batch_norm
 
 CHANNELS = 3
 
@@ -64,7 +64,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     """None, or the parts of each call of the kernels, which Triton's interpreter then runs as if on a GPU."""
     if not request.param:
         return None
-    module = pytest.importorskip("moco.model.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
+    module = pytest.importorskip("moco.accel.batch_norm_kernels", reason="triton comes with PyTorch for GPUs alone")
     made: list[int] = []
 
     def counted(*args: Tensor, parts: int, **options: float) -> Tensor:

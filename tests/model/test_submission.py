@@ -19,10 +19,10 @@ from torch import nn
 
 from moco.data.decode import resize_and_crop
 from moco.data.manifest import Manifest
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder
+from moco.encoders.encoder import Architecture, build_encoder
+from moco.exchange.submission import render
 from moco.settings.eval import EvalConfig
-from moco.submission import render
+from moco.views.views import Views, recipe
 
 CONFIG = EvalConfig(batch_size=4, calibration_bins=5, team_id=7, team_name="blue", email_address="a@b.example")
 MANIFEST = Manifest(

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.selection import clusters, near_copies
-from moco.selection import kmeans as module
-from moco.selection.clusters import cluster_margin, k_medoids, margins, typical
-from moco.selection.kmeans import assign, kmeans
-from moco.selection.near_copies import first_of_each, small_pictures
-from moco.selection.strategies import reduced
+from moco.labels.selection import clusters, near_duplicates
+from moco.labels.selection import kmeans as module
+from moco.labels.selection.clusters import cluster_margin, k_medoids, margins, typical
+from moco.labels.selection.kmeans import assign, kmeans
+from moco.labels.selection.near_duplicates import first_of_each, small_pictures
+from moco.labels.selection.strategies import reduced
 
 
 def seeded() -> torch.Generator:
@@ -141,6 +141,6 @@ def test_near_copies_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) ->
     small = pictures[again]
     first = [number not in again[:place] for place, number in enumerate(again)]
     assert first_of_each(small, small[:0]).tolist() == first
-    monkeypatch.setattr(near_copies, "BLOCK", 7)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 7)
     assert first_of_each(small, small[:0]).tolist() == first
     assert not first_of_each(small, pictures).any()

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.selection import coverage
-from moco.selection.coverage import herd, k_centre, kernel
+from moco.labels.selection import coverage
+from moco.labels.selection.coverage import herd, k_centre, kernel
 
 
 def clustered(count: int, seed: int = 0, clusters: int = 12, width: int = 8) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 from torch import Tensor
 
 from conftest import Moco
-from moco.stages.supervised import SupervisedStep
+from moco.training.supervised import SupervisedStep
 
 # A scorer that knows nothing of this project: submission.py, model_sub.pth and the dataset folder.
 SCORER = """

@@ -9,11 +9,11 @@ import torch
 
 from conftest import write_params
 from moco.data.cache import DecodedSplit
-from moco.data.views import Views, recipe
-from moco.model.encoder import Architecture, build_encoder, strip_head
+from moco.encoders.encoder import Architecture, build_encoder, strip_head
 from moco.settings import reading as params
 from moco.stages import train
 from moco.training.features import extract
+from moco.views.views import Views, recipe
 
 CPU = torch.device("cpu")
 

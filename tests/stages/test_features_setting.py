@@ -10,11 +10,11 @@ import yaml
 from stage_helpers import run_all
 
 from conftest import ROOT, Moco, assert_one_line_error, tiny_params, write_params
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
+from moco.exchange.classifier_files import read_classifier
+from moco.methods.step import build_model
 from moco.settings import presets
 from moco.settings import reading as params
-from moco.stages.classifier_files import read_classifier
-from moco.stages.contrast import build_model
 
 
 def bits(path: Path) -> bytes:

@@ -15,14 +15,14 @@ from stage_helpers import outside_score, run_all, signalled
 from torch import Tensor
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.data.views import Views, recipe
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
 from moco.settings.reading import load
-from moco.stages import best_epoch
-from moco.stages.best_epoch import BestEpoch
-from moco.stages.supervised import SupervisedStep
 from moco.tracking.metric_log import read_events
+from moco.training import best_epoch
+from moco.training.best_epoch import BestEpoch
 from moco.training.features import stratified_holdout
+from moco.training.supervised import SupervisedStep
+from moco.views.views import Views, recipe
 from process_helpers import Started, wait_for_steps
 
 

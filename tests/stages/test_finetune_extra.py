@@ -16,8 +16,8 @@ from PIL import Image
 from stage_helpers import run_all, signalled
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.stages.supervised import SupervisedStep
 from moco.training import linear
+from moco.training.supervised import SupervisedStep
 
 EXTRA = {"17.png": 2, "3.png": 3, "39.png": 4}  # the right labels: the number modulo 5
 ORDER = [3, 17, 39]

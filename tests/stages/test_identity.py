@@ -17,9 +17,9 @@ import torch
 from stage_helpers import run_all, signalled
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.stages import identity
-from moco.stages.contrast import ContrastStep
-from moco.stages.identity import digest_of
+from moco.methods.step import ContrastStep
+from moco.runs import identity
+from moco.runs.identity import digest_of
 from process_helpers import Started
 
 BEFORE = {
@@ -179,7 +179,7 @@ def test_with_the_old_code_back_an_interrupted_run_goes_on(moco: Moco, project: 
     file = code / "data/views.py"
     text = file.read_text()
     append(file)
-    assert_one_line_error(moco("pretrain"), "moco/data/views.py", "[E-RUN-CODE]")
+    assert_one_line_error(moco("pretrain"), "moco/views/views.py", "[E-RUN-CODE]")
     file.write_text(text)
     assert moco("pretrain").returncode == 0 and (project / "models/encoder.pth").read_bytes() == whole
 

@@ -18,9 +18,8 @@ from moco.data.cache import DecodedSplit
 from moco.data.decode import digests_of
 from moco.data.label_meaning import ClassNames
 from moco.errors import UserError
-from moco.stages.extra_file import EXTRA_LABELS, content, packed, read_extra
-from moco.stages.workspace import CONTENT
-from moco.training.checkpoints import save_weights
+from moco.labels.extra_file import CONTENT, EXTRA_LABELS, content, packed, read_extra
+from moco.weights import save_weights
 
 EXTRA = {17: 2, 3: 3, 39: 4, 8: 3, 21: 1}  # the right labels: the number modulo 5
 

@@ -13,7 +13,7 @@ import torch
 from stage_helpers import outside_score, run_all
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
 
 
 def test_every_stage_runs_and_leaves_what_it_promises(moco: Moco, project: Path) -> None:

@@ -18,9 +18,9 @@ from stage_helpers import run_all
 
 from conftest import Moco, assert_one_line_error, write_params
 from moco.data.manifest import load_manifest
-from moco.model.encoder import build_encoder
+from moco.encoders.encoder import build_encoder
+from moco.exchange.classifier_files import read_classifier
 from moco.settings.request import RequestConfig
-from moco.stages.classifier_files import read_classifier
 from moco.stages.train import linear_views
 from moco.training import features
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from moco.errors import UserError
-from moco.stages.identity import Identity
-from moco.stages.resuming import saved_state
-from moco.stages.step_back import NAME, taken
-from moco.training.checkpoints import CheckpointFolder, save_weights
+from moco.runs.checkpoints import CheckpointFolder
+from moco.runs.identity import Identity
+from moco.runs.resuming import saved_state
+from moco.runs.rollback import NAME, taken
+from moco.weights import save_weights
 
 CODE = {"moco/some.py": "digest"}
 

@@ -15,16 +15,16 @@ from torch import nn
 from torchvision.models import resnet18
 
 from conftest import Moco, write_params
-from moco.data.views import Views, recipe
+from moco.encoders.small_resnet import SmallResNet
 from moco.errors import UserError
-from moco.model.small_resnet import SmallResNet
 from moco.settings.reading import load
 from moco.stages import finetune
-from moco.stages.best_epoch import BestEpoch
-from moco.stages.pool_batches import PoolBatches
-from moco.stages.supervised import SupervisedStep, Tuning, layer_groups
+from moco.training.best_epoch import BestEpoch
 from moco.training.loop import LoopState
+from moco.training.pool_batches import PoolBatches
 from moco.training.schedules import scaled_lr
+from moco.training.supervised import SupervisedStep, Tuning, layer_groups
+from moco.views.views import Views, recipe
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from moco import holder
 from moco.errors import UserError
-from moco.stages.workspace import differences, open_run_folder, run_key
+from moco.runs.joins import differences
+from moco.runs.run_folder import open_run_folder, run_key
 
 
 def test_a_second_process_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(holder, "LOOKS", 0.0)
+    monkeypatch.setattr("moco.runs.heartbeat_lock.LOOKS", 0.0)
     with open_run_folder("pretrain", "key") as folder:
         assert folder.path == Path("runs/pretrain/key")
         with (

@@ -35,14 +35,14 @@ def client(project: Path) -> Any:
 LIVES = """
 import glob, os, random, signal, sys, time
 sys.argv = ["moco", "pretrain"]
-from moco import cli
+from moco.cli.main import main
 import moco.stages.pretrain
 kills, draw = int(os.environ["KILLS"]), random.Random(5)
 while True:
     child = os.fork()
     if child == 0:
         os.setpgrp()
-        cli.main()
+        main.main()
         os._exit(0)
     if kills:
         written = lambda: sum(map(os.path.getsize, glob.glob("runs/pretrain/*/metrics.jsonl")))

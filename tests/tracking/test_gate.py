@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import Moco, write_params
-from moco.stages.provenance import THESE, held_out_record
+from moco.tracking.digests import THESE, held_out_record
 from moco.tracking.metric_log import read_events
 from moco.tracking.registry import ALPHA, FEWEST, PIECE, TESTED, held_out_tags, judge
 from moco.training.significance import pack, unpack

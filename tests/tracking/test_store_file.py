@@ -22,7 +22,7 @@ from sink_helpers import (  # noqa: F401
 )
 
 from conftest import Moco, assert_one_line_error, write_params
-from moco.cluster import doctor_tracking
+from moco.doctor import tracking
 from moco.errors import UserError
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.store import check_address, client
@@ -66,7 +66,7 @@ def test_no_command_migrates_an_older_store(moco: Moco, project: Path, monkeypat
         done = moco(*command)
         assert_one_line_error(done, "E-STORE-OLDER", "mlflow db upgrade", "copy the file")
         assert path.read_bytes() == before, command
-    found = doctor_tracking.mlflow(CONFIG)
+    found = tracking.mlflow(CONFIG)
     assert found.status == "warn" and "older MLflow" in found.found
     assert "older MLflow" in trouble(CONFIG), "the first line of a run"
     assert path.read_bytes() == before
@@ -130,7 +130,7 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts_and_leaves_the_o
         shutil.copytree(first, second)
     before = names(first) if first.exists() else []
     monkeypatch.chdir(second)
-    found = doctor_tracking.mlflow(CONFIG)
+    found = tracking.mlflow(CONFIG)
     assert found.status == "warn" and str(first) in found.found and "moco sync" in found.remedy
     assert_one_line_error(moco("origin"), "E-STORE-MOVED", str(first))
     finished_run(second / "runs/train/KEY")
@@ -147,7 +147,7 @@ def test_a_project_that_was_moved_or_copied_keeps_its_artifacts_and_leaves_the_o
             f"file://{second}/mlartifacts/"
         )
     assert (names(first) if first.exists() else []) == before, "nothing is written into the original"
-    assert doctor_tracking.mlflow(CONFIG).status == "ok"
+    assert tracking.mlflow(CONFIG).status == "ok"
 
 
 def test_a_copy_without_its_artifacts_gets_them_from_the_logs(tmp_path: Path, store: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_registry_that_is_dead_is_told_at_the_start(monkeypatch: pytest.Monkey
     for address in (f"http://127.0.0.1:{free_port()}", "sqlite:////none/registry.db"):
         monkeypatch.setenv("MLFLOW_REGISTRY_URI", address)
         assert address in trouble(CONFIG) and "unset MLFLOW_REGISTRY_URI" in trouble(CONFIG)
-        assert doctor_tracking.mlflow(CONFIG).status == "warn"
+        assert tracking.mlflow(CONFIG).status == "warn"
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{store}")
     assert trouble(CONFIG) == ""
 

@@ -15,7 +15,8 @@ import torch
 
 from conftest import Payload
 from moco.errors import UserError
-from moco.training.checkpoints import CheckpointFolder, load_weights, save_weights
+from moco.runs.checkpoints import CheckpointFolder
+from moco.weights import load_weights, save_weights
 
 
 def content(epoch: int, size: int = 100) -> dict[str, Any]:

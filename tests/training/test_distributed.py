@@ -19,14 +19,14 @@ from torch import Tensor
 
 from conftest import tiny_params
 from moco.data.batches import EpochSampler, Fetcher
-from moco.data.views import Views, recipe
 from moco.errors import Interrupted, UserError
+from moco.methods.step import ContrastStep
 from moco.settings import reading as params
 from moco.settings.pretrain import PretrainConfig
-from moco.stages.contrast import ContrastStep
 from moco.training.distributed import SOLO, Processes, from_environment
 from moco.training.interrupt import StopFlag
 from moco.training.loop import Hooks, Length, LoopState, run_loop
+from moco.views.views import Views, recipe
 from process_helpers import in_processes
 
 CPU = torch.device("cpu")

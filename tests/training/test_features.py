@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
 from moco.training import features
 from moco.training.features import (
     effective_rank,

@@ -15,9 +15,9 @@ import yaml
 from conftest import tiny_params
 from moco.data.batches import EpochSampler
 from moco.data.generated import draw
-from moco.data.views import Views, recipe
+from moco.methods.step import ContrastStep
 from moco.settings import reading as params
-from moco.stages.contrast import ContrastStep
+from moco.views.views import Views, recipe
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 CPU = torch.device("cpu")

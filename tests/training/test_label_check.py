@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.training.label_check import check_labels
+from moco.labels.plausibility import check_labels
 
 CLASSES = 10
 

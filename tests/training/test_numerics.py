@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from moco.accel.processor import is_fast_at_bf16
 from moco.errors import UserError
-from moco.model.processor import is_fast_at_bf16
 from moco.training.numerics import autocast, choose_device, choose_precision, set_up
 from moco.training.progress import ProgressDisplay, clock
 

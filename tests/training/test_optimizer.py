@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from moco.data.views import Views, recipe
-from moco.model.small_resnet import SmallResNet
+from moco.encoders.small_resnet import SmallResNet
 from moco.settings.reading import load
-from moco.stages.pool_batches import PoolBatches
-from moco.stages.supervised import SupervisedStep, Tuning
 from moco.training.optimizer import load_sgd, make_sgd
+from moco.training.pool_batches import PoolBatches
+from moco.training.supervised import SupervisedStep, Tuning
+from moco.views.views import Views, recipe
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from test_loop_time import Clock
 
 from conftest import Moco, write_params
 from moco.errors import UserError
-from moco.stages.contrast import ContrastStep
+from moco.methods.step import ContrastStep
 from moco.training import loop, progress
 from moco.training.loop import Length
 from moco.training.progress import ProgressDisplay

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from moco.accel import cuda_graphs
 from moco.errors import AloneError
-from moco.training import replay
 
 
 @pytest.mark.parametrize(("cause", "kind", "words"), [
@@ -35,5 +35,5 @@ def test_a_failed_capture_tells_its_cause_and_not_the_end_that_it_led_to(
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     with pytest.raises(kind, match=words) as refusal:
-        replay._capture(broken)
+        cuda_graphs._capture(broken)
     assert "\n" not in str(refusal.value) and "previous error" not in str(refusal.value)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from conftest import tiny_params
 from moco.data.batches import EpochSampler, Fetcher
-from moco.data.views import Views, recipe
+from moco.methods.step import ContrastStep, build_model
 from moco.settings import reading as params
 from moco.settings.pretrain import PretrainConfig
-from moco.stages.contrast import ContrastStep, build_model
-from moco.training.checkpoints import load_weights, save_weights
+from moco.views.views import Views, recipe
+from moco.weights import load_weights, save_weights
 
 CPU = torch.device("cpu")
 STEPS, SIZE, BATCH = 6, 16, 8

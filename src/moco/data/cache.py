@@ -42,7 +42,7 @@ from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import SquashfsImage
 from moco.errors import Say, UserError, first_of, present
 from moco.files import own_folder
-from moco.memory import full_memory
+from moco.out_of_memory import full_memory
 
 CHUNK = 1024  # images
 SAY_EVERY = 15.0  # seconds between two lines on how many images are decoded

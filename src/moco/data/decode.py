@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from moco.data import as_seen
 from moco.data.image_kinds import CONVERT, HEAD, UNREAD_SUFFIXES, is_heic, why_not_read
 from moco.data.squashfs_reader import SquashfsImage
-from moco.memory import full_memory
+from moco.out_of_memory import full_memory
 
 try:
     from PIL.AvifImagePlugin import SUPPORTED as AVIF

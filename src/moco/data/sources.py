@@ -24,7 +24,7 @@ from moco.data.manifest import SPLITS
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError, first_of
 from moco.files import refuse_irregular, sha256
-from moco.memory import full_memory
+from moco.out_of_memory import full_memory
 from moco.settings.data import DataConfig
 from moco.settings.reading import nearest
 

@@ -9,7 +9,7 @@ import torchvision.datasets
 
 from moco.data.dataset import Dataset, Split
 from moco.errors import UserError
-from moco.memory import full_memory
+from moco.out_of_memory import full_memory
 
 
 def load_torchvision_set(name: str, root: Path, download: bool) -> Dataset:

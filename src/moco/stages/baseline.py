@@ -19,23 +19,25 @@ from moco.data.batches import EpochSampler
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views
-from moco.files import write_text
-from moco.model.encoder import Architecture, build_encoder, strip_head, with_features
+from moco.encoders.encoder import Architecture, build_encoder, strip_head, with_features
+from moco.errors import say
+from moco.files import scratch_folder, write_text
+from moco.layout import MANIFEST, REPORTS
+from moco.runs.identity import Making, Start
+from moco.runs.outputs import locked_outputs
+from moco.runs.run_folder import open_run_folder, run_key
 from moco.settings.baseline import BaselineConfig
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
-from moco.stages.architecture import chosen_architecture
-from moco.stages.identity import Making, Start
-from moco.stages.outputs import locked_outputs
-from moco.stages.provenance import train_settings, write_provenance
-from moco.stages.supervised import SupervisedStep, train_supervised
 from moco.stages.train import classifier_views, classify
-from moco.stages.workspace import MANIFEST, REPORTS, open_run_folder, run_key, say, scratch_folder
+from moco.tracking.digests import train_settings, write_provenance
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
+from moco.training.architecture import chosen_architecture
 from moco.training.loop import LoopState, run_effort
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
+from moco.training.supervised import SupervisedStep, train_supervised
+from moco.views.views import Views
 
 NETWORK = ("encoder", "stem", "width", "stages", "convolutions")  # of section `pretrain`
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 from moco.data.prepare import prepare
-from moco.files import write_text
+from moco.errors import say
+from moco.files import scratch_folder, write_text
+from moco.layout import MANIFEST
+from moco.runs.identity import Start
+from moco.runs.outputs import locked_outputs
 from moco.settings.schema import Config
-from moco.stages.identity import Start
-from moco.stages.outputs import locked_outputs
-from moco.stages.workspace import MANIFEST, say, scratch_folder
 
 
 def run(config: Config, start: Start | None = None) -> None:

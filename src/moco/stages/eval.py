@@ -22,35 +22,24 @@ from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.errors import UserError
-from moco.files import sha256, write_text
-from moco.memory import full_memory
+from moco.errors import UserError, say
+from moco.files import scratch_folder, sha256, write_text
+from moco.layout import CLASSIFIER, FINETUNED, MAKERS, MANIFEST, REPORTS
+from moco.out_of_memory import full_memory
+from moco.runs.identity import Making, Start
+from moco.runs.joins import check_scored, check_unseen, classifier_settings, differences
+from moco.runs.outputs import locked_outputs
+from moco.runs.run_folder import open_run_folder, run_key
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
-from moco.stages.identity import Making, Start
-from moco.stages.joins import check_scored, check_unseen
-from moco.stages.outputs import locked_outputs
-from moco.stages.provenance import write_provenance
-from moco.stages.workspace import (
-    CLASSIFIER,
-    FINETUNED,
-    MAKERS,
-    MANIFEST,
-    REPORTS,
-    classifier_settings,
-    differences,
-    open_run_folder,
-    run_key,
-    say,
-    scratch_folder,
-)  # fmt: skip
 from moco.tracking import pictures
 from moco.tracking.canvas import shown
+from moco.tracking.digests import write_provenance
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
-from moco.training.checkpoints import load_weights
 from moco.training.numerics import choose_device, set_up
 from moco.training.progress import ProgressDisplay
+from moco.weights import load_weights
 
 WORST = 24  # mistakes drawn
 
@@ -300,7 +289,7 @@ def _write(folder: Path, scores: Scores, results: dict[str, float], classes: lis
     write_text(folder / "classes.csv", _table(per_class))
     names = ["metrics.json", "predictions.csv", "classes.csv"]
     if importlib.util.find_spec("matplotlib"):
-        from moco.stages.figures import confusion_figure, reliability_figure
+        from moco.tracking.figures import confusion_figure, reliability_figure
 
         confusion_figure(confusion, classes, folder / "confusion.png")
         reliability_figure(*calibration(scores, bins), folder / "reliability.png")

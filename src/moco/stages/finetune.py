@@ -23,49 +23,43 @@ from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views
-from moco.errors import UserError
-from moco.files import sha256, write_text
-from moco.model.encoder import build_encoder, feature_width, with_features
+from moco.encoders.encoder import build_encoder, feature_width, with_features
+from moco.errors import UserError, say
+from moco.exchange.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
+from moco.exchange.encoder_file import load_encoder
+from moco.files import scratch_folder, sha256, write_text
+from moco.labels.extra_file import EXTRA_LABELS, read_extra
+from moco.layout import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MAKERS, MANIFEST, REPORTS
+from moco.runs.checkpoints import CheckpointFolder
+from moco.runs.identity import Making, Start
+from moco.runs.joins import (
+    check_classes,
+    check_images,
+    check_unseen,
+    classifier_settings,
+    differences,
+    learned_record,
+    tell_other_data,
+)
+from moco.runs.outputs import locked_outputs
+from moco.runs.resuming import is_branch, saved_state
+from moco.runs.run_folder import RunFolder, open_run_folder, run_key
 from moco.settings.finetune import FinetuneConfig
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
-from moco.stages.best_epoch import BestEpoch, beside_start
-from moco.stages.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
-from moco.stages.curves import write_curve
-from moco.stages.encoder_file import load_encoder
-from moco.stages.extra_file import EXTRA_LABELS, read_extra
-from moco.stages.identity import Making, Start
-from moco.stages.joins import check_classes, check_images, check_unseen, learned_record, tell_other_data
-from moco.stages.outputs import locked_outputs
-from moco.stages.pool_batches import PoolBatches
-from moco.stages.provenance import THESE, encoder_provenance, held_out_record, write_provenance
-from moco.stages.resuming import is_branch, saved_state
-from moco.stages.supervised import SupervisedStep, Tuning, train_supervised
 from moco.stages.train import Correct, classifier_views, feature_sets, labelled, linear_views, views_precision
-from moco.stages.workspace import (
-    CLASSIFIER,
-    CLASSIFIER_EXTRA,
-    ENCODER,
-    FINETUNED,
-    MAKERS,
-    MANIFEST,
-    REPORTS,
-    RunFolder,
-    classifier_settings,
-    differences,
-    open_run_folder,
-    run_key,
-    say,
-    scratch_folder,
-)  # fmt: skip
+from moco.tracking.digests import THESE, encoder_provenance, held_out_record, write_provenance
+from moco.tracking.dvc_outputs import write_curve
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
-from moco.training.checkpoints import CheckpointFolder
+from moco.training.best_epoch import BestEpoch, beside_start
 from moco.training.linear import fit_linear
 from moco.training.loop import LoopState, run_effort
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
+from moco.training.pool_batches import PoolBatches
+from moco.training.supervised import SupervisedStep, Tuning, train_supervised
+from moco.views.views import Views
 
 STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images that pseudo-labels are learned on
 

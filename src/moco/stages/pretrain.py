@@ -19,44 +19,36 @@ from moco.data.batches import EpochSampler, Fetcher
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views
-from moco.errors import DivergedError, Interrupted, Say, UserError, present
-from moco.files import sha256
-from moco.model.encoder import last_width
+from moco.encoders.encoder import last_width
+from moco.errors import DivergedError, Interrupted, Say, UserError, present, say
+from moco.exchange.encoder_file import save_encoder
+from moco.files import scratch_folder, sha256
+from moco.layout import ENCODER, MANIFEST, REPORTS
+from moco.methods.step import ContrastStep, missing_kernels, pool, pretraining_views
+from moco.runs import rollback
+from moco.runs.checkpoints import CheckpointFolder
+from moco.runs.identity import Making, Start
+from moco.runs.outputs import locked_outputs
+from moco.runs.resuming import is_branch, saved_state
+from moco.runs.run_folder import RunFolder, open_run_folder, run_key
 from moco.settings.kinds import flatten
 from moco.settings.monitor import MonitorConfig
 from moco.settings.schema import Config
-from moco.stages import step_back
-from moco.stages.architecture import chosen_architecture, described
-from moco.stages.contrast import ContrastStep, missing_kernels, pool, pretraining_views
-from moco.stages.curves import write_curve, write_metrics
-from moco.stages.encoder_file import save_encoder
-from moco.stages.identity import Making, Start
-from moco.stages.outputs import locked_outputs
 from moco.stages.pretrain_settings import check, check_pool, check_shares
-from moco.stages.provenance import write_provenance
-from moco.stages.resuming import is_branch, saved_state
-from moco.stages.workspace import (
-    ENCODER,
-    MANIFEST,
-    REPORTS,
-    RunFolder,
-    open_run_folder,
-    run_key,
-    say,
-    scratch_folder,
-)  # fmt: skip
 from moco.tracking import pictures
+from moco.tracking.digests import write_provenance
+from moco.tracking.dvc_outputs import write_curve, write_metrics
 from moco.tracking.metric_log import metric_history
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
-from moco.training.checkpoints import CheckpointFolder
+from moco.training.architecture import chosen_architecture, described
 from moco.training.distributed import Processes, from_environment
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_effort, run_loop
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
 from moco.training.progress import ProgressDisplay
+from moco.views.views import Views
 
 COLLAPSED_STD = 0.01  # of unit-length features times sqrt(D); runs that learn have 0.3 to 1
 MONITOR_BATCH = 512  # images
@@ -152,7 +144,7 @@ def run(config: Config, resume: Path | None = None, start: Start | None = None) 
                 _run(config, folder, checkpoints, manifest, splits, device, precision, resume, processes, making)
                 break
             except DivergedError as error:
-                processes.alone(step_back.step_back, checkpoints, config.checkpoint.max_rollbacks, error, resume, say)
+                processes.alone(rollback.step_back, checkpoints, config.checkpoint.max_rollbacks, error, resume, say)
                 _, signal = processes.agree(0.0, error.signal)
             if signal is not None:  # it came while training diverged, and is not forgotten
                 raise Interrupted(signal, saved=True)
@@ -177,8 +169,8 @@ def _run(
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
     asked = (checkpoints, resume, params, manifest.digest, processes.size, making.identity)
     saved = processes.told(processes.alone(saved_state, *asked))
-    steps_back = processes.told(processes.alone(step_back.taken, run_folder.path, saved)) or 0
-    slower = replace(section, lr=step_back.rate(section.lr, steps_back))
+    steps_back = processes.told(processes.alone(rollback.taken, run_folder.path, saved)) or 0
+    slower = replace(section, lr=rollback.rate(section.lr, steps_back))
     fast, views = (config.runtime.cuda_graphs, config.runtime.gpu_kernels), pretraining_views(section, manifest, device)
     step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, *fast)
     state = LoopState()

@@ -15,12 +15,13 @@ from torch import Tensor
 from moco.data.batches import EpochSampler, Fetcher
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.errors import Say
+from moco.errors import Say, say
+from moco.files import scratch_folder
+from moco.layout import MANIFEST
+from moco.methods.step import ContrastStep, missing_kernels, pass_flops, pool, pretraining_views
 from moco.settings.schema import Config
-from moco.stages.architecture import chosen_architecture
-from moco.stages.contrast import ContrastStep, missing_kernels, pass_flops, pool, pretraining_views
 from moco.stages.pretrain_settings import check_alone, check_shares
-from moco.stages.workspace import MANIFEST, say, scratch_folder
+from moco.training.architecture import chosen_architecture
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 from moco.training.schedules import view_size
 

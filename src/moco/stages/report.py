@@ -1,6 +1,6 @@
 """The table at the end: this pipeline beside what the labels give without it.
 
-Every row follows the digests of what it was made from (moco.stages.provenance). One that is not of the data, encoder or
+Every row follows the digests of what it was made from (moco.tracking.digests). One that is not of the data, encoder or
 classifier in models/ says so below the table; a difference says whether it is more than chance.
 """
 
@@ -19,8 +19,8 @@ from rich.table import Table
 from moco.data.manifest import load_manifest
 from moco.errors import UserError, first_of
 from moco.files import sha256
-from moco.stages.provenance import NAME, read_json
-from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MANIFEST, REPORTS
+from moco.layout import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MANIFEST, REPORTS
+from moco.tracking.digests import NAME, read_json
 from moco.training.significance import discordant, mcnemar, percent, unpack, wilson
 
 WIDTH = 130  # columns of what is not a terminal

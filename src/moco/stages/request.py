@@ -19,25 +19,28 @@ from torch import Tensor, nn
 
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import read_extra_labels
 from moco.data.manifest import Manifest
-from moco.data.pool_names import drawn_labels, pool_names
-from moco.errors import UserError, present
-from moco.model.encoder import build_encoder, last_width, load_body, strip_head, with_features
-from moco.selection.clusters import margins
-from moco.selection.coverage import coverage
-from moco.selection.near_copies import first_of_each, small_pictures
-from moco.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
+from moco.encoders.encoder import build_encoder, last_width, load_body, strip_head, with_features
+from moco.errors import UserError, present, say
+from moco.exchange.classifier_files import WEIGHTS, read_classifier
+from moco.exchange.encoder_file import EncoderFile
+from moco.labels.extra_labels import read_extra_labels
+from moco.labels.pool_names import drawn_labels, pool_names
+from moco.labels.selection.clusters import margins
+from moco.labels.selection.coverage import coverage
+from moco.labels.selection.near_duplicates import first_of_each, small_pictures
+from moco.labels.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
+from moco.layout import CLASSIFIER, FORM
+from moco.methods.momentum_contrast import with_head
+from moco.methods.step import pretraining_views
+from moco.methods.view_losses import contrastive_losses
+from moco.runs.identity import Making, Start
+from moco.runs.outputs import locked_outputs
+from moco.runs.run_folder import open_run_folder, run_key
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
-from moco.stages.classifier_files import WEIGHTS, read_classifier
-from moco.stages.contrastive_losses import contrastive_losses
-from moco.stages.encoder_file import EncoderFile
-from moco.stages.identity import Making, Start
-from moco.stages.outputs import locked_outputs
 from moco.stages.request_files import Asked, keep_answers, write_request
 from moco.stages.train import FEATURE_BATCH, Inputs, linear_views, open_inputs
-from moco.stages.workspace import CLASSIFIER, FORM, open_run_folder, run_key, say
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
@@ -183,11 +186,31 @@ def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) 
     del wide
     losses = None
     if section.strategy == "loss":
-        losses = contrastive_losses(config, inputs, section.loss_views, section.seed).to(device)
+        losses = pool_losses(config, inputs, section.loss_views, section.seed).to(device)
     usable = torch.from_numpy(candidates).to(device)
     unsure = torch.cat(found).to(device) if found else None
     pool = Pool(small[: len(images)], usable, small[len(images) :], unsure, losses)
     return pool, classified if layer is not None else None
+
+
+def pool_losses(config: Config, inputs: Inputs, count: int, seed: int) -> Tensor:
+    """Return how hard the contrastive task is for each image of the pool, N. Raises UserError where the encoder's file
+    has no projection, or another than the settings ask for."""
+    section, encoder, device = config.pretrain, inputs.encoder, inputs.device
+    if not encoder.projection:
+        raise UserError("models/encoder.pth: has no projection, which strategy loss needs; run `moco pretrain` again")
+    network = with_head(build_encoder(encoder.architecture, 1), section.dim, section.head == "mlp")
+    try:
+        network.load_state_dict({**encoder.weights, **encoder.projection})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"models/encoder.pth: not made with pretrain.dim and head as they are: {reason}") from None
+    network.to(device).to(memory_format=torch.channels_last)
+    return contrastive_losses(
+        network, inputs.splits["unlabeled"].images, pretraining_views(section, inputs.manifest, device),
+        queue=section.queue, temperature=section.temperature, count=count, seed=seed, batch_size=FEATURE_BATCH,
+        device=device, precision=choose_precision(section.precision, device),
+    )  # fmt: skip
 
 
 def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> tuple[nn.Linear | None, str]:

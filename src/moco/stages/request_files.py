@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from moco.csv_files import csv_text
-from moco.data.label_files import read_table
-from moco.errors import UserError
+from moco.errors import UserError, say
 from moco.files import write_atomically, write_text
+from moco.labels.label_files import read_table
+from moco.layout import FORM, LABELS, REPORTS, REQUEST
+from moco.runs.run_folder import RunFolder
 from moco.settings.schema import Config
-from moco.stages.workspace import FORM, LABELS, REPORTS, REQUEST, RunFolder, say
 from moco.tracking import pictures
 from moco.tracking.run import Run
 

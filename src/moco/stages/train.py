@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.data.views import Views, recipe
-from moco.errors import UserError
-from moco.files import sha256, write_text
-from moco.model.encoder import Architecture, build_encoder, load_body, strip_head, with_features
+from moco.encoders.encoder import Architecture, build_encoder, load_body, strip_head, with_features
+from moco.errors import UserError, say
+from moco.exchange.classifier_files import Classifier, write_classifier
+from moco.exchange.encoder_file import EncoderFile, load_encoder
+from moco.files import scratch_folder, sha256, write_text
+from moco.labels.extra_file import EXTRA_LABELS, packed
+from moco.layout import CLASSIFIER, ENCODER, MANIFEST, REPORTS
+from moco.runs.identity import Making, Start
+from moco.runs.joins import check_images, differences, learned_record, tell_other_data
+from moco.runs.outputs import locked_outputs
+from moco.runs.run_folder import open_run_folder, run_key
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
 from moco.settings.train import TrainConfig
-from moco.stages.classifier_files import Classifier, write_classifier
-from moco.stages.curves import write_curve, write_metrics
-from moco.stages.encoder_file import EncoderFile, load_encoder
-from moco.stages.extra_file import EXTRA_LABELS, packed
-from moco.stages.identity import Making, Start
-from moco.stages.joins import check_images, learned_record, tell_other_data
-from moco.stages.outputs import locked_outputs
-from moco.stages.provenance import (
+from moco.tracking import pictures
+from moco.tracking.digests import (
     BEFORE_REFIT,
     THESE,
     encoder_provenance,
@@ -37,18 +38,7 @@ from moco.stages.provenance import (
     train_settings,
     write_provenance,
 )
-from moco.stages.workspace import (
-    CLASSIFIER,
-    ENCODER,
-    MANIFEST,
-    REPORTS,
-    differences,
-    open_run_folder,
-    run_key,
-    say,
-    scratch_folder,
-)  # fmt: skip
-from moco.tracking import pictures
+from moco.tracking.dvc_outputs import write_curve, write_metrics
 from moco.tracking.metric_log import metric_history
 from moco.tracking.origin import origin
 from moco.tracking.run import Run
@@ -56,6 +46,7 @@ from moco.training import features
 from moco.training.linear import LinearFit, fit_linear
 from moco.training.numerics import choose_device, choose_precision, set_up
 from moco.training.progress import ProgressDisplay
+from moco.views.views import Views, recipe
 
 FEATURE_BATCH = 256  # images
 CROP_SCALE = (0.5, 1.0)  # of the extra views: light, since the classifier will see whole images

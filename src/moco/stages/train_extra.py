@@ -16,27 +16,28 @@ from torch import Tensor
 
 from moco.csv_files import csv_text
 from moco.data.cache import DecodedSplit
-from moco.data.extra_labels import Answer, ExtraLabels, read_extra_labels
 from moco.data.manifest import Manifest, load_manifest
-from moco.errors import UserError
+from moco.errors import UserError, say
+from moco.exchange.classifier_files import WEIGHTS, read_classifier
 from moco.files import sha256, write_text
+from moco.labels.extra_file import CONTENT, content
+from moco.labels.extra_labels import Answer, ExtraLabels, read_extra_labels
+from moco.labels.plausibility import check_labels
+from moco.layout import CLASSIFIER, CLASSIFIER_EXTRA, FORM, LABELS, MANIFEST, REPORTS, REQUEST
+from moco.runs.identity import Making, Start
+from moco.runs.joins import check_classes, check_images, tell_other_data
+from moco.runs.outputs import OUTPUTS, copy_file, copy_folder, locked_outputs, publish
 from moco.settings.schema import Config
-from moco.stages.classifier_files import WEIGHTS, read_classifier
-from moco.stages.extra_file import content
-from moco.stages.identity import Making, Start
-from moco.stages.joins import check_classes, check_images, tell_other_data
-from moco.stages.outputs import OUTPUTS, copy_file, copy_folder, locked_outputs, publish
-from moco.stages.provenance import NAME, read_json
 from moco.stages.train import Inputs, open_inputs, train_classifier
-from moco.stages.workspace import CLASSIFIER, CLASSIFIER_EXTRA, CONTENT, FORM, LABELS, MANIFEST, REPORTS, REQUEST, say
-from moco.training.label_check import check_labels
+from moco.tracking.digests import NAME, read_json
 
 REPORT = REPORTS / "train_extra"
 
 
 def run(config: Config, start: Start | None = None) -> None:
-    """Raises UserError where the labels are missing or wrong (see moco.data.extra_labels), are not likely to belong to
-    their images (moco.training.label_check), or encoder, data and settings do not fit each other."""
+    """Train the classifier with extra labels. Raises UserError where these are missing or wrong
+    (moco.labels.extra_labels), are not likely to belong to their images (moco.labels.plausibility), or encoder, data
+    and settings do not fit each other."""
     with locked_outputs("train_extra", say):
         _run(config, (start or Start.of("train_extra")).making(config))
 

@@ -21,7 +21,7 @@ from moco.tracking.sync import logs_of
 from moco.training.significance import wilson
 
 HELD_OUT = re.compile(r"held_out_accuracy$|\.knn_accuracy$")
-PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.stages.provenance)
+PROVENANCE = "artifacts/provenance.json"  # beside the log: what the run was made from (moco.tracking.digests)
 
 # Shown where they were measured and nothing else is asked for.
 USUAL = (

@@ -131,7 +131,7 @@ class Run:
         self, files: list[Path], tags: dict[str, str], image: tuple[int, int], held_out: dict[str, str] | None = None
     ) -> None:
         """A trained classifier, to be registered. image: height and width of what it takes. held_out: what it is judged
-        by (`held_out_record` in moco.stages.provenance)."""
+        by (`held_out_record` in moco.tracking.digests)."""
         needs = {}
         for name in NEEDS:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco.errors import AloneError, Interrupted, ProcessLostError, UserError, present
-from moco.memory import full_memory
+from moco.out_of_memory import full_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # waiting for the others: one node may have to decode the dataset, the next not

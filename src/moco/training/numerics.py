@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moco.accel.processor import is_fast_at_bf16
 from moco.errors import DivergedError, UserError, quoted
-from moco.memory import full_memory
-from moco.model.processor import is_fast_at_bf16
+from moco.out_of_memory import full_memory
 
 GPUS = Path("/proc/driver/nvidia/gpus")  # of the machine, also where a container or a variable hides them
 HIDE_GPUS = ("", "-1", "NoDevFiles")  # of CUDA_VISIBLE_DEVICES

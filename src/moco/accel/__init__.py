@@ -1,0 +1,1 @@
+"""What only makes it faster: each piece has a plain counterpart that it equals."""

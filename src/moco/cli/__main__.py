@@ -1,0 +1,5 @@
+"""`python -m moco.cli` is the command `moco`."""
+
+from moco.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Files that leave or enter: encoder, classifier, submission."""

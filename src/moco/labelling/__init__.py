@@ -1,1 +1,0 @@
-"""A page in the browser to answer a label request by hand."""

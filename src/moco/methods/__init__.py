@@ -1,0 +1,1 @@
+"""Methods of self-supervision: losses and the step that trains by them."""

@@ -1,0 +1,194 @@
+"""Momentum contrast: He et al. 2020 (MoCo, arXiv 1911.05722), Chen et al. 2020 (MoCo v2, arXiv 2003.04297).
+
+Shapes: B images in a batch (in this process), G in all processes together (B where there is one), D the width of an
+embedding, K the length of the queue.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.encoders.encoder import feature_width, last_width
+from moco.encoders.small_resnet import SmallResNet
+
+
+class Contrast(NamedTuple):
+    """What one forward pass gives for this process's images: the loss (scalar), the accuracy of picking the positive
+    (scalar, no gradient), and the keys (B or 2 B x D, unit length) that are to be enqueued once the step is taken."""
+
+    loss: Tensor
+    accuracy: Tensor
+    keys: Tensor
+
+
+class Replay(Protocol):
+    """A faster call of an encoder. Of two calls before the backward pass of the first, one takes another slot."""
+
+    def __call__(self, images: Tensor, slot: int = 0) -> Tensor: ...
+
+
+class Peers(Protocol):
+    """The processes that share a batch; each has an equal, consecutive part of it, in the order of ranks."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all along the first dimension."""
+
+
+TIE = 1e-5  # cosine similarities that differ by less, as products of float32 do by rounding, are equal
+
+
+def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE with one positive per query and the queue as negatives (MoCo, equation 1).
+
+    queries, keys: B x D, unit length, row i of both from the same image. queue: K x D, unit length.
+    Returns the mean loss and the fraction of queries whose positive has the largest logit; a tie, which rounding may
+    hide, is not a hit: collapsed features have only ties.
+    """
+    with torch.autocast(queries.device.type, enabled=False):  # similarities are divided by a small temperature
+        queries = queries / temperature  # of B x D numbers, where the logits are B x K
+        positive = (queries * keys).sum(1, keepdim=True)  # B x 1
+        negative = queries @ queue.T  # B x K
+        logits = torch.cat([positive, negative], 1)
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    with torch.no_grad():
+        accuracy = (positive - negative.amax(1, keepdim=True) > TIE / temperature).float().mean()
+    return F.cross_entropy(logits, target), accuracy
+
+
+def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
+    """Puts the projection in place of the last layer: linear (v1), or two layers with ReLU (v2). It sees the last
+    stage alone: where contrast acts on earlier ones too, these lose what makes them worth having."""
+    width = last_width(encoder)
+    linear = nn.Linear(width, dim)
+    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
+    encoder.fc = head if width == feature_width(encoder) else nn.Sequential(LastFeatures(width), head)
+    if isinstance(encoder, SmallResNet):
+        encoder.trains_last_alone = True
+    return encoder
+
+
+class LastFeatures(nn.Module):
+    """Of N x D features the last `width`, which in training may be all there are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, -self.width :]
+
+
+class MomentumContrast(nn.Module):
+    """A query encoder, its exponential moving average (the key encoder) and a queue of keys.
+
+    A step is: `contrast = model(a, b)`; `contrast.loss.backward()`; the optimizer's step;
+    `model.update(contrast.keys, momentum)`. The queue and the key encoder change only in `update`, in
+    place, after the backward pass: nothing has to be cloned (algorithm 1 of the paper has this order too).
+    With peers, all of them enqueue the same keys in the same order; keys are for the caller to gather, and gradients
+    to average.
+    """
+
+    queue: Tensor
+    cursor: Tensor
+
+    def __init__(
+        self, encoder: nn.Module, *, dim: int, queue_length: int, temperature: float, mlp: bool,
+        symmetric: bool, shuffle: bool, peers: Peers | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.query_encoder = with_head(encoder, dim, mlp)
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.shuffle = shuffle
+        self.peers = peers
+        self.replays: tuple[Replay, Replay] | None = None  # of the query and of the key encoder, instead of their calls
+        self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def encode_keys(self, images: Tensor, generator: torch.Generator | None, parts: int = 1) -> Tensor:
+        """Keys, B x D. With `shuffle` the order is shuffled on the way in and restored on the way out, over all
+        processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
+        parts: in which they go through the encoder, each with statistics of its own."""
+
+        encoder = self.key_encoder if self.replays is None else self.replays[1]
+
+        def encode(x: Tensor) -> Tensor:
+            return torch.cat([F.normalize(encoder(part).float(), dim=1) for part in x.tensor_split(parts)])
+
+        def move(places: Tensor) -> Tensor:
+            return places.to(images.device, non_blocking=True)
+
+        if not self.shuffle:
+            return encode(images)
+        everything = self._gather(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # as channels-last images lie
+        # Drawn on the CPU: the same order on every device and in every process, and no wait for the device.
+        order = torch.randperm(len(everything), generator=generator)
+        back = torch.argsort(order)
+        own = self._own(len(images))
+        return self._gather(encode(everything[move(order[own])]))[move(back[own])]
+
+    def _gather(self, part: Tensor) -> Tensor:
+        return part if self.peers is None else self.peers.gather(part)
+
+    def _own(self, count: int) -> slice:
+        """Where this process's `count` images stand in the whole batch."""
+        first = 0 if self.peers is None else self.peers.rank * count
+        return slice(first, first + count)
+
+    def encode_queries(self, images: Tensor, slot: int = 0) -> Tensor:
+        """Queries of a batch, B x D, unit length, with gradient. slot: another one for each call of a step."""
+        output = self.query_encoder(images) if self.replays is None else self.replays[0](images, slot)
+        return F.normalize(output.float(), dim=1)
+
+    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Contrast:
+        """a, b: two views of the same B images, B x 3 x H x W each. `generator`: on the CPU, for shuffling.
+
+        Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
+        """
+        keys = self.keys(a, b, generator)
+        loss, accuracy = self.loss(a, b, keys)
+        return Contrast(loss, accuracy, torch.cat(keys))
+
+    def keys(self, a: Tensor, b: Tensor, generator: torch.Generator | None, parts: int = 1) -> list[Tensor]:
+        """Those of b, and for a symmetric loss those of a."""
+        return [self.encode_keys(view, generator, parts) for view in ((b, a) if self.symmetric else (b,))]
+
+    def loss(self, a: Tensor, b: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of some images of the batch; keys: those of `keys` that belong to them."""
+        loss, accuracy = info_nce(self.encode_queries(a), keys[0], self.queue, self.temperature)
+        if not self.symmetric:
+            return loss, accuracy
+        loss_b, accuracy_b = info_nce(self.encode_queries(b, 1), keys[1], self.queue, self.temperature)
+        return (loss + loss_b) / 2, (accuracy + accuracy_b) / 2
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, momentum: float) -> None:
+        """Moves the key encoder towards the query encoder (equation 2) and enqueues keys: those of all peers, one after
+        the other. The queue is that of one process: all keys of b, then all of a.
+        """
+        torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
+        views, size = 2 if self.symmetric else 1, 1 if self.peers is None else self.peers.size
+        self.enqueue(keys.view(size, views, -1, keys.shape[1]).transpose(0, 1).flatten(0, 2))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrites the oldest keys; the queue is a ring, so neither length need divide the other."""
+        length = len(self.queue)
+        keys = keys[-length:]
+        places = (self.cursor + torch.arange(len(keys), device=keys.device)) % length
+        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
+        self.cursor.add_(len(keys)).remainder_(length)

@@ -1,0 +1,158 @@
+"""Whether an artifact belongs to the data that it is used with: the same classes in the same order, the same images.
+
+Everything that brings an encoder or a classifier together with a manifest asks here, so that nothing is scored or
+trained on labels that mean something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from moco.data.cache import DecodedSplit
+from moco.data.manifest import Manifest
+from moco.data.prepare import image_names
+from moco.errors import Say, UserError, first_of
+from moco.labels.extra_file import CONTENT
+from moco.settings.data import DataConfig
+from moco.settings.kinds import flatten
+from moco.settings.schema import MOVED, Config, without_setting
+
+LONGEST = 40  # characters of a class's name in a message
+SAME_PIXELS = 0.02  # mean and standard deviation of channels, of [0, 1], are as good as equal below
+
+
+def image_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what an artifact says of the images that it was made with: size, resizing and normalisation."""
+    return {
+        "size": [manifest.height, manifest.width], "resize": manifest.resize, "mean": list(manifest.mean),
+        "std": list(manifest.std),
+    }  # fmt: skip
+
+
+def check_classes(what: object, classes: Sequence[str], manifest: Manifest, remedy: str) -> None:
+    """Raise UserError where an artifact was made for other classes than the data has, or for another order of them."""
+    theirs, ours = list(classes), manifest.classes
+    if theirs == ours:
+        return
+    if len(theirs) != len(ours):
+        found = f"knows {len(theirs)} classes, the data has {len(ours)}"
+    else:
+        different = [label for label, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
+        kind = "in another order" if sorted(theirs) == sorted(ours) else "other classes"
+        first = different[0]
+        found = (
+            f"made for {kind} than the data has: {len(different)} of {len(ours)} differ, first {first} is "
+            f"'{theirs[first][:LONGEST]}' there and '{ours[first][:LONGEST]}' in the data"
+        )
+    raise UserError(f"{what}: {found}; {remedy}", "E-STAGE-CLASSES")
+
+
+def check_images(what: object, made: dict[str, Any], manifest: Manifest, remedy: str, resizes: bool = False) -> None:
+    """Raise UserError where an artifact was made with images of another size. made: see `image_facts`; {} in files of
+    earlier versions, of which nothing is known. resizes: whether it brings images to its size by itself."""
+    size = made.get("size")
+    if size and list(size) != [manifest.height, manifest.width] and not (resizes and made.get("resize")):
+        raise UserError(
+            f"{what}: made with images of {size[1]}x{size[0]} pixels, the data has {manifest.width}x{manifest.height}; "
+            f"{remedy}, or set data.resize",
+            "E-STAGE-IMAGE-SIZE",
+        )
+
+
+def tell_other_data(what: object, digest: str | None, made: dict[str, Any], manifest: Manifest, say: Say) -> None:
+    """Tell where an artifact was made from other images or labels, which may be meant, and whether they are as bright.
+
+    digest: of its data; None where it is not known."""
+    if digest is None or digest == manifest.digest:
+        return
+    apart = ""
+    for name, ours in (("mean", manifest.mean), ("std", manifest.std)):
+        theirs = made.get(name) or ours
+        if max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) > SAME_PIXELS:
+            apart += f"; {name} of channels {_short(theirs)} there, {_short(ours)} here"
+    say(f"warning: {what} was made with other data than the manifest describes{apart}")
+
+
+def check_scored(
+    folder: object, best: dict[str, Any], submission: ModuleType, manifest: Manifest, remedy: str, say: Say
+) -> None:  # fmt: skip
+    """Raise UserError where a classifier to be scored was made for other classes or images; tell what is not known.
+
+    best: content of its model_best_*.pth, {} where there is none: a stranger's may have submission.py alone."""
+    classes = best.get("classes") or getattr(submission, "class_names", None)
+    if isinstance(classes, list | tuple):
+        check_classes(folder, list(map(str, classes)), manifest, remedy)
+    else:
+        say(f"warning: {folder} does not say which classes it knows; its outputs are taken in the order of the data's")
+    images = best.get("images", {})
+    check_images(folder, images, manifest, remedy, resizes=True)
+    tell_other_data(folder, best.get("made_from", {}).get("data"), images, manifest, say)
+
+
+def learned_record(parts: Sequence[DecodedSplit], manifest: Manifest) -> dict[str, Any]:
+    """Return which labelled images a classifier learns from, held-out ones included: N x 16 uint8, each once, and by
+    what rules and size they became pixels, without which digests say nothing."""
+    digests = np.unique(np.concatenate([part.digests for part in parts]), axis=0)
+    return {
+        "digests": torch.from_numpy(digests), "size": [manifest.height, manifest.width], "decoding": manifest.decoding,
+    }  # fmt: skip
+
+
+def check_unseen(
+    what: object, learned: dict[str, Any], splits: dict[str, DecodedSplit], config: DataConfig, manifest: Manifest,
+    remedy: str, say: Say,
+) -> int | None:  # fmt: skip
+    """Return how many images of val a classifier learned from, all of which also stand in train, which the data's notes
+    tell; None, which is told, where that is not known. Raise UserError where it learned from others of val.
+
+    learned: see `learned_record`; {} in files of earlier versions and of strangers."""
+    digests = learned.get("digests")
+    if not isinstance(digests, torch.Tensor) or digests.dim() != 2:
+        say(f"warning: {what} does not say which images it learned from; whether val has some could not be checked")
+        return None
+    if [learned.get("size"), learned.get("decoding")] != [
+        [manifest.height, manifest.width], manifest.decoding
+    ]:  # fmt: skip
+        say(
+            f"warning: {what} learned from images of another size or decoding; whether val has some could not be "
+            "checked"
+        )
+        return None
+    known, told = set(map(bytes, digests.numpy())), set(map(bytes, splits["train"].digests))
+    seen = [row for row, digest in enumerate(map(bytes, splits["val"].digests)) if digest in known]
+    rows = [row for row in seen if bytes(splits["val"].digests[row]) not in told]
+    if rows:
+        names = first_of(image_names(config, "val", rows), 100)
+        raise UserError(
+            f"{what}: learned from {len(rows)} of {len(splits['val'].digests)} images of val ({names}); a score would "
+            f"not be of new images; {remedy}",
+            "E-STAGE-SEEN",
+        )
+    return len(seen)
+
+
+def _short(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
+    """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
+    differs too."""
+    theirs = {**without_setting(), **{MOVED.get(name, name): value for name, value in theirs.items()}}
+    return [
+        f"{name} is {theirs.get(name, 'not set')} there and {value} here"
+        for name, value in ours.items()
+        if name not in but and (name not in theirs or str(theirs[name]) != str(value))
+    ]
+
+
+def classifier_settings(config: Config, theirs: dict[str, str]) -> dict[str, Any]:
+    """The present settings of the stages before a classifier that was made with `theirs`: of `train_extra` too where it
+    has extra labels."""
+    ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
+    return {**ours, **flatten(config.train_extra, "train_extra")} if CONTENT in theirs else ours

@@ -1,0 +1,37 @@
+"""The encoder that section `pretrain` asks for, checked against the images."""
+
+from __future__ import annotations
+
+from moco.data.manifest import Manifest
+from moco.encoders.encoder import SMALL, Architecture, encoders
+from moco.errors import UserError
+from moco.settings.pretrain import PretrainConfig
+from moco.settings.reading import nearest
+from moco.training.schedules import view_size
+
+DEEP = 4  # stages from which on a network is watched through its pyramid
+
+
+def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
+    """Raises UserError for an unknown encoder, and for images that it cannot take."""
+    if section.encoder != SMALL and section.encoder not in (known := encoders()):
+        raise UserError(
+            f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, known)}; "
+            f"known: {', '.join(known)}"
+        )
+    if manifest.height != manifest.width:
+        raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
+    halvings = section.stages + (section.stem == "imagenet")
+    smallest = min(view_size(manifest.height, (share,), (), 0) for share in section.resolutions)
+    if section.encoder == SMALL and smallest >> halvings == 0:
+        raise UserError(f"pretrain.stages: {section.stages} stages halve views of {smallest} pixels away; use fewer")
+    return described(section)
+
+
+def described(section: PretrainConfig) -> Architecture:
+    """The same unchecked."""
+    # Contrast acts on the last stage alone, and train.features says what classifiers see. These are the features whose
+    # kNN accuracy is watched while pretraining runs. They also decide which random numbers the first weights get, and
+    # thereby the encoders of the presets to the bit.
+    watched = "pyramid" if section.stages >= DEEP else "last"
+    return Architecture(section.encoder, section.stem, section.width, section.stages, watched, section.convolutions)

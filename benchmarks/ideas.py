@@ -213,7 +213,7 @@ class Step:
         a, b = views(unit, generator), views(unit, generator)
         few = [self.small(unit, generator) for _ in range(options.small)]
         with autocast(CPU, self.precision):
-            keys = [model.encode_queries(b)] if options.one_encoder else model.keys(a, b, generator)
+            keys = [model.encode_queries(b)] if options.one_encoder else model.targets(a, b, generator)
             groups = [(a, keys[0], self._queue(0))] if options.full_query else []
             if model.symmetric:
                 groups.append((b, keys[1], self._queue(1)))
@@ -396,7 +396,7 @@ def one_run(name: str, seed: int, images: int, args: argparse.Namespace) -> dict
     train(step, data, images)
     row: dict[str, Any] = {"idea": name, "seed": seed, "images": images, "seconds": time.perf_counter() - began}
     config = settings(args.data)
-    network = step.model.key_encoder if step.options.averaged else step.model.query_encoder
+    network = step.model.key_encoder if step.options.averaged else step.model.encoder
     crops = Views(recipe("crop", CROP_SCALE, (0.1, 2.0)), data.size, data.mean, data.std, CPU)
     network.fc = nn.Identity()
     if step.options.recalibrate:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from moco.methods.momentum_contrast import with_head
+from moco.methods.projection import with_head
 
 MEAN, STD = (0.47, 0.47, 0.47), (0.25, 0.25, 0.25)
 DIM, TEMPERATURE, WORKERS = 128, 0.2, 2

@@ -142,7 +142,7 @@ def ours(args: argparse.Namespace, images: np.ndarray, seed: int, device: torch.
         for batch in fetcher.batches(sampler.epoch(epoch)):
             losses.append(step(*batch, number / (each * args.schedule), number)["loss"])
             number += 1
-        yield float(torch.stack(losses).mean()), step.model.query_encoder
+        yield float(torch.stack(losses).mean()), step.model.encoder
 
 
 @torch.no_grad()

@@ -176,10 +176,10 @@ def test_the_loss_is_that_of_the_processor(gpu: torch.device, config: Configure)
 def test_fp16_leaves_out_a_step_that_overflows(gpu: torch.device, config: Configure) -> None:
     step = contrast(config(), gpu, torch.float16)
     losses(step, 1)
-    before = [parameter.clone() for parameter in step.model.query_encoder.parameters()]
+    before = [parameter.clone() for parameter in step.model.encoder.parameters()]
     step.scaler.update(float(2**40))
     losses(step, 1)
-    after = list(step.model.query_encoder.parameters())
+    after = list(step.model.encoder.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert step.scaler.get_scale() == 2**39
     saved = step.state()

@@ -19,7 +19,7 @@ from moco.encoders.encoder import (
     strip_head,
 )  # fmt: skip
 from moco.encoders.small_resnet import SmallResNet
-from moco.methods.momentum_contrast import with_head
+from moco.methods.projection import with_head
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 STEPS, SIZE, BATCH, POOL = 6, 16, 8, 20
 IMAGES = np.random.default_rng(0).integers(0, 256, (POOL, SIZE, SIZE, 3)).astype(np.uint8)
 VARIANTS: dict[str, dict[str, Any]] = {
+    "simclr": {"method": "simclr", "batch_norm": "split", "splits": 2},
     "split": {"batch_norm": "split", "splits": 2, "shuffle": False, "queue": 20},
     "split-shuffle": {"batch_norm": "split", "splits": 4, "shuffle": True, "queue": 20},
     "split-shuffle-symmetric": {"batch_norm": "split", "splits": 2, "shuffle": True, "loss": "symmetric", "queue": 10},
@@ -81,7 +82,8 @@ def variant(processes: Processes, folder: Path, name: str) -> dict[str, Any]:
     config = make_config(folder, **VARIANTS[name])
     step = make_step(config, processes)
     losses = train(step, end=1)
-    late = not torch.equal(step._model.queue.clone(), step.model.queue)  # the second has taken the update
+    before = [weight.detach().clone() for weight in step._model.encoder.parameters()]
+    late = not all(map(torch.equal, before, step.model.encoder.parameters()))  # which has taken the update
     losses += train(step, first=1, end=3)
     middle = tensors(step.state())
     resumed = make_step(config, processes)

@@ -23,6 +23,7 @@ from moco.weights import load_weights, save_weights
 CPU = torch.device("cpu")
 STEPS, SIZE, BATCH = 6, 16, 8
 VARIANTS = {
+    "simclr": {"method": "simclr"},
     "plain": {"batch_norm": "plain", "shuffle": False, "loss": "asymmetric"},
     "plain-symmetric": {"batch_norm": "plain", "shuffle": False, "loss": "symmetric", "queue": 20},
     "split-shuffle": {"batch_norm": "split", "shuffle": True, "loss": "asymmetric", "queue": 20},
@@ -117,7 +118,7 @@ def test_the_state_holds_what_a_run_consists_of(tmp_path: Path) -> None:
     for part in ("model/query_encoder.conv1.weight", "model/key_encoder.conv1.weight", "model/queue", "model/cursor"):
         assert f"/{part}" in names and names[f"/{part}"] != fresh[f"/{part}"], part
     assert [name for name in names if "running_mean" in name and "key_encoder" in name]
-    count = len(list(step.model.query_encoder.parameters()))
+    count = len(list(step.model.encoder.parameters()))
     buffers = [name for name in names if name.endswith("momentum_buffer")]
     assert len(buffers) == count, "one velocity for every weight that is trained"
 
@@ -175,9 +176,9 @@ def test_learning_rate_is_scaled_with_the_batch_and_follows_its_schedule(tmp_pat
     number, indices, images = next(iter(batches(config, 0)))
     assert step(indices, images, 0.0, number)["lr"] == pytest.approx(0.02)  # 0.64 * 8 / 256
     assert step(indices, images, 0.5, 1)["lr"] == pytest.approx(0.01)
-    before = [p.detach().clone() for p in step.model.query_encoder.parameters()]
+    before = [p.detach().clone() for p in step.model.encoder.parameters()]
     assert step(indices, images, 1.0, 2)["lr"] == pytest.approx(0, abs=1e-9)
-    after = step.model.query_encoder.parameters()
+    after = step.model.encoder.parameters()
     assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(after, before, strict=True))
 
 
@@ -236,7 +237,7 @@ def test_a_batch_in_parts_learns_what_the_whole_one_with_split_statistics_learns
 def test_views_of_a_step_have_the_size_of_its_place_in_the_run(tmp_path: Path) -> None:
     step = make_step(make_config(tmp_path, resolutions=[0.5, 0.75, 1.0], resolution_changes=[0.3, 0.7]))
     seen: list[tuple[int, ...]] = []
-    for encoder in (step.model.query_encoder, step.model.key_encoder):
+    for encoder in (step.model.encoder, step.model.key_encoder):
         encoder.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
     for number, fraction in enumerate((0.0, 0.29, 0.3, 0.69, 0.7, 1.0)):
         step(np.arange(BATCH), torch.from_numpy(IMAGES[:BATCH]), fraction, number)

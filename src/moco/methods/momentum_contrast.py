@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.encoders.encoder import feature_width, last_width
-from moco.encoders.small_resnet import SmallResNet
+from moco.methods.method import Method, Peers
+from moco.methods.projection import with_head
+
+if TYPE_CHECKING:
+    from moco.settings.pretrain import PretrainConfig
 
 
 class Contrast(NamedTuple):
@@ -25,25 +28,6 @@ class Contrast(NamedTuple):
     loss: Tensor
     accuracy: Tensor
     keys: Tensor
-
-
-class Replay(Protocol):
-    """A faster call of an encoder. Of two calls before the backward pass of the first, one takes another slot."""
-
-    def __call__(self, images: Tensor, slot: int = 0) -> Tensor: ...
-
-
-class Peers(Protocol):
-    """The processes that share a batch; each has an equal, consecutive part of it, in the order of ranks."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def gather(self, part: Tensor) -> Tensor:
-        """The parts of all along the first dimension."""
 
 
 TIE = 1e-5  # cosine similarities that differ by less, as products of float32 do by rounding, are equal
@@ -67,30 +51,7 @@ def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -
     return F.cross_entropy(logits, target), accuracy
 
 
-def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
-    """Puts the projection in place of the last layer: linear (v1), or two layers with ReLU (v2). It sees the last
-    stage alone: where contrast acts on earlier ones too, these lose what makes them worth having."""
-    width = last_width(encoder)
-    linear = nn.Linear(width, dim)
-    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
-    encoder.fc = head if width == feature_width(encoder) else nn.Sequential(LastFeatures(width), head)
-    if isinstance(encoder, SmallResNet):
-        encoder.trains_last_alone = True
-    return encoder
-
-
-class LastFeatures(nn.Module):
-    """Of N x D features the last `width`, which in training may be all there are."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, -self.width :]
-
-
-class MomentumContrast(nn.Module):
+class MomentumContrast(Method):
     """A query encoder, its exponential moving average (the key encoder) and a queue of keys.
 
     A step is: `contrast = model(a, b)`; `contrast.loss.backward()`; the optimizer's step;
@@ -100,6 +61,7 @@ class MomentumContrast(nn.Module):
     to average.
     """
 
+    momentum_encoder = True
     queue: Tensor
     cursor: Tensor
 
@@ -114,9 +76,21 @@ class MomentumContrast(nn.Module):
         self.symmetric = symmetric
         self.shuffle = shuffle
         self.peers = peers
-        self.replays: tuple[Replay, Replay] | None = None  # of the query and of the key encoder, instead of their calls
         self.register_buffer("queue", F.normalize(torch.randn(queue_length, dim), dim=1))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @classmethod
+    def build(cls, encoder: nn.Module, settings: PretrainConfig, peers: Peers | None) -> MomentumContrast:
+        """Return the method that the settings ask for."""
+        return cls(
+            encoder, dim=settings.dim, queue_length=settings.queue, temperature=settings.temperature,
+            mlp=settings.head == "mlp", symmetric=settings.loss == "symmetric", shuffle=settings.shuffle, peers=peers,
+        )  # fmt: skip
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Return the query encoder, which is trained and kept."""
+        return self.query_encoder
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, generator: torch.Generator | None, parts: int = 1) -> Tensor:
@@ -124,10 +98,10 @@ class MomentumContrast(nn.Module):
         processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
         parts: in which they go through the encoder, each with statistics of its own."""
 
-        encoder = self.key_encoder if self.replays is None else self.replays[1]
-
         def encode(x: Tensor) -> Tensor:
-            return torch.cat([F.normalize(encoder(part).float(), dim=1) for part in x.tensor_split(parts)])
+            return torch.cat(
+                [F.normalize(self.encode("key_encoder", part).float(), dim=1) for part in x.tensor_split(parts)]
+            )
 
         def move(places: Tensor) -> Tensor:
             return places.to(images.device, non_blocking=True)
@@ -151,38 +125,39 @@ class MomentumContrast(nn.Module):
 
     def encode_queries(self, images: Tensor, slot: int = 0) -> Tensor:
         """Queries of a batch, B x D, unit length, with gradient. slot: another one for each call of a step."""
-        output = self.query_encoder(images) if self.replays is None else self.replays[0](images, slot)
-        return F.normalize(output.float(), dim=1)
+        return F.normalize(self.encode("query_encoder", images, slot).float(), dim=1)
 
     def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Contrast:
         """a, b: two views of the same B images, B x 3 x H x W each. `generator`: on the CPU, for shuffling.
 
         Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
         """
-        keys = self.keys(a, b, generator)
+        keys = self.targets(a, b, generator)
         loss, accuracy = self.loss(a, b, keys)
         return Contrast(loss, accuracy, torch.cat(keys))
 
-    def keys(self, a: Tensor, b: Tensor, generator: torch.Generator | None, parts: int = 1) -> list[Tensor]:
-        """Those of b, and for a symmetric loss those of a."""
+    def targets(self, a: Tensor, b: Tensor, generator: torch.Generator | None, parts: int = 1) -> list[Tensor]:
+        """Return the keys of b, and for a symmetric loss those of a."""
         return [self.encode_keys(view, generator, parts) for view in ((b, a) if self.symmetric else (b,))]
 
-    def loss(self, a: Tensor, b: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of some images of the batch; keys: those of `keys` that belong to them."""
-        loss, accuracy = info_nce(self.encode_queries(a), keys[0], self.queue, self.temperature)
+    def loss(self, a: Tensor, b: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return loss and accuracy of some images of the batch; targets: their keys."""
+        loss, accuracy = info_nce(self.encode_queries(a), targets[0], self.queue, self.temperature)
         if not self.symmetric:
             return loss, accuracy
-        loss_b, accuracy_b = info_nce(self.encode_queries(b, 1), keys[1], self.queue, self.temperature)
+        loss_b, accuracy_b = info_nce(self.encode_queries(b, 1), targets[1], self.queue, self.temperature)
         return (loss + loss_b) / 2, (accuracy + accuracy_b) / 2
 
     @torch.no_grad()
-    def update(self, keys: Tensor, momentum: float) -> None:
-        """Moves the key encoder towards the query encoder (equation 2) and enqueues keys: those of all peers, one after
+    def update(self, targets: Tensor | None, momentum: float) -> None:
+        """Move the key encoder towards the query encoder (equation 2) and enqueue keys: those of all peers, one after
         the other. The queue is that of one process: all keys of b, then all of a.
         """
         torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
         views, size = 2 if self.symmetric else 1, 1 if self.peers is None else self.peers.size
-        self.enqueue(keys.view(size, views, -1, keys.shape[1]).transpose(0, 1).flatten(0, 2))
+        if targets is None:
+            raise ValueError("there are no keys to enqueue")
+        self.enqueue(targets.view(size, views, -1, targets.shape[1]).transpose(0, 1).flatten(0, 2))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""One optimizer step of momentum contrast, what goes into it, and the state that a checkpoint needs of it."""
+"""One optimizer step of self-supervision, whatever the method: what goes into it, and the state that a checkpoint needs
+of it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.encoders.encoder import build_encoder
 from moco.encoders.split_batch_norm import kernels, use_split_batch_norm
-from moco.methods.momentum_contrast import MomentumContrast
+from moco.methods.method import Method, methods
 from moco.settings.pretrain import PretrainConfig
 from moco.training.architecture import described
 from moco.training.averaging import Average
@@ -40,7 +41,7 @@ def pool(count: int, section: PretrainConfig) -> np.ndarray:
     return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
-def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels: bool = True) -> MomentumContrast:
+def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels: bool = True) -> Method:
     """Weights are a function of config.seed.
 
     BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what
@@ -59,16 +60,7 @@ def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels
             for layer in encoder.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm too
                     layer.momentum = 1 - (1 - (layer.momentum or 0)) ** (1 / config.accumulate)
-        return MomentumContrast(
-            encoder,
-            dim=config.dim,
-            queue_length=config.queue,
-            temperature=config.temperature,
-            mlp=config.head == "mlp",
-            symmetric=config.loss == "symmetric",
-            shuffle=config.shuffle,
-            peers=processes,
-        )
+        return methods()[config.method](encoder, config, processes)
 
 
 def missing_kernels(config: PretrainConfig, device: torch.device, wanted: bool) -> str | None:
@@ -115,11 +107,10 @@ class ContrastStep:
         if cuda_graphs and device.type == "cuda":
             self.make_view = ReplayedViews()
             if config.batch_norm != "sync":  # which waits for other GPUs within
-                encoders = model.query_encoder, model.key_encoder
-                model.replays = ReplayedEncoder(encoders[0], precision), ReplayedEncoder(encoders[1], precision)
+                model.quick = {name: ReplayedEncoder(each, precision) for name, each in model.named_children()}
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = make_sgd(
-            model.query_encoder.parameters(), device, precision,
+            model.encoder.parameters(), device, precision,
             lr=self.peak_lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay,
         )  # fmt: skip
         self.average = Average(processes)
@@ -142,34 +133,31 @@ class ContrastStep:
         model.train()
         loss, accuracy = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         with self.phase("keys"), autocast(self.device, self.precision):
-            keys = model.keys(a, b, generator, config.accumulate)
+            targets = model.targets(a, b, generator, config.accumulate)
         for part in np.array_split(np.arange(len(a)), config.accumulate):
             rows, share = slice(int(part[0]), int(part[-1]) + 1), len(part) / len(a)
             with self.phase("queries"), autocast(self.device, self.precision):
-                part_loss, part_accuracy = model.loss(a[rows], b[rows], [key[rows] for key in keys])
+                part_loss, part_accuracy = model.loss(a[rows], b[rows], [target[rows] for target in targets])
             with self.phase("backward"):
                 self.scaler.scale(part_loss * share).backward()
             loss += part_loss.detach() * share
             accuracy += part_accuracy * share
-        self._unfinished = self._update(torch.cat(keys), momentum)
+        self._unfinished = self._update(torch.cat(targets) if targets else None, momentum)
         if self.processes.size == 1:
             self.settle()
-        return {
-            "loss": loss,
-            "contrast_accuracy": accuracy,
-            "lr": self.peak_lr * factor,
-            "key_momentum": momentum,
-        }
+        moving = {"key_momentum": momentum} if model.momentum_encoder else {}
+        return {"loss": loss, "contrast_accuracy": accuracy, "lr": self.peak_lr * factor, **moving}
 
-    def _update(self, keys: Tensor, momentum: float) -> Callable[[], None]:
+    def _update(self, targets: Tensor | None, momentum: float) -> Callable[[], None]:
         """Sends to the others what they need; the result waits for what they send, and takes the step. Gradients
         (scaled: what overflows in one process does in all) and running statistics become those of all."""
         model, shared = self._model, []
         if self.processes.size > 1:
             names = ("running_mean", "running_var")
-            shared = [p.grad for p in model.query_encoder.parameters() if p.grad is not None]
+            shared = [p.grad for p in model.encoder.parameters() if p.grad is not None]
             shared += [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
-        everyones, take = self.processes.gather_later(keys), self.average(shared)
+        everyones = None if targets is None else self.processes.gather_later(targets)
+        take = self.average(shared)
 
         def update() -> None:
             with self.phase("update"):
@@ -177,7 +165,7 @@ class ContrastStep:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.optimizer.zero_grad(set_to_none=True)
-                model.update(everyones(), momentum)
+                model.update(None if everyones is None else everyones(), momentum)
 
         return update
 
@@ -187,7 +175,7 @@ class ContrastStep:
         unfinished()
 
     @property
-    def model(self) -> MomentumContrast:
+    def model(self) -> Method:
         """As it is after all steps."""
         self.settle()
         return self._model
@@ -213,10 +201,11 @@ def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
     that are counted take of a GPU's memory is forgotten."""
     parts = step.config.accumulate
     images = torch.zeros(batch // parts, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
-    replays, step.model.replays = step.model.replays, None  # within which nothing can be counted
+    model, quick = step.model, step.model.quick
+    model.quick = {}  # within which nothing can be counted
     with FlopCounterMode(display=False) as counter, autocast(step.device, step.precision):
-        step.model(images, images, torch.Generator().manual_seed(0)).loss.backward()
-    step.model.replays = replays
+        model.loss(images, images, model.targets(images, images, torch.Generator().manual_seed(0)))[0].backward()
+    model.quick = quick
     step.optimizer.zero_grad(set_to_none=True)
     if step.device.type == "cuda":
         torch.cuda.empty_cache()

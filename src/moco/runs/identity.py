@@ -56,8 +56,8 @@ CARRIERS = ("settings", "tracking", "runs", "cli")
 CARRYING = {
     f"moco.{name}"
     for name in (
-        "csv_files", "environment", "errors", "files", "layout", "out_of_memory", "redaction", "safe_path", "weights", "training.interrupt",
-        "training.progress", "training.significance",
+        "csv_files", "environment", "errors", "files", "layout", "out_of_memory", "redaction", "safe_path",
+        "training.interrupt", "training.progress", "training.significance", "weights",
     )
 }  # fmt: skip
 # except these.

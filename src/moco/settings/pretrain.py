@@ -1,4 +1,4 @@
-"""Section `pretrain`: momentum contrast (arXiv 1911.05722, 2003.04297)."""
+"""Section `pretrain`: momentum contrast (arXiv 1911.05722, 2003.04297), or another method."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from moco.settings.optimization import OptimizationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(OptimizationConfig):
-    """Momentum contrast."""
+    """Self-supervised pretraining."""
 
+    method: Literal["moco_v2", "simclr"] = setting(
+        "moco_v2", "moco_v2 | simclr (negatives from the batch; no queue, no momentum encoder)"
+    )
     encoder: str = setting("small_resnet", "small_resnet | resnet18 | resnet34 | resnet50 | … (torchvision's ResNets)")
     stem: Literal["imagenet", "small"] = setting(
         "small", "small: 3x3, stride 1, for images below about 64 pixels | imagenet: 7x7 and pooling"

@@ -81,7 +81,7 @@ class Monitor:
         return features.describe_holdout(self.train.known_labels, self.held, fraction, "monitor.holdout", self.in_pool)
 
     def __call__(self) -> dict[str, float]:
-        step, network = self.step, self.step.model.query_encoder
+        step, network = self.step, self.step.model.encoder
         head, network.fc = network.fc, nn.Identity()  # features are what enters the head
         try:
             found = features.extract(
@@ -207,7 +207,7 @@ def _run(
 
         def finish(record: Run) -> None:
             report, encoder = run_folder.own(REPORTS / "pretrain"), run_folder.own(ENCODER)
-            save_encoder(encoder, step.model.query_encoder, architecture, manifest, chain)
+            save_encoder(encoder, step.model.encoder, architecture, manifest, chain)
             effort = {**run_effort(state, sampler.batch_size), "held_out_in_pool": float(monitor.in_pool)}
             record.log({**effort, **({"steps_back": steps_back} if steps_back else {})}, state.step + 1)
             record.artifact(_provenance(report, encoder, manifest, len(monitor.held)))

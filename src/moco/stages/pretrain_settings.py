@@ -18,6 +18,11 @@ def check_alone(section: PretrainConfig, processes: Processes = SOLO) -> None:
     """The same, but that a single process may stand for one of several."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
+    if section.accumulate > 1 and section.method == "simclr":
+        raise UserError(
+            "pretrain.accumulate: simclr takes its negatives from the batch, which must not be split; set it to 1",
+            "E-PRETRAIN-ACCUMULATE",
+        )
     parts = section.accumulate * processes.size
     if section.accumulate > 1 and section.batch_norm == "split" and section.splits % parts:
         raise UserError(f"pretrain.splits: {section.splits} is no multiple of the {parts} parts that are accumulated")
@@ -35,7 +40,7 @@ def check_pool(section: PretrainConfig, batch_size: int, images: int, say: Say) 
         say(
             f"warning: pretrain.batch_size: {section.batch_size} is more than the pool has; batches are of {batch_size}"
         )
-    if section.queue > images:
+    if section.method == "moco_v2" and section.queue > images:
         say(
             f"warning: pretrain.queue: {section.queue} keys of a pool of {images}: every image is in it several times, "
             "its own earlier views as negatives too; a queue below the pool's size learns better"

@@ -31,7 +31,7 @@ from moco.labels.selection.coverage import coverage
 from moco.labels.selection.near_duplicates import first_of_each, small_pictures
 from moco.labels.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
 from moco.layout import CLASSIFIER, FORM
-from moco.methods.momentum_contrast import with_head
+from moco.methods.projection import with_head
 from moco.methods.step import pretraining_views
 from moco.methods.view_losses import contrastive_losses
 from moco.runs.identity import Making, Start

@@ -152,6 +152,15 @@ class Processes:
         """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
         return self.gather_later(part)()
 
+    def gather_with_gradient(self, part: Tensor) -> Tensor:
+        """Return the parts (equal shapes) of all along the first dimension. The gradient of a part is the sum of those
+        that all processes have for it."""
+        if self.size == 1:
+            return part
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(list(all_gather(part.contiguous())))
+
     def gather_later(self, part: Tensor) -> Callable[[], Tensor]:
         """The same; the wait is in the call of the result."""
         if self.size == 1:

@@ -24,7 +24,8 @@ from speed import settings, write_images
 from torch.profiler import ProfilerActivity, profile
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder
 from moco.methods.step import ContrastStep, pass_flops
 from moco.training.numerics import choose_device, choose_precision, clock, matmul_rate, set_up
 from moco.views.views import Views, recipe

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from moco.data.batches import step_generator
-from moco.encoders.encoder import Architecture, build_encoder, feature_width, strip_head
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder, feature_width, strip_head
 from moco.training.numerics import set_up
 from moco.views.views import Views, recipe
 

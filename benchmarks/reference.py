@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from moco.data.batches import EpochSampler, Fetcher
-from moco.encoders.encoder import Architecture, batch_norms, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import batch_norms, build_encoder
 from moco.methods.step import ContrastStep
 from moco.settings.pretrain import PretrainConfig
 from moco.training.features import knn_accuracy

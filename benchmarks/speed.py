@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco.data.batches import EpochSampler, Fetcher, step_generator
 from moco.data.cache import DecodedSplit
-from moco.encoders.encoder import Architecture, build_encoder, feature_width, strip_head
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder, feature_width, strip_head
 from moco.methods.momentum_contrast import MomentumContrast
 from moco.methods.step import ContrastStep
 from moco.settings.pretrain import PretrainConfig

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_params
 from moco.accel import openmp
-from moco.cli.main import main
+from moco.cli.main import _load
 
 STAT = """cpu  999 999 999 999 999 999 999 999 999 999
 cpu0 100 5 50 1000 10 1 1 {steal} 40 0
@@ -115,8 +115,8 @@ def test_commands_look_where_threads_will_wait(
 ) -> None:  # fmt: skip
     write_params(project, runtime__threads=threads, runtime__device=device)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(main, "wait_asleep_where_shared", lambda: True)
-    main._load(project / "params.yaml")
+    monkeypatch.setattr("moco.cli.main.wait_asleep_where_shared", lambda: True)
+    _load(project / "params.yaml")
     assert (NOTE in capsys.readouterr().err) is looked
 
 

@@ -98,11 +98,11 @@ def other_checkout() -> Path | None:
     clones of the project, say, or in the folder of a queued experiment. None where there is none, as in a project that
     an installed moco works on."""
     here = Path("src/moco").resolve()
-    return here if here != PACKAGE and (here / "cli.py").is_file() else None
+    return here if here != PACKAGE and (here / "errors.py").is_file() else None
 
 
 def differing_code(other: Path) -> list[str]:
-    """Return the files of code that are not the same here and in another package's folder, as 'moco/config.py'."""
+    """Return the files of code that are not the same here and in another package's folder, as 'moco/errors.py'."""
     names = {
         path.relative_to(folder)
         for folder in (PACKAGE, other)

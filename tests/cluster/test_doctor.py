@@ -89,7 +89,7 @@ def test_without_torch_every_check_still_answers(project: Path, monkeypatch: pyt
 
 def test_importing_the_doctor_loads_no_torch() -> None:
     """A torch that cannot be loaded, as on a host with an old libc, must be found and not stumbled over."""
-    code = "import sys; from moco.cluster import doctor; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    code = "import sys; from moco.doctor import doctor; sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

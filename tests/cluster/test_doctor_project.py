@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from conftest import tiny_params, write_params
 from moco.data.prepare import prepare
-from moco.doctor import project
+from moco.doctor import project as checks
 from moco.doctor.checks import Finding, attempt
 from moco.settings import reading as params
 from moco.settings.runtime import RuntimeConfig
@@ -28,15 +28,15 @@ def settings(project: Path, **changes: object) -> Config:
 
 def look_at_data(project: Path, **changes: object) -> Finding:
     config = settings(project, **{f"data__{name}": value for name, value in changes.items()}).data
-    return attempt("dataset", lambda: project.dataset(config))
+    return attempt("dataset", lambda: checks.dataset(config))
 
 
 def test_parameters(project: Path) -> None:
     kept: list[Config] = []
-    assert project.parameters(project / "params.yaml", kept.append).status == "ok"
+    assert checks.parameters(project / "params.yaml", kept.append).status == "ok"
     assert kept[0].pretrain.width == tiny_params()["pretrain"]["width"]
     (project / "params.yaml").write_text("data: [")
-    found = project.parameters(project / "params.yaml", kept.append)
+    found = checks.parameters(project / "params.yaml", kept.append)
     assert found.status == "FAIL" and "not readable as YAML" in found.found and found.remedy
     assert len(kept) == 1
 
@@ -88,17 +88,17 @@ def test_dataset_of_torchvision(project: Path, source: str, folder: str) -> None
 
 def test_generated_dataset(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(project, data__source="generated", data__path="build").data
-    assert project.dataset(config).status == "ok"
+    assert checks.dataset(config).status == "ok"
     packing = tiny_params()["data"]["generated"] | {"pack": True}  # type: ignore[operator]
     monkeypatch.setenv("PATH", str(project))
     assert look_at_data(project, source="generated", generated=packing).status == "warn"
 
 
-def look_at_scratch(folder: Path | str, mounts: Path = project.MOUNTS) -> Finding:
+def look_at_scratch(folder: Path | str, mounts: Path = checks.MOUNTS) -> Finding:
     config = RuntimeConfig(
         device="cpu", threads=1, deterministic=False, cuda_graphs=True, gpu_kernels=True, scratch=str(folder)
     )
-    return attempt("scratch", lambda: project.scratch(config, mounts=mounts))
+    return attempt("scratch", lambda: checks.scratch(config, mounts=mounts))
 
 
 def test_scratch_is_written_and_locked_and_left_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ class Refused(FileLock):  # type: ignore[misc]
 
 
 def test_scratch_without_locks(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert project.lock_problem(project) is None
+    assert checks.lock_problem(project) is None
     monkeypatch.setattr(filelock, "FileLock", NoLock)
     found = look_at_scratch(project)
     assert found.status == "FAIL" and "a lock does not keep a second process out" in found.found
@@ -154,7 +154,7 @@ def test_scratch_must_hold_the_decoded_cache(project: Path) -> None:
     manifest = prepare(params.load(project / "params.yaml").data, project / "other", lambda _: None)
     (project / "models").mkdir()
     (project / "models" / "manifest.json").write_text(manifest.to_json())
-    assert project.cache_bytes(project.MANIFEST, project) == 70 * 32 * 32 * 3
+    assert checks.cache_bytes(checks.MANIFEST, project) == 70 * 32 * 32 * 3
     assert "the decoded cache needs 0.00 GiB" in look_at_scratch(project).found
     assert "holds the decoded cache" in look_at_scratch(project / "other").found
     huge = replace(manifest, width=10**9).to_json()

@@ -35,7 +35,7 @@ from moco.data.decode import read_adjusted, read_image
 from moco.data.generated import pack
 from moco.data.manifest import Manifest
 from moco.data.prepare import open_decoded, prepare
-from moco.encoders.encoder import Architecture
+from moco.encoders.architecture import Architecture
 from moco.errors import UserError
 from moco.exchange.submission import render
 from moco.settings.eval import EvalConfig

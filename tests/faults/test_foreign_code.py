@@ -63,8 +63,8 @@ def test_doctor_tells_whose_code_runs(clone: Path, moco: Moco) -> None:
         return next(line for line in moco("doctor").stdout.splitlines() if line[6:].startswith("code "))
 
     assert line().startswith("note") and "the same at present" in line()
-    change(clone / "src/moco/config.py")
-    assert line().startswith("FAIL") and "moco/config.py" in line() and str(ROOT / "src/moco") in line()
+    change(clone / "src/moco/settings/schema.py")
+    assert line().startswith("FAIL") and "moco/settings/schema.py" in line() and str(ROOT / "src/moco") in line()
     shutil.rmtree(clone / "src")
     assert line().startswith("note") and "none in this folder" in line()
 

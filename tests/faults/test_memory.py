@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from conftest import Moco, assert_one_line, assert_one_line_error, tiny_params, write_dataset, write_params
+from conftest import Moco, assert_one_line, assert_one_line_error, write_dataset, write_params
 from moco.cli.main import SMALLER, app
 from moco.data import decode
 from moco.errors import UserError
 from moco.methods.step import ContrastStep
 from moco.out_of_memory import GPU, MACHINE, full_memory
+from moco.settings.schema import docs
 from moco.tracking.metric_log import metric_history
 from moco.training.distributed import Processes
 from moco.training.numerics import choose_device
@@ -106,11 +107,10 @@ def test_what_libraries_raise_is_one_line(
 
 
 def test_what_is_to_be_lowered_are_settings_of_commands() -> None:
-    known = tiny_params()
     commands = {info.name or (info.callback.__name__ if info.callback else "") for info in app.registered_commands}
     for command, advice in SMALLER.items():
         found = re.findall(r"(\w+)\.(\w+)", advice)
-        assert command in commands and found and all(key in known[section] for section, key in found)
+        assert command in commands and found and all(f"{section}.{key}" in docs() for section, key in found)
 
 
 def test_other_errors_are_not_taken_for_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Moco, assert_one_line_error
 from moco.data.manifest import load_manifest
-from moco.encoders.encoder import Architecture
+from moco.encoders.architecture import Architecture
 from moco.errors import UserError
 from moco.exchange.known_submission import is_known
 from moco.exchange.submission import render

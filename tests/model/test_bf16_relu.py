@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.accel.bf16_relu import Bf16ReLU, use_bf16_relu
-from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder
 
 
 def every_number() -> Tensor:

@@ -7,17 +7,17 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
+from moco.encoders.architecture import Architecture
 from moco.encoders.encoder import (
-    Architecture,
     batch_norms,
     body_weights,
     build_encoder,
-    encoders,
     feature_width,
     last_width,
     load_body,
     strip_head,
-)  # fmt: skip
+)
+from moco.encoders.families import encoders
 from moco.encoders.small_resnet import SmallResNet
 from moco.methods.projection import with_head
 
@@ -28,7 +28,10 @@ def one_thread(few_threads: None) -> None:
     torch.set_num_threads(1)
 
 
-WIDTHS = {"small_resnet": 16, "resnet18": 512, "resnet34": 512}  # all others: 2048
+WIDTHS = {  # all others: 2048
+    "small_resnet": 16, "resnet18": 512, "resnet34": 512, "convnext_tiny": 768, "convnext_small": 768,
+    "convnext_base": 1024, "convnext_large": 1536,
+}  # fmt: skip
 
 
 def small(outputs: int = 5, stem: str = "small", width: int = 4, stages: int = 2) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import nn
 
 from moco.accel import small_convolution
 from moco.accel.small_convolution import SmallConv2d, use_small_convolutions
-from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder
 
 
 @pytest.mark.parametrize(("kernel", "size", "stride", "product"), [

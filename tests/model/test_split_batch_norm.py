@@ -10,7 +10,8 @@ import torchvision.models
 from torch import Tensor, nn
 
 from moco.encoders import split_batch_norm
-from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder
 from moco.encoders.small_resnet import SmallResNet
 from moco.encoders.split_batch_norm import SplitBatchNorm2d, use_split_batch_norm
 

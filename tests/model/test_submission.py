@@ -19,7 +19,8 @@ from torch import nn
 
 from moco.data.decode import resize_and_crop
 from moco.data.manifest import Manifest
-from moco.encoders.encoder import Architecture, build_encoder
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder
 from moco.exchange.submission import render
 from moco.settings.eval import EvalConfig
 from moco.views.views import Views, recipe

@@ -93,13 +93,3 @@ def test_what_changes_a_result_is_a_reason(moco: Moco, project: Path, pretrained
     write_params(project, pretrain__temperature=0.3)
     assert "made already" not in moco("pretrain").stderr
     assert len(list((project / "runs/pretrain").iterdir())) == 2
-
-
-def test_an_interrupted_run_of_an_earlier_version_is_named(moco: Moco, project: Path, pretrained: Path) -> None:
-    """Its folder has a name of other settings, so that nobody would find it."""
-    (pretrained / "done").unlink()
-    (pretrained / "identity.json").write_text("{}")
-    pretrained.rename(pretrained.with_name("0123456789ab"))
-    said = moco("pretrain").stderr
-    assert "runs/pretrain/0123456789ab was begun by an earlier version" in said
-    assert "--resume runs/pretrain/0123456789ab/checkpoint_002.pth" in said

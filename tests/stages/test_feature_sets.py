@@ -9,7 +9,8 @@ import torch
 
 from conftest import write_params
 from moco.data.cache import DecodedSplit
-from moco.encoders.encoder import Architecture, build_encoder, strip_head
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import build_encoder, strip_head
 from moco.settings import reading as params
 from moco.stages import train
 from moco.training.features import extract

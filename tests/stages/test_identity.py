@@ -111,7 +111,7 @@ def test_code_inputs_and_a_broken_file_that_change_meanwhile_are_named(moco: Moc
     run_all(moco, "data", "pretrain")
     with meanwhile("train.open_decoded", lambda: append(code / "training/linear.py")):
         assert_one_line_error(moco("train"), "moco/training/linear.py", "[E-STAGE-CHANGED]")
-    with meanwhile("train.open_decoded", lambda: append(code / "cli.py")):
+    with meanwhile("train.open_decoded", lambda: append(code / "cli/main.py")):
         assert moco("train").returncode == 0, "which decides nothing"
     encoder = (project / "models/encoder.pth").read_bytes()
     with meanwhile("train.open_decoded", lambda: (project / "models/encoder.pth").write_bytes(encoder[:-1] + b"x")):
@@ -152,7 +152,7 @@ def test_an_interrupted_run_whose_code_has_changed_is_continued_on_purpose_only(
         assert moco(stage).returncode == 128 + signal.SIGTERM
     (log,) = project.glob(f"runs/{stage}/*/metrics.jsonl")
     lines = log.read_bytes()
-    changed = code / ("model/momentum_contrast.py" if stage == "pretrain" else "stages/supervised.py")
+    changed = code / ("methods/momentum_contrast.py" if stage == "pretrain" else "training/supervised.py")
     append(changed)
     (state,) = sorted(path.relative_to(project) for path in log.parent.glob("checkpoint_*.pth"))[-1:]
     saved = (project / state).read_bytes()
@@ -176,7 +176,7 @@ def test_with_the_old_code_back_an_interrupted_run_goes_on(moco: Moco, project: 
     shutil.rmtree(project / "runs/pretrain")
     with pretraining_signalled(7):
         assert moco("pretrain").returncode == 128 + signal.SIGTERM
-    file = code / "data/views.py"
+    file = code / "views/views.py"
     text = file.read_text()
     append(file)
     assert_one_line_error(moco("pretrain"), "moco/views/views.py", "[E-RUN-CODE]")

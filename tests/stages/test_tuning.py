@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from conftest import Moco, write_params
+from moco.encoders import own
 from moco.encoders.small_resnet import SmallResNet
 from moco.errors import UserError
 from moco.settings.reading import load
@@ -77,13 +78,13 @@ def test_mixup_mixes_images_and_targets_alike_and_again_the_same(project: Path) 
 
 @pytest.mark.parametrize("network", [SmallResNet(5, 4, 3), resnet18(num_classes=5)])
 def test_earlier_stages_learn_more_slowly(network: nn.Module, project: Path) -> None:
-    groups = layer_groups(network, 0.5)
+    groups = layer_groups(network, 0.5, own.stage)
     stages = 3 if isinstance(network, SmallResNet) else 4
     assert [group["scale"] for group in groups] == [0.5**depth for depth in range(stages + 1, -1, -1)]
     assert groups[-1]["params"][0] is network.fc.weight and groups[0]["params"][0] is network.conv1.weight
     found = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(found) == sorted(map(id, network.parameters()))
-    step, _ = stepped(project, Tuning(layer_decay=0.5), network)
+    step, _ = stepped(project, Tuning(layer_decay=0.5, stage_of=own.stage), network)
     rates = [group["lr"] for group in step.optimizer.param_groups]
     assert rates == pytest.approx([rates[-1] * group["scale"] for group in groups])
     assert rates[-1] == pytest.approx(scaled_lr(step.section.lr, 4) * 0.5, rel=0.01), "cosine, half-way"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moco.data.manifest import Manifest
-from moco.encoders.encoder import Architecture
+from moco.encoders.architecture import Architecture
 from moco.errors import UserError
 from moco.exchange.submission import render
 from moco.files import sha256, working_folder, write_text

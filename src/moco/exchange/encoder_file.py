@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from moco.data.manifest import Manifest
-from moco.encoders.encoder import Architecture, body_weights
+from moco.encoders.architecture import Architecture
+from moco.encoders.encoder import body_weights
 from moco.errors import UserError
 from moco.files import sha256
 from moco.runs.joins import image_facts

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moco.data.manifest import Manifest, load_manifest
-from moco.encoders.encoder import SMALL, Architecture
+from moco.encoders.architecture import Architecture
 from moco.errors import UserError
 from moco.exchange.submission import render
 from moco.files import home, sha256
 from moco.layout import MANIFEST, RUNS
 from moco.settings.eval import EvalConfig
 
-NAMES = ("team_id", "team_name", "email_address", "class_names")
-SMALL_NETWORK = re.compile(
-    r"^    return SmallResNet\((\d+), (\d+), (\d+), ([12])(, pyramid=True)?(?:, convolutions=(\d+))?\)$", re.MULTILINE
-)
-OTHER_NETWORK = re.compile(r"^    model = models\.([a-z0-9_]+)\(weights=None, num_classes=(\d+)\)$", re.MULTILINE)
+NAMES = ("team_id", "team_name", "email_address", "architecture", "class_names")
 RESIZED = re.compile(r"^        transforms\.Resize\((\d+)\),$", re.MULTILINE)
 SCALED = re.compile(r"^        transforms\.Normalize\((.+)\),$", re.MULTILINE)
 
@@ -62,25 +58,12 @@ def _values(text: str, manifest: Manifest) -> tuple[Architecture, Manifest, Eval
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in NAMES:
             named[node.targets[0].id] = ast.literal_eval(node.value)
-    scaled, small, other = SCALED.search(text), SMALL_NETWORK.search(text), OTHER_NETWORK.search(text)
-    if (
-        named.keys() != set(NAMES)
-        or type(named["team_id"]) is not int
-        or scaled is None
-        or (small is None) == (other is None)
-    ):
+    scaled, resized = SCALED.search(text), RESIZED.search(text)
+    if named.keys() != set(NAMES) or type(named["team_id"]) is not int or scaled is None:
         raise ValueError("not a text of this project")
-    resized = RESIZED.search(text)
     mean, std = ast.literal_eval(f"({scaled[1]})")
     given = replace(
         manifest, classes=named["class_names"], resize=int(resized[1]) if resized else None, mean=mean, std=std
     )
-    if small is not None:
-        architecture = Architecture(
-            SMALL, "small" if small[4] == "1" else "imagenet", int(small[2]), int(small[3]),
-            "pyramid" if small[5] else "last", int(small[6] or 2),
-        )  # fmt: skip
-    else:
-        stem = "small" if "model.maxpool = nn.Identity()" in text else "imagenet"
-        architecture = Architecture(other[1] if other else "", stem, 1, 1)
-    return architecture, given, EvalConfig(**{name: named[name] for name in ("team_id", "team_name", "email_address")})
+    config = EvalConfig(**{name: named[name] for name in ("team_id", "team_name", "email_address")})
+    return Architecture(**named["architecture"]), given, config

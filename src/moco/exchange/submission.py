@@ -10,8 +10,8 @@ import inspect
 
 from moco.data import as_seen
 from moco.data.manifest import Manifest
-from moco.encoders import small_resnet
-from moco.encoders.encoder import Architecture
+from moco.encoders.architecture import Architecture
+from moco.encoders.families import family
 from moco.settings.eval import EvalConfig
 
 HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch, torchvision, numpy and Pillow.
@@ -22,28 +22,6 @@ HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch,
 '''
 
 
-def _model_source(architecture: Architecture, classes: int) -> tuple[str, str]:
-    """(import lines, definition of get_model with what it needs)."""
-    small = architecture.stem == "small"
-    if architecture.name == "small_resnet":
-        text = inspect.getsource(small_resnet)
-        text = text[text.index("from torch import Tensor, nn") :].split("\n", 1)[1].strip()
-        arguments = f"{classes}, {architecture.width}, {architecture.stages}, {1 if small else 2}"
-        arguments += ", pyramid=True" if architecture.features == "pyramid" else ""
-        arguments += f", convolutions={architecture.convolutions}" if architecture.convolutions != 2 else ""
-        return "import torch\nfrom torch import Tensor, nn\nfrom torchvision import transforms", (
-            f"{text}\n\n\ndef get_model() -> nn.Module:\n    return SmallResNet({arguments})\n"
-        )
-    body = [f"    model = models.{architecture.name}(weights=None, num_classes={classes})"]
-    if small:
-        body += [
-            "    model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)",
-            "    model.maxpool = nn.Identity()",
-        ]
-    definition = "\n".join(["def get_model() -> nn.Module:", *body, "    return model"]) + "\n"
-    return "from torch import nn\nfrom torchvision import models, transforms", definition
-
-
 def _as_seen_source() -> str:
     """Return what turns an opened file into the picture that a person sees, as the training images were."""
     text = inspect.getsource(as_seen)
@@ -52,7 +30,7 @@ def _as_seen_source() -> str:
 
 def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -> str:
     """The text of submission.py for one architecture, data set and team."""
-    imports, model = _model_source(architecture, len(manifest.classes))
+    imports, model = family(architecture.name).source(architecture, len(manifest.classes))
     steps = ["as_seen"]
     if manifest.resize is not None:
         steps += [f"transforms.Resize({manifest.resize})", f"transforms.CenterCrop({manifest.resize})"]
@@ -62,6 +40,7 @@ def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -
         f"{HEADER}\nfrom __future__ import annotations\n\nimport numpy as np\nfrom PIL import Image\n{imports}\n\n"
         f"team_id = {config.team_id}\nteam_name = {config.team_name!r}\n"
         f"email_address = {config.email_address!r}\n"
+        f"architecture = {architecture.as_dict()!r}\n"
         f"class_names = {manifest.classes!r}\n\n{_as_seen_source()}\n\n\n"
         f"eval_transform = transforms.Compose(\n    [\n{transform}    ]\n)\n\n\n{model}"
     )

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from moco.runs import outputs
 from moco.runs.heartbeat_lock import exclusive
 from moco.runs.identity import Identity, Making
 from moco.settings.listing import params_text
+from moco.settings.schema import without_setting
 
 LOG, DONE, IDENTITY, PARAMS = "metrics.jsonl", "done", "identity.json", "params.yaml"  # in a run's folder
-FORMAT = 2  # of identity.json; in 1, settings that change no result stood among the others
 STATES = "checkpoint_*.pth"  # in a run's folder: what it can be continued from
 
 
 def run_key(settings: dict[str, Any], digest: str) -> str:
     """Name of the run that these settings and this data make."""
-    text = json.dumps({"settings": settings, "data": digest}, sort_keys=True, default=str)
+    later = {name: str(value) for name, value in without_setting().items()}
+    kept = {name: value for name, value in settings.items() if later.get(name) != str(value)}
+    text = json.dumps({"settings": kept, "data": digest}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -115,33 +117,12 @@ def _free(
             stack.close()
             return _complete(stage, key, making, fits) or _free(stage, key, making, fits, stack)
         shutil.rmtree(folder.own(Path()), ignore_errors=True)  # of a process that was stopped while it wrote them
-        if not (folder.path / LOG).exists():
-            _tell_of_older(stage, folder.path)
         if making is not None:
             write_text(folder.path / PARAMS, params_text(making.config))
             if not any(folder.path.glob(STATES)):
-                content = {"format": FORMAT, **asdict(making.identity)}
-                write_text(folder.path / IDENTITY, json.dumps(content, indent=1))
+                write_text(folder.path / IDENTITY, json.dumps(asdict(making.identity), indent=1))
         return folder
     raise RuntimeError("there is always a new folder")
-
-
-def _tell_of_older(stage: str, new: Path) -> None:
-    """Say which interrupted runs an earlier version began, whose names and settings were others."""
-    for folder in sorted(new.parent.iterdir()):
-        states = sorted(folder.glob(STATES))
-        if folder != new and states and not (folder / DONE).exists() and _identity(folder).get("format") != FORMAT:
-            say(f"note: {folder} was begun by an earlier version of moco and is not continued by itself; "
-                f"`moco {stage} --resume {states[-1]}` continues it where the settings fit")  # fmt: skip
-
-
-def _identity(folder: Path) -> dict[str, Any]:
-    """What identity.json says; {} where there is none that can be read."""
-    try:
-        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _may_go_on(folder: Path, making: Making | None) -> bool:
@@ -149,4 +130,6 @@ def _may_go_on(folder: Path, making: Making | None) -> bool:
     there is a state to continue from, that knows its code itself."""
     if making is None or not (folder / LOG).exists():
         return True
-    return Identity.from_dict(_identity(folder)) == making.identity
+    with suppress(OSError, ValueError):
+        return Identity.from_dict(json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) == making.identity
+    return False

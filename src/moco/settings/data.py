@@ -48,7 +48,9 @@ class DataConfig:
         "in train or val",
     )  # fmt: skip
     exclude_val: bool = setting(
-        True, "take images of the pool that also stand in val out of the pool, and report them; false: report alone"
+        True,
+        "take images of the pool that also stand in val out of the pool, and report them; false: report alone",
+        before=True,
     )
     max_pixels: Count = setting(
         178956970, "of one image; larger ones are refused, since a small file can fill the memory this way"

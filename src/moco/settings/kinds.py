@@ -52,10 +52,11 @@ Schedule = Literal["cosine", "step", "constant"]
 def setting(default: Any, doc: str, before: Any = MISSING) -> Any:
     """Return the field of a setting.
 
-    doc: what it is, in one line: unit, choices and source. before: what versions that did not have the setting yet
-    did, where that is not the default; files that they made are compared by it.
+    doc: what it is, in one line: unit, choices and source. before: for a setting that came later, the value at which
+    all is as it was without; files and runs of earlier versions are compared by it.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, "before": default if before is MISSING else before})
+    known = {} if before is MISSING else {"before": before}
+    return dataclasses.field(default=default, metadata={"doc": doc, **known})
 
 
 def fields_of(section: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:

@@ -14,15 +14,19 @@ class PretrainConfig(OptimizationConfig):
     """Self-supervised pretraining."""
 
     method: Literal["moco_v2", "simclr"] = setting(
-        "moco_v2", "moco_v2 | simclr (negatives from the batch; no queue, no momentum encoder)"
+        "moco_v2", "moco_v2 | simclr (negatives from the batch; no queue, no momentum encoder)", before="moco_v2"
     )
-    encoder: str = setting("small_resnet", "small_resnet | resnet18 | resnet34 | resnet50 | … (torchvision's ResNets)")
+    encoder: str = setting(
+        "small_resnet", "small_resnet | resnet18 | resnet50 | convnext_tiny | … (torchvision's ResNets and ConvNeXts)"
+    )
     stem: Literal["imagenet", "small"] = setting(
         "small", "small: 3x3, stride 1, for images below about 64 pixels | imagenet: 7x7 and pooling"
     )
     width: Annotated[int, Range(1, 4096)] = setting(16, "small_resnet: channels of the stem; each stage doubles them")
     stages: Annotated[int, Range(1, 6)] = setting(3, "small_resnet: stages, each of which halves the resolution")
-    convolutions: Annotated[int, Range(1, 2)] = setting(2, "small_resnet: 3x3 convolutions in a stage, 1 or 2")
+    convolutions: Annotated[int, Range(1, 2)] = setting(
+        2, "small_resnet: 3x3 convolutions in a stage, 1 or 2", before=2
+    )
     head: Literal["mlp", "linear"] = setting("mlp", "projection: mlp (v2) | linear (v1)")
     dim: Annotated[int, Range(1, 65536)] = setting(128, "width of the embedding")
     queue: Count = setting(4096, "keys in the queue; any length")
@@ -54,14 +58,19 @@ class PretrainConfig(OptimizationConfig):
     resolutions: tuple[PositiveFraction, ...] = setting(
         (1.0,),
         "sides of views as fractions of the images', small ones first: they cost less and teach as much early on",
+        before=(1.0,),
     )
-    resolution_changes: tuple[Fraction, ...] = setting((), "fractions of the run at which the next resolution begins")
+    resolution_changes: tuple[Fraction, ...] = setting(
+        (), "fractions of the run at which the next resolution begins", before=()
+    )
     epochs: Count = setting(24, "passes over the unlabelled images, in whole batches: the rest sits out each time")
     minutes: Positive | None = setting(
         None, "wall-clock; the run ends at whichever of epochs and minutes comes first; null: epochs alone"
     )
     batch_size: Annotated[int, Range(2)] = setting(128, "images")
-    accumulate: Count = setting(1, "micro-batches that a batch is split into where memory does not hold it whole")
+    accumulate: Count = setting(
+        1, "micro-batches that a batch is split into where memory does not hold it whole", before=1
+    )
     lr: Positive = setting(0.12, "per 256 images; short runs take more than the 0.03 of MoCo's long runs")
     weight_decay: NotNegative = setting(0.0005, "MoCo's CIFAR demo; 1e-4 for sets like ImageNet")
     warmup: Fraction = setting(0.02, "fraction of the run in which lr rises from 0")

@@ -59,8 +59,9 @@ def docs() -> dict[str, str]:
 
 
 def without_setting() -> dict[str, Any]:
-    """Return how versions behaved that did not have a setting yet, by dotted name."""
-    return {name: field.metadata["before"] for name, field, _ in fields_of(Config, "")}
+    """Return the settings that came later at the values at which all is as it was without them, by dotted name."""
+    later = {name: field.metadata["before"] for name, field, _ in fields_of(Config, "") if "before" in field.metadata}
+    return {**later, "pretrain.features": "last"}  # which has moved since
 
 
 def section_class(name: str) -> type[Any]:

@@ -22,7 +22,9 @@ class TrainConfig(OptimizationConfig):
     lr: Positive = setting(0.1, "sgd: per 256 images; MoCo's 30 belongs to feature_scaling: none")
     weight_decay: NotNegative = setting(0.01, "of both solvers, on standardized features; 0 in the original")
     features: Literal["last", "pyramid"] = setting(
-        "last", "small_resnet: last: the last stage's | pyramid: also those between, for some hundred labels a class"
+        "last",
+        "small_resnet: last: the last stage's | pyramid: also those between, for some hundred labels a class",
+        before="last",
     )
     feature_scaling: Literal["standardize", "none"] = setting(
         "standardize", "standardize | none; folded into the layer, so that the weights stay plain"

@@ -19,7 +19,8 @@ from moco.data.batches import EpochSampler
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
-from moco.encoders.encoder import Architecture, build_encoder, strip_head, with_features
+from moco.encoders.architecture import Architecture, with_features
+from moco.encoders.encoder import build_encoder, strip_head
 from moco.errors import say
 from moco.files import scratch_folder, write_text
 from moco.layout import MANIFEST, REPORTS

@@ -23,7 +23,9 @@ from moco.data.batches import EpochSampler, gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.encoders.encoder import build_encoder, feature_width, with_features
+from moco.encoders.architecture import with_features
+from moco.encoders.encoder import build_encoder, feature_width
+from moco.encoders.families import family
 from moco.errors import UserError, say
 from moco.exchange.classifier_files import WEIGHTS, Classifier, TrainedClassifier, read_classifier, write_classifier
 from moco.exchange.encoder_file import load_encoder
@@ -129,7 +131,8 @@ def _run(
     views = classifier_views(manifest, device, section.crop_scale)
     pool = _pool(section, splits["unlabeled"], sampler.batch_size, views, manifest)
     precision = choose_precision(config.pretrain.precision, device)
-    tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen")
+    tuning = Tuning(section.layer_decay, section.label_smoothing, section.mixup, section.batch_norm == "frozen",
+                    family(start.architecture.name).stage)  # fmt: skip
     step = SupervisedStep(
         network, torch.from_numpy(labels), views, section, sampler.batch_size, device, precision, tuning, pool
     )  # fmt: skip

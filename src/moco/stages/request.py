@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest
-from moco.encoders.encoder import build_encoder, last_width, load_body, strip_head, with_features
+from moco.encoders.architecture import with_features
+from moco.encoders.encoder import build_encoder, last_width, load_body, strip_head
 from moco.errors import UserError, present, say
 from moco.exchange.classifier_files import WEIGHTS, read_classifier
 from moco.exchange.encoder_file import EncoderFile

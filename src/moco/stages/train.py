@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moco.data.cache import DecodedSplit
 from moco.data.manifest import Manifest, load_manifest
 from moco.data.prepare import open_decoded
-from moco.encoders.encoder import Architecture, build_encoder, load_body, strip_head, with_features
+from moco.encoders.architecture import Architecture, with_features
+from moco.encoders.encoder import build_encoder, load_body, strip_head
 from moco.errors import UserError, say
 from moco.exchange.classifier_files import Classifier, write_classifier
 from moco.exchange.encoder_file import EncoderFile, load_encoder

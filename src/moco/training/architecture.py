@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moco.data.manifest import Manifest
-from moco.encoders.encoder import SMALL, Architecture, encoders
+from moco.encoders.architecture import Architecture
+from moco.encoders.families import encoders, family
+from moco.encoders.own import SMALL
 from moco.errors import UserError
 from moco.settings.pretrain import PretrainConfig
 from moco.settings.reading import nearest
@@ -21,11 +23,16 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
         )
     if manifest.height != manifest.width:
         raise UserError(f"images are {manifest.width}x{manifest.height}; set data.resize so that they become square")
-    halvings = section.stages + (section.stem == "imagenet")
+    chosen = described(section)
     smallest = min(view_size(manifest.height, (share,), (), 0) for share in section.resolutions)
-    if section.encoder == SMALL and smallest >> halvings == 0:
-        raise UserError(f"pretrain.stages: {section.stages} stages halve views of {smallest} pixels away; use fewer")
-    return described(section)
+    if smallest < (needed := family(section.encoder).smallest(chosen)):
+        fewer = " or fewer pretrain.stages" if section.encoder == SMALL else ""
+        raise UserError(
+            f"pretrain.encoder: {section.encoder} with this stem needs views of {needed} pixels, the smallest are of "
+            f"{smallest}; use larger images (data.resize){fewer}",
+            "E-PRETRAIN-VIEW-SIZE",
+        )
+    return chosen
 
 
 def described(section: PretrainConfig) -> Architecture:

@@ -26,27 +26,33 @@ from moco.views.views import Views
 BATCH = 256  # images, when measuring
 
 
+def _first_word(parameter: str) -> str:
+    return parameter.split(".", maxsplit=1)[0]
+
+
 @dataclass(frozen=True)
 class Tuning:
     """layer_decay: each stage's learning rate as a share of that of the stage after it. label_smoothing: share of the
     target that goes to all classes alike. mixup: alpha (arXiv 1710.09412), 0 for none. frozen_norms: BatchNorm keeps
-    its running statistics and normalises with them."""
+    its running statistics and normalises with them. stage_of: see `layer_groups`."""
 
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     frozen_norms: bool = False
+    stage_of: Callable[[str], str] = _first_word
 
 
-def layer_groups(network: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: the stem, each stage, the last layer; `scale` of their learning rates."""
+def layer_groups(network: nn.Module, decay: float, stage: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: the stem, each stage, the last layer; `scale` of their learning rates.
+
+    stage: which of them a parameter belongs to, by its name.
+    """
     if decay == 1:
         return [{"params": list(network.parameters()), "scale": 1.0}]
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        words = name.split(".")
-        part = ".".join(words[:2]) if words[0] == "layers" else words[0]  # small_resnet's stages are one Sequential
-        parts.setdefault("stem" if part in ("conv1", "bn1") else part, []).append(parameter)
+        parts.setdefault(stage(name), []).append(parameter)
     last = len(parts) - 1
     return [{"params": each, "scale": decay ** (last - depth)} for depth, each in enumerate(parts.values())]
 
@@ -70,7 +76,7 @@ class SupervisedStep:
         self.device, self.precision, self.tuning = device, precision, tuning
         self.peak_lr = scaled_lr(section.lr, batch_size)
         self.optimizer = make_sgd(
-            layer_groups(network, tuning.layer_decay), device, precision, lr=self.peak_lr,
+            layer_groups(network, tuning.layer_decay, tuning.stage_of), device, precision, lr=self.peak_lr,
             momentum=section.sgd_momentum, weight_decay=section.weight_decay, nesterov=section.sgd_momentum > 0,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)

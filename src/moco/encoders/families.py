@@ -1,0 +1,49 @@
+"""Families of encoders. To add one: write a module with these functions beside this one, and name it in FAMILIES."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from torch import nn
+
+from moco.encoders import convnext, own, resnet
+from moco.encoders.architecture import Architecture
+
+
+class Family(Protocol):
+    """A module of encoders that are built alike."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of its encoders."""
+
+    def build(self, architecture: Architecture, num_outputs: int) -> nn.Module:
+        """Return a network with random weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
+
+    def source(self, architecture: Architecture, num_outputs: int) -> tuple[str, str]:
+        """Return Python text that builds the same network without this project: imports, and a definition of
+        get_model() with what it needs."""
+
+    def smallest(self, architecture: Architecture) -> int:
+        """Return the side of the smallest images that it takes, in pixels."""
+
+    def stage(self, parameter: str) -> str:
+        """Return which part of the network a parameter belongs to, by its name: parts learn at rates of their own in
+        fine-tuning, in the order in which they first come."""
+
+
+FAMILIES = (own, resnet, convnext)
+
+
+def encoders() -> tuple[str, ...]:
+    """Return the names of all encoders. Imports torchvision, which takes seconds."""
+    return tuple(name for family in FAMILIES for name in cast(Family, family).names())
+
+
+def family(name: str) -> Family:
+    """Return the family of an encoder. Raises ValueError for a name that none has."""
+    for each in FAMILIES:
+        if each is own and name == own.SMALL:  # without torchvision
+            return cast(Family, own)
+        if each is not own and name in cast(Family, each).names():
+            return cast(Family, each)
+    raise ValueError(f"{name}: no family of encoders has it")

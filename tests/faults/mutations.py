@@ -77,8 +77,6 @@ MUTATIONS = [
              "    if False:\n", "tests/training/test_loop.py -k diverge"),
     Mutation("broken weights before a state is saved", "training/numerics.py",
              "    if not torch.stack(found).all():\n", "    if False:\n", "tests/faults/test_divergence.py -k weights"),
-    Mutation("shared memory that is not written while it is read", "training/averaging.py",
-             "self.turn = 1 - self.turn", "self.turn = 0", "tests/training/test_averaging.py -k shared"),
     Mutation("update of the step before, where the state is looked at", "methods/step.py",
              "        self.settle()\n        return self._model\n", "        return self._model\n",
              "tests/training/test_distributed.py"),

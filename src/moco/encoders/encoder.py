@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from moco.accel.bf16_relu import use_bf16_relu
 from moco.accel.small_convolution import use_small_convolutions
 from moco.encoders.architecture import Architecture
 from moco.encoders.families import family
@@ -15,12 +14,7 @@ from moco.encoders.small_resnet import SmallResNet
 
 def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
     """Return a network with random weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
-    return _quick(family(architecture.name).build(architecture, num_outputs))
-
-
-def _quick(network: nn.Module) -> nn.Module:
-    """With layers of ours that compute the same sooner on CPUs."""
-    return use_bf16_relu(use_small_convolutions(network))
+    return use_small_convolutions(family(architecture.name).build(architecture, num_outputs))  # sooner on CPUs
 
 
 def feature_width(network: nn.Module) -> int:

@@ -20,8 +20,7 @@ from moco.encoders.split_batch_norm import kernels, use_split_batch_norm
 from moco.methods.method import Method, methods
 from moco.settings.pretrain import PretrainConfig
 from moco.training.architecture import described
-from moco.training.averaging import Average
-from moco.training.distributed import SOLO, Processes
+from moco.training.distributed import SOLO, Average, Processes
 from moco.training.numerics import autocast
 from moco.training.optimizer import load_sgd, make_sgd
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size

@@ -252,3 +252,41 @@ def refuse_several(command: str) -> None:
             f"moco {command} runs in one process, not in {processes.size}: start it without torchrun (`moco pretrain` "
             "alone can share its work)"
         )
+
+
+class Average:
+    """The mean over the processes of tensors that have the same shapes in every call, in place, by one all-reduce; the
+    same bits in all of them. The wait is in the call of the result, until which the tensors keep what they have; it
+    comes before the next call. The buffer is kept: new pages in every step cost more than sending it does."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.buffer: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, tensors: list[Tensor]) -> Callable[[], None]:
+        """Begin the exchange, and return what waits for its end and changes the tensors."""
+        if self.processes.size == 1:
+            return lambda: None
+        tensors = [_in_memory_order(tensor) for tensor in tensors]
+        sizes = [tensor.numel() for tensor in tensors]
+        buffer = self.buffer = tensors[0].new_empty(sum(sizes)) if self.buffer is None else self.buffer
+        torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer)
+        arrived = begun(self.processes, lambda: dist.all_reduce(buffer, async_op=True))
+
+        @torch.no_grad()
+        def take() -> None:
+            arrived()
+            parts = zip(buffer.split(sizes), tensors, strict=True)
+            torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in parts])
+            torch._foreach_div_(tensors, self.processes.size)
+
+        return take
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The same tensor with dimensions in the order of memory where it is channels-last: to bring it into another order
+    and back takes as long as sending it."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor

@@ -122,7 +122,7 @@ def test_merged_keys_stand_there_once(project: Path) -> None:
         ({"resolutions": [0.5, 1.0], "resolution_changes": [1.0]}, ("pretrain.resolution_changes", "below 1")),
         (
             {"resolutions": [0.1, 1.0], "resolution_changes": [0.5], "stages": 3},
-            ("pretrain.stages", "views of 4 pixels"),
+            ("pretrain.stages", "views of 8 pixels", "E-PRETRAIN-VIEW-SIZE"),
         ),
     ],
 )

@@ -26,10 +26,10 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
     chosen = described(section)
     smallest = min(view_size(manifest.height, (share,), (), 0) for share in section.resolutions)
     if smallest < (needed := family(section.encoder).smallest(chosen)):
-        fewer = " or fewer pretrain.stages" if section.encoder == SMALL else ""
+        own = section.encoder == SMALL
         raise UserError(
-            f"pretrain.encoder: {section.encoder} with this stem needs views of {needed} pixels, the smallest are of "
-            f"{smallest}; use larger images (data.resize){fewer}",
+            f"pretrain.{'stages' if own else 'encoder'}: {section.encoder} as it is set needs views of {needed} "
+            f"pixels, the smallest are of {smallest}; use {'fewer, or ' if own else ''}larger images (data.resize)",
             "E-PRETRAIN-VIEW-SIZE",
         )
     return chosen

@@ -1,5 +1,5 @@
-"""The process that carries a run's metric log to MLflow while the run goes on: beside it, so that whatever a server
-does, or does not do, costs the training nothing.
+"""The process that carries a run's metric log to MLflow and other sinks while the run goes on: beside it, so that
+whatever a server does, or does not do, costs the training nothing.
 
     moco.environment.python_module("moco.tracking.delivery", RUN-FOLDER)
 
@@ -19,8 +19,7 @@ from pathlib import Path
 
 from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import NAME, close_abandoned
-from moco.tracking.mlflow_sink import MlflowSink
-from moco.tracking.store import explain
+from moco.tracking.sinks import Sink, sinks
 
 EVERY = 10.0  # seconds between two deliveries
 LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts again
@@ -28,21 +27,27 @@ LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts aga
 
 def deliver(folder: Path, config: TrackingConfig) -> str:
     """Until the run has ended; returns what went wrong in the end, or ''."""
-    sink = MlflowSink(folder, config)
+    places = sinks(folder, config)
     ended, wait = False, 0.0  # at first at once: MLflow takes seconds to import
     while not ended:
         ended, wait = _ended_within(wait), EVERY
-        problem = ""
-        for attempt in range(LAST_TRIES if ended else 1):
-            time.sleep(attempt)
-            try:
-                if ended:
-                    close_abandoned(folder / NAME, quiet=0)
-                sink.replay()
-                problem = ""
-                break
-            except Exception as error:  # MLflow and its HTTP layers raise many kinds
-                problem = explain(error, sink.uri)
+        if ended:
+            close_abandoned(folder / NAME, quiet=0)
+        problems = [problem for sink in places if (problem := _replay(sink, LAST_TRIES if ended else 1))]
+    return "; ".join(problems)
+
+
+def _replay(sink: Sink, tries: int) -> str:
+    """Return what went wrong at the last try, or ''."""
+    problem = ""
+    for attempt in range(tries):
+        time.sleep(attempt)
+        try:
+            sink.replay()
+        except Exception as error:  # MLflow and its HTTP layers raise many kinds
+            problem = sink.explain(error)
+        else:
+            return ""
     return problem
 
 

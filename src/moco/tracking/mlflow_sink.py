@@ -63,6 +63,10 @@ class MlflowSink:
         self.again = self.deleted = False
         self.problem: Exception | None = None  # with a file or model; numbers and states do not wait for those
 
+    def explain(self, error: BaseException) -> str:
+        """Return one line for what MLflow says, with what to do."""
+        return store.explain(error, self.uri)
+
     def _load(self) -> SinkState:
         try:
             state = SinkState(**json.loads((self.folder / STATE).read_text()))

@@ -22,7 +22,8 @@ from moco.redaction import redact
 from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
 from moco.tracking.origin import UNKNOWN, Origin
-from moco.tracking.store import available, store_uri
+from moco.tracking.sinks import has_mlflow, sinks
+from moco.tracking.store import store_uri
 from moco.tracking.store_check import trouble
 from moco.tracking.system import SystemSampler
 
@@ -76,9 +77,9 @@ class Run:
             self.say(origin.warning)
 
     def _begin_delivery(self) -> None:
-        if not store_uri(self.config) or self.config.offline or not available():
+        if not sinks(self.folder, self.config):
             return
-        if problem := trouble(self.config):
+        if has_mlflow(self.config) and not self.config.offline and (problem := trouble(self.config)):
             self.say(f"warning: MLflow: {problem}; the run goes on, and `moco sync` brings it there afterwards")
         try:
             self.process = subprocess.Popen(
@@ -178,9 +179,9 @@ class Run:
         finally:
             problem_there = self._end_delivery(HASTE if killed else PATIENCE)
         if problem_there:
-            place = redact(store_uri(self.config))
+            place = f"MLflow at {redact(store_uri(self.config))}" if has_mlflow(self.config) else "the run's table"
             self.say(
-                f"warning: MLflow at {place} does not have everything yet ({problem_there}); "
+                f"warning: {place} does not have everything yet ({problem_there}); "
                 f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"
             )
 

@@ -14,6 +14,7 @@ from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import NAME, close_abandoned, read_events
 from moco.tracking.mlflow_sink import MlflowSink
 from moco.tracking.pipeline_run import converge
+from moco.tracking.sinks import other_sinks
 from moco.tracking.store import NO_ANSWER, available, check_address, client, explain, sqlite_file, store_uri
 from moco.tracking.store_file import refuse_other_schema, relocate
 
@@ -109,6 +110,8 @@ def sync_all(
                 sink = MlflowSink(log.parent, config)
                 sink.replay(again)
                 deleted += [log.parent] if sink.deleted else []
+                for other in other_sinks(log.parent, config):
+                    other.replay()
             except Exception as error:  # MLflow and its HTTP layers raise many kinds
                 failed.append(_problem(error, log, uri))
     _converge(config, uri, failed)

@@ -80,7 +80,7 @@ project() {
   # In a checkout its own code runs, which is what DVC hashes; elsewhere the image's.
   cat >"$prefix/bin/moco" <<'SCRIPT'
 #!/bin/sh
-if [ -f src/moco/cli/main.py ]; then export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"; fi
+if [ -f src/moco/errors.py ]; then export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"; fi
 exec /opt/moco/bin/python -P -m moco.cli "$@"
 SCRIPT
   chmod 755 "$prefix/bin/moco"

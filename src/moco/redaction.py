@@ -31,14 +31,18 @@ _TOKEN = (
     r"(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+|(?<=/api/webhooks/)\d+/[\w-]+|"
     r"(?<=/webhookb2/)[^\s'\"]{16,})"
 )
-_BASIC = r"(?=\S?[A-Za-z0-9+/]*[A-Z])(?=\S*[a-z])(?=[a-z0-9+/]|[A-Z]+[a-z0-9+/]+[A-Z])[A-Za-z0-9+/]{8,}={0,2}"
+_BASIC = (  # base64: with a digit or a padding, as names of things have none
+    r"(?=[A-Za-z0-9+/]*[0-9=])(?=\S?[A-Za-z0-9+/]*[A-Z])(?=\S*[a-z])(?=[a-z0-9+/]|[A-Z]+[a-z0-9+/]+[A-Z])"
+    r"[A-Za-z0-9+/]{8,}={0,2}"
+)
 # Words of a command line: an option that takes a secret, and user:password of curl.
 _OPTION = rf"--?(?:[a-z]+-)*{_KEY}"
 _BARE = r"(?=[^\s'\"]*[\d!#$%^&*+=])[^\s'\"{}<>$-][^\s'\"{}]{3,}"  # with a digit or sign, as prose follows options too
-_CURL = r"\bcurl\b[^\n]*?\s(?:-u|--user|--proxy-user|-U)[ =]*['\"]?[^\s:'\"{}$]+:"
+_CURL = r"\bcurl\b[^\n]{0,300}?\s(?:-u|--user|--proxy-user|-U)[ =]*['\"]?[^\s:'\"{}$]+:"
 _LISTED_USER = r"['\"](?:-u|--user|--proxy-user|-U)['\"]\s*,\s*f?['\"][^\s:'\"]+:"
 _LOGIN = (
-    r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b[^\n]*?\b(?:login|upload))\b[^\n]*?\s-p\s*"
+    r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b[^\n;|&]{0,60}?\b(?:login|upload))\b"
+    r"[^\n;|&]{0,200}?\s-p\s*"
 )
 _AUTH = r"(?:(?<![a-z])auth\s*=\s*(?:\w+\.)*\w*\(?|\b\w*Auth\w*)\(\s*['\"][^'\"\n]+['\"]\s*,\s*['\"]"
 
@@ -110,8 +114,8 @@ _LITERALS: tuple[re.Pattern[str], ...] = (
     re.compile(rf"(?:{_AUTH}|\.login\(\s*['\"][^'\"]+['\"]\s*,\s*['\"])[^'\"{{}}\n]{{4,}}['\"]"),
     re.compile(rf"(?:{_CURL}|{_LISTED_USER})[^\s'\"{{}}$]{{3,}}"),
     re.compile(
-        r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b.*\b(?:login|upload))\b"
-        r".*[\s'\"]-p['\",\s]*(?=\S*[^\W_])[^\s'\"{}$-][^\s'\"{}]{3,}"
+        r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b[^\n;|&]{0,60}?\b(?:login|upload))\b"
+        r"[^\n;|&]{0,200}?[\s'\"]-p['\",\s]*(?=\S*[^\W_])[^\s'\"{}$-][^\s'\"{}]{3,}"
     ),
     re.compile(rf"(?i:(?<![\w-]){_OPTION}\s+){_BARE}|(?i:(?<![\w-]){_OPTION}=)[^\s'\"{{}}<$-][^\s'\"{{}}]{{3,}}"),
     re.compile(rf"(?i:[;'\"]\s*(?:pwd|password|{_NAME})=[^;&'\"{{}}\s<$][^;&'\"{{}}\s]{{3,}})"),

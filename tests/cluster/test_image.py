@@ -240,7 +240,10 @@ def test_a_signal_reaches_the_stage_below_dvc_which_saves_its_state(
     engine: Any, image: str, checkout: Path, tmp_path: Path
 ) -> None:
     project = tmp_path / "stopped"
-    shutil.copytree(checkout, project, symlinks=True, ignore=shutil.ignore_patterns("models", "runs", "mlflow.db"))
+    shutil.copytree(checkout, project, symlinks=True)
+    for made in ("models", "runs"):
+        shutil.rmtree(project / made, ignore_errors=True)
+    (project / "mlflow.db").unlink(missing_ok=True)
     subprocess.run(["chown", "-R", f"{os.getuid()}:{os.getgid()}", str(project)], check=True)
     params = tiny_params(tracking__uri="", pretrain__epochs=100_000)
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -182,7 +182,17 @@ def test_numbers_of_the_allocation_that_a_job_was_submitted_from_are_not_believe
     assert "start 0," in alone and "CUDA_VISIBLE_DEVICES=0" not in alone.split("start 0,")[1]
     for name in THEIRS.keys() - {"SLURM_JOB_NODELIST"}:
         assert f"{name}={THEIRS[name]} is another allocation's" in alone, name
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3 is another" in alone
     own = starts(JOB.format(restarts=2, tasks=4, gpus=",gres/gpu=4"))
     assert "--nproc-per-node 4" in own and "start 2," in own and "--cpus-per-task=2" in own
     unknown = starts("")
     assert "--nproc-per-node 4" in unknown and "another allocation" not in unknown, "Slurm does not say"
+
+
+@pytest.mark.fault("environment")
+def test_a_choice_of_gpus_is_kept_where_slurm_manages_none(project: Path) -> None:
+    """The user's or the site's own; without it torch would take the first GPU, perhaps somebody else's."""
+    (project / "job").write_text(JOB.format(restarts=0, tasks=1, gpus=""))
+    fake(project, "scontrol", '#!/bin/sh\ncase "$*" in *"show job 7"*) cat job;; esac\n')
+    start(project, "pretrain", work='echo "gpus ${CUDA_VISIBLE_DEVICES:-unset}" >>record', CUDA_VISIBLE_DEVICES="1")
+    assert "gpus 1" in record(project)

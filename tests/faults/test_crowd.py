@@ -18,6 +18,7 @@ from server_helpers import MlflowServer, postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 COUNT = 10
+MADE = {"models", "runs", "reports", ".dvc", ".git"}  # by a project, in its folder
 
 
 def workspace(folder: Path, shared: Path, uri: str, seed: int) -> Path:
@@ -81,7 +82,7 @@ def test_ten_pipelines_at_once_end_as_one_by_one(
     assert len(runs) == COUNT and {run.info.status for run in runs} == {"FINISHED"}
     for seed, place in enumerate(places):
         alone = tmp_path / f"alone-{seed}"
-        shutil.copytree(place, alone, ignore=shutil.ignore_patterns("models", "runs", "reports", ".dvc", ".git"))
+        shutil.copytree(place, alone, ignore=lambda folder, _, top=place: MADE if Path(folder) == top else ())
         for stage in ("data", "pretrain", "train"):
             environment = {**os.environ, "PYTHONPATH": str(alone / "src"), "MLFLOW_TRACKING_URI": ""}
             words = [sys.executable, "-m", "moco.cli", stage]

@@ -64,7 +64,9 @@ def test_doctor_tells_whose_code_runs(clone: Path, moco: Moco) -> None:
 
     assert line().startswith("note") and "the same at present" in line()
     change(clone / "src/moco/settings/schema.py")
-    assert line().startswith("FAIL") and "moco/settings/schema.py" in line() and str(ROOT / "src/moco") in line()
+    assert line().startswith("warn") and "moco/settings/schema.py" in line(), "no stage's result depends on it"
+    change(clone / "src/moco/encoders/encoder.py")
+    assert line().startswith("FAIL") and "2 files differ" in line() and str(ROOT / "src/moco") in line()
     shutil.rmtree(clone / "src")
     assert line().startswith("note") and "none in this folder" in line()
 
@@ -93,3 +95,15 @@ def test_the_remedy_runs_this_folders_code(clone: Path) -> None:
     assert_one_line_error(run(), "moco/data/decode.py", "[E-RUN-OTHER-CODE]")
     done = run(PYTHONPATH="src")
     assert done.returncode == 0 and "moco runs from" not in done.stderr, done.stderr
+
+
+@pytest.mark.fault("foreign-code")
+def test_a_queued_experiment_runs_the_code_that_it_was_queued_with(clone: Path) -> None:
+    """The project's code, which is the one installed, may have been edited since."""
+    file = clone / "src/moco/stages/data.py"
+    file.write_text(file.read_text() + "\nprint('the code of the experiment')\n")
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "moco"), "data"], cwd=clone, capture_output=True, text=True, check=False,
+        timeout=120, env={**os.environ, "DVC_EXP_NAME": "queued", "DVC_ROOT": "/"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "the code of the experiment" in done.stdout, done.stderr

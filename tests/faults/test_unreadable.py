@@ -91,3 +91,20 @@ def test_images_of_kinds_that_are_not_read_are_an_error_in_train(project: Path, 
         Image.new("RGB", (8, 8)).save(project / f"kinds/val/bee/photo0{suffix}", "tiff")
     done = moco("data")
     assert_one_line_error(done, f"val/bee/photo0{suffix}", "[E-DATA-UNREADABLE]")
+
+
+@pytest.mark.fault("bad-images")
+def test_a_cameras_raw_beside_its_image_is_left_out_and_told(project: Path, moco: Moco) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            folder = project / "kinds" / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{number}.png")
+    (project / "kinds/train/ant/0.CR2").write_bytes(b"II*\0")
+    (project / "kinds/train/bee/1.hdr").write_text("ENVI")
+    write_params(project, data__source="classes", data__path="kinds", data__classes=None)
+    done = moco("data")
+    assert done.returncode == 0 and "0.CR2" in done.stderr and "1.hdr" in done.stderr
+    assert load_manifest(Path("models/manifest.json")).splits["train"].count == 8

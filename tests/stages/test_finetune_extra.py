@@ -93,17 +93,23 @@ def test_the_last_layer_begins_with_the_extra_labels(
 ) -> None:
     """In the same order as `train_extra` has them, each beside the features of its own image."""
     fitted: list[tuple[torch.Tensor, torch.Tensor]] = []
+    epochs: list[int] = []  # of the schedule
     fit = linear.fit_linear
 
     def watched(views: torch.Tensor, labels: torch.Tensor, *rest: Any, **more: Any) -> Any:
         fitted.append((views, labels))
+        epochs.append(rest[3].epochs)
         return fit(views, labels, *rest, **more)
 
     for module in ("train", "finetune"):
         monkeypatch.setattr(f"moco.stages.{module}.fit_linear", watched)
-    shutil.rmtree(with_extra / "runs/train_extra")  # else its result is taken, and nothing is fitted
+    write(with_extra, train__epochs=39)
+    shutil.rmtree(
+        with_extra / "runs/train_extra", ignore_errors=True
+    )  # else its result is taken, and nothing is fitted
     run_all(moco, "train_extra", "finetune")
     *_, (theirs, _), (views, labels) = fitted
+    assert set(epochs) == {30}, "10 own images of 13: the rate falls over as many steps as without the extra ones"
     assert labels[-3:].tolist() == [number % 5 for number in ORDER] and len(labels) == 13
     assert torch.allclose(views[0, -3:], theirs[0, -3:], atol=1e-5)
     assert not torch.allclose(views[0, -3], views[0, -2], atol=1e-3)

@@ -47,9 +47,10 @@ def test_one_image_that_moved_into_val_is_enough(trained: Moco, project: Path) -
     assert trained("data").returncode == 0
     assert_one_line_error(trained("eval"), "1 of 7", "val/bee/7.png", "[E-STAGE-SEEN]")
     shutil.copytree(project / "models/classifier", project / "copy")
-    assert_one_line_error(
-        trained("eval", "--classifier", "copy", "--yes"), "1 of 7", "train it again", "[E-STAGE-SEEN]"
-    )
+    # Nobody here can train a classifier from elsewhere again: it is scored, and told and recorded.
+    done = trained("eval", "--classifier", "copy", "--yes")
+    assert done.returncode == 0 and "copy: learned from 1 of 7" in done.stderr and "val/bee/7.png" in done.stderr
+    assert json.loads(next(project.glob("reports/eval-copy-*/provenance.json")).read_text())["learned_in_val"] == 1
 
 
 def test_new_images_are_scored_and_the_report_says_that_none_was_seen(trained: Moco, project: Path) -> None:
@@ -112,3 +113,20 @@ def test_digests_of_another_size_say_nothing_and_that_is_said(trained: Moco, pro
     assert trained("data").returncode == 0
     done = trained("eval")
     assert done.returncode == 0 and "another size or decoding" in done.stderr
+
+
+@pytest.mark.fault("learned-from", 6)
+@pytest.mark.parametrize(
+    "learned",
+    [[], "x", None, {"digests": torch.zeros(3, 16)}, {"digests": torch.zeros(3, 5, dtype=torch.uint8)},
+     {"digests": torch.zeros(3, 16, dtype=torch.bfloat16)}],
+)  # fmt: skip
+def test_what_a_stranger_says_that_it_learned_is_not_believed(trained: Moco, project: Path, learned: object) -> None:
+    """None of these can be compared, so nothing was seen to be unseen."""
+    (path,) = (project / "models/classifier").glob("model_best_*.pth")
+    content = torch.load(path, weights_only=True)
+    content["learned"] = learned if not isinstance(learned, dict) else {**content["learned"], **learned}
+    torch.save(content, path)
+    done = trained("eval")
+    assert done.returncode == 0 and "could not be checked" in done.stderr
+    assert "learned_in_val" not in json.loads((project / "reports/eval/provenance.json").read_text())

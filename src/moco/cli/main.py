@@ -266,6 +266,7 @@ def main() -> None:
     Of the processes of one run, the first of each node tells what all of them met; each tells what it may have met
     alone, as full memory.
     """
+    _run_the_experiments_own_code()
     tells = _tells()
     environment.shield(_echo)
     try:
@@ -302,6 +303,20 @@ def main() -> None:
             traceback.print_exc()
             _end(1)
         raise
+
+
+def _run_the_experiments_own_code() -> None:
+    """In the folder of an experiment that DVC runs from its queue, go on with the code that the experiment has: the
+    installed moco is the project's as it is now, which may have been edited since the experiment was queued."""
+    from moco.files import home
+
+    if home() == Path() or "MOCO_EXPERIMENT_CODE" in os.environ:
+        return
+    own = environment.other_checkout()
+    if own is not None and environment.differing_code(own):
+        path = os.pathsep.join([str(own.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = {**os.environ, "PYTHONPATH": path, "MOCO_EXPERIMENT_CODE": str(own)}
+        os.execve(sys.executable, environment.python_module("moco.cli", *sys.argv[1:]), variables)
 
 
 def _advice(full: FullMemory) -> str:

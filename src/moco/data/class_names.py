@@ -52,13 +52,12 @@ def refuse_one_class(place: Path | str, names: Sequence[str]) -> None:
         )
 
 
+LOOK_ALIKE = ("LATIN", "CYRILLIC", "ARMENIAN")  # not Greek: its letters stand in names as symbols (β-cell)
+
+
 def _scripts(name: str) -> set[str]:
     """Return which of the alphabets whose letters look like each other's stand in a name."""
-    return {
-        script
-        for letter in name
-        if (script := unicodedata.name(letter, "").partition(" ")[0]) in ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN")
-    }
+    return {script for letter in name if (script := unicodedata.name(letter, "").partition(" ")[0]) in LOOK_ALIKE}
 
 
 def _alike(names: Sequence[str], key: Any) -> list[list[str]]:

@@ -11,8 +11,8 @@ SUFFIXES = (
 # Images that cannot be read here by any means: what has such a name is listed, so that it is refused with its reason.
 UNREAD_SUFFIXES = (
     ".heics", ".heifs", ".hif", ".avifs", ".avci", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".psd", ".psb",
-    ".svg", ".svgz", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef",
-    ".srw", ".exr", ".hdr", ".dcm", ".dicom", ".fits", ".tga", ".xcf", ".dds", ".jng", ".qoi", ".pcx",
+    ".svg", ".svgz", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef",
+    ".srw", ".exr", ".dcm", ".dicom", ".fits", ".tga", ".xcf", ".dds", ".jng", ".qoi", ".pcx",
 )  # fmt: skip
 # What operating systems, network storages and browsers of files leave in folders; names that begin with a dot as well.
 LITTER = {

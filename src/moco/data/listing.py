@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moco.data.image_kinds import HEAD, has_suffix, is_image, is_image_name, is_litter
+from moco.data.image_kinds import HEAD, SUFFIXES, UNREAD_SUFFIXES, has_suffix, is_image, is_image_name, is_litter
 from moco.errors import Say, UserError, first_of
 
 
@@ -50,18 +50,28 @@ def images_below(folder: Path, say: Say) -> list[str]:
         except OSError:
             images.append(place)
             continue
+        readable = {_stem(entry.name) for entry in entries if entry.name.lower().endswith(SUFFIXES)}
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
+            elif entry.name.lower().endswith(UNREAD_SUFFIXES) and _stem(entry.name) in readable:
+                others.append(entry.path)  # a camera's raw beside the image that it wrote of it
             else:
                 (images if _counts_as_image(entry) else others).append(entry.path)
     if others:
         names = first_of(sorted(others))
-        say(f"warning: {len(others)} file(s) in {folder} are no images by their names and are left out: {names}")
+        say(
+            f"warning: {len(others)} file(s) in {folder} are no images by their names, or raws beside an image, and "
+            f"left out: {names}"
+        )
     if foreign := sorted(path for path in images if not _utf8(path)):  # label files name images, and are UTF-8
         names = first_of([path.encode(errors="backslashreplace").decode() for path in foreign])
         raise UserError(f"{folder}: {len(foreign)} name(s) that are not UTF-8: {names}; rename them")
     return sorted(images)
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _counts_as_image(entry: os.DirEntry[str]) -> bool:

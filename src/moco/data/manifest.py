@@ -82,11 +82,15 @@ class Manifest:
         gone = np.array([*self.left_out, *(number for number, _ in self.excluded)], np.int64)
         return np.setdiff1d(np.arange(self.pool_size), gone, assume_unique=True)
 
+    def pool_is_train(self) -> bool:
+        """Return whether the pool has no images of its own, so that all of train stands in it."""
+        return self.source.get("pool") == "train"
+
     def notes(self) -> list[str]:
         """Return what must be known of the data wherever a number that was measured with it is shown."""
         said = []
-        if self.source.get("pool") == "train":
-            said.append("the pool is train's images")
+        if self.pool_is_train():
+            said.append("the pool is train's images, so pretraining sees the held-out ones too")
         if self.duplicates_train_val:
             said.append(f"{self.duplicates_train_val} image(s) of val also stand in train: scores on val are too high")
         if self.classes_twice:

@@ -104,36 +104,39 @@ def learned_record(parts: Sequence[DecodedSplit], manifest: Manifest) -> dict[st
 
 
 def check_unseen(
-    what: object, learned: dict[str, Any], splits: dict[str, DecodedSplit], config: DataConfig, manifest: Manifest,
-    remedy: str, say: Say,
+    what: object, learned: object, splits: dict[str, DecodedSplit], config: DataConfig, manifest: Manifest,
+    remedy: str | None, say: Say,
 ) -> int | None:  # fmt: skip
-    """Return how many images of val a classifier learned from, all of which also stand in train, which the data's notes
-    tell; None, which is told, where that is not known. Raise UserError where it learned from others of val.
+    """Return how many images of val a classifier learned from; None, which is told, where that is not known.
 
-    learned: see `learned_record`; {} in files of earlier versions and of strangers."""
-    digests = learned.get("digests")
-    if not isinstance(digests, torch.Tensor) or digests.dim() != 2:
-        say(f"warning: {what} does not say which images it learned from; whether val has some could not be checked")
+    Images that also stand in train are in the data's notes; others are an error (E-STAGE-SEEN), whose `remedy` is the
+    stage to run again; of a classifier from elsewhere (None), which nobody here can train again, they are told.
+    learned: see `learned_record`; in files of earlier versions and of strangers anything."""
+    known, why = _learned_digests(learned, manifest)
+    if known is None:
+        say(f"warning: {what} {why}; whether val has some of them could not be checked")
         return None
-    if [learned.get("size"), learned.get("decoding")] != [
-        [manifest.height, manifest.width], manifest.decoding
-    ]:  # fmt: skip
-        say(
-            f"warning: {what} learned from images of another size or decoding; whether val has some could not be "
-            "checked"
-        )
-        return None
-    known, told = set(map(bytes, digests.numpy())), set(map(bytes, splits["train"].digests))
+    told = set(map(bytes, splits["train"].digests))
     seen = [row for row, digest in enumerate(map(bytes, splits["val"].digests)) if digest in known]
     rows = [row for row in seen if bytes(splits["val"].digests[row]) not in told]
     if rows:
         names = first_of(image_names(config, "val", rows), 100)
-        raise UserError(
-            f"{what}: learned from {len(rows)} of {len(splits['val'].digests)} images of val ({names}); a score would "
-            f"not be of new images; {remedy}",
-            "E-STAGE-SEEN",
-        )
+        found = f"{what}: learned from {len(rows)} of {len(splits['val'].digests)} images of val ({names})"
+        if remedy is not None:
+            raise UserError(f"{found}; a score would not be of new images; {remedy}", "E-STAGE-SEEN")
+        say(f"warning: {found}; its score is not of new images alone")
     return len(seen)
+
+
+def _learned_digests(learned: object, manifest: Manifest) -> tuple[set[bytes] | None, str]:
+    """Return the digests of a `learned_record`, or None and why nothing can be compared."""
+    found = learned if isinstance(learned, dict) else {}
+    digests = found.get("digests")
+    if not isinstance(digests, torch.Tensor) or digests.dtype is not torch.uint8 or digests.shape[1:] != (16,):
+        return None, "does not say which images it learned from"
+    if [found.get("size"), found.get("decoding")] != [[manifest.height, manifest.width], manifest.decoding]:
+        return None, "learned from images of another size or decoding"
+    return set(map(bytes, digests.numpy())), ""
 
 
 def _short(values: Sequence[float]) -> str:

@@ -86,7 +86,8 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")
     remedy = f"run `moco {maker}` again" if maker else "train it again"
     check_scored(classifier, best, submission, manifest, remedy, say)
-    seen = check_unseen(classifier, best.get("learned", {}), splits, config.data, manifest, remedy, say)
+    ours_to_train = remedy if maker else None
+    seen = check_unseen(classifier, best.get("learned"), splits, config.data, manifest, ours_to_train, say)
     classes = len(manifest.classes)
     chain = {**settings, **flatten(config.eval, "eval")}
     key = run_key({**chain, "weights": weights}, manifest.digest)

@@ -49,7 +49,15 @@ from moco.runs.run_folder import RunFolder, open_run_folder, run_key
 from moco.settings.finetune import FinetuneConfig
 from moco.settings.kinds import flatten
 from moco.settings.schema import Config
-from moco.stages.train import Correct, classifier_views, feature_sets, labelled, linear_views, views_precision
+from moco.stages.train import (
+    Correct,
+    classifier_views,
+    feature_sets,
+    labelled,
+    linear_views,
+    views_precision,
+    with_steps_of_train,
+)
 from moco.tracking.digests import THESE, encoder_provenance, held_out_record, write_provenance
 from moco.tracking.dvc_outputs import write_curve
 from moco.tracking.origin import origin
@@ -243,8 +251,9 @@ def _fit_last_layer(
     stack = feature_sets(network, parts, views, config.train, device, precision)
     network.fc = layer
     labels = torch.from_numpy(known)
+    section = with_steps_of_train(config.train, parts, kept)
     fit = fit_linear(
-        stack[:, kept], labels[kept], stack[0, :0], labels[:0], len(manifest.classes), config.train,
+        stack[:, kept], labels[kept], stack[0, :0], labels[:0], len(manifest.classes), section,
         lambda *_: None, stop_after=start.epoch,
     )  # fmt: skip
     with torch.no_grad():

@@ -88,14 +88,13 @@ def run(console: Console) -> None:
     _print(console, rows, pipeline)
     for problem in problems:
         console.print(f"Note: {problem}; running the stage again writes it.", markup=False, highlight=False)
-    for stage in ("pretrain", "train", "train_extra", "finetune"):
-        if in_pool := found[stage].metrics.get("held_out_in_pool"):
-            console.print(
-                f"Note: {in_pool:,.0f} held-out images of {stage} also stand in the pool: pretraining sees them."
-            )
-    if MANIFEST.is_file():
-        for note in load_manifest(MANIFEST).notes():
-            console.print(f"Note: {note}.", markup=False)
+    manifest = load_manifest(MANIFEST) if MANIFEST.is_file() else None
+    counts = {stage: found[stage].metrics.get("held_out_in_pool", 0) for stage in ("pretrain", "train", "finetune")}
+    if any(counts.values()) and not (manifest and manifest.pool_is_train()):
+        numbers = ", ".join(f"{count:,.0f} of {stage}" for stage, count in counts.items() if count)
+        console.print(f"Note: held-out images also stand in the pool, so pretraining sees them: {numbers}.")
+    for note in manifest.notes() if manifest else []:
+        console.print(f"Note: {note}.", markup=False)
     console.print("Compare runs in the MLflow UI: moco ui, then open the address that it prints.")
 
 
@@ -116,7 +115,7 @@ def _content(path: Path, sound: Callable[[Any], bool], problems: list[str]) -> d
         pass
     except OSError as error:
         problems.append(f"{path} cannot be read: {error.strerror}")
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: brackets without end
         problems.append(f"{path} is damaged")
     return {}
 

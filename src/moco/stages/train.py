@@ -181,6 +181,15 @@ def held_out(inputs: Inputs, section: TrainConfig, correct: np.ndarray) -> dict[
     return held_out_record(train.digests[held], train.known_labels[held], inputs.manifest.classes, correct, judged)
 
 
+def with_steps_of_train(section: TrainConfig, parts: list[DecodedSplit], kept: np.ndarray) -> TrainConfig:
+    """Return the settings with so many epochs that sgd takes as many steps with extra labels as without: the labels
+    alone are to make the difference. parts: train, and the extra images where there are some. kept: rows of both."""
+    if section.solver != "sgd":
+        return section
+    own = int((kept < len(parts[0].images)).sum())
+    return replace(section, epochs=max(1, round(section.epochs * own / len(kept))))
+
+
 def held_in_pool(splits: dict[str, DecodedSplit], section: TrainConfig) -> int:
     """Return how many of the held-out images pretraining sees."""
     *_, held = labelled(splits, section.holdout, section.seed, "train")
@@ -263,9 +272,7 @@ def classify(
     """
     val = splits["val"]
     parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
-    if section.solver == "sgd":  # as many steps as without `extra`, whose labels alone are to make the difference
-        own = int((kept < len(parts[0].images)).sum())
-        section = replace(section, epochs=max(1, round(section.epochs * own / len(kept))))
+    section = with_steps_of_train(section, parts, kept)
     labels, val_labels = torch.from_numpy(known), torch.from_numpy(val.known_labels)
     stack = feature_sets(network, parts, views, section, device, precision)
     check(stack[0])

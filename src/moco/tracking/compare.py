@@ -163,10 +163,12 @@ def show(project: Path, console: Console, params: list[str], metrics: list[str],
 
 
 def _seen_by_pretraining(row: Pipeline, chosen: list[str]) -> Iterator[str]:
-    """Yield a line for each stage with an accuracy of held-out images of which some stand in the pool."""
-    for stage in dict.fromkeys(name.split(".")[0] for name in chosen if name in row.metrics and HELD_OUT.search(name)):
-        if in_pool := row.metrics.get(f"{stage}.held_out_in_pool"):
-            yield f"{row.name}: {in_pool:,.0f} held-out images of {stage} also stand in the pool: pretraining sees them"
+    """Yield a line where accuracies are of held-out images of which some stand in the pool, with the stages."""
+    stages = dict.fromkeys(name.split(".")[0] for name in chosen if name in row.metrics and HELD_OUT.search(name))
+    counts = {stage: row.metrics.get(f"{stage}.held_out_in_pool", 0) for stage in stages}
+    if any(counts.values()):
+        numbers = ", ".join(f"{count:,.0f} of {stage}" for stage, count in counts.items() if count)
+        yield f"{row.name}: held-out images also stand in the pool, so pretraining sees them: {numbers}"
 
 
 def _header(name: str) -> str:

@@ -24,7 +24,7 @@ from moco.data.batches import gather
 from moco.data.cache import DecodedSplit
 from moco.stages.train import feature_sets
 from moco.training.features import extract, stratified_holdout
-from moco.training.linear import clearly_better, fit_linear
+from moco.training.linear import fit_linear, is_significantly_better
 
 RULES = {"best": 0.0, "last, or ahead by 1 standard error": 1.0, "last, or ahead by 2": 2.0, "last": math.inf}
 TEST = 3000  # images of the pool
@@ -47,7 +47,7 @@ def one_fit(opened: Opened, rows: np.ndarray, features: Tensor, right: Tensor, s
     )  # fmt: skip
     best, found, known = max(measured), {}, {}
     for rule, errors in RULES.items():
-        back = clearly_better(best, measured[-1], len(held), errors)
+        back = is_significantly_better(best, measured[-1], len(held), errors)
         epoch = measured.index(best) + 1 if back else section.epochs
         if epoch not in known:
             known[epoch] = accuracy(stack, labels, features, right, classes, section, epoch)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from speed import contrast_step
 
-from moco.training.distributed import SOLO, Processes, end_process, from_environment
+from moco.training.distributed import SINGLE_PROCESS, DistributedContext, end_process, from_environment
 from moco.training.numerics import set_up
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 class Turn:
     """Some steps of a process in one of the ways that are compared. images: of this process; 0 waits for the others."""
 
-    def __init__(self, args: argparse.Namespace, processes: Processes, images: int) -> None:
+    def __init__(self, args: argparse.Namespace, processes: DistributedContext, images: int) -> None:
         self.step, self.images = contrast_step(args.encoder, args.size, args.batch, images, processes)
 
     def __call__(self, steps: int) -> float:
@@ -39,7 +39,7 @@ class Turn:
         began = time.perf_counter()
         for number in range(steps if len(self.images) else 0):
             self.step(np.arange(len(self.images)), self.images, 0.0, number)
-        self.step.settle()
+        self.step.flush_pending_update()
         dist.barrier()
         return (time.perf_counter() - began) / steps
 
@@ -48,11 +48,11 @@ def work(args: argparse.Namespace) -> None:
     """One of the two processes; rank 0 prints."""
     set_up(CPU, 1)
     processes = from_environment()
-    with processes.joined(CPU):
+    with processes.process_group(CPU):
         turns = {
-            "one": Turn(args, SOLO, 0 if processes.rank else args.batch),
+            "one": Turn(args, SINGLE_PROCESS, 0 if processes.rank else args.batch),
             "together": Turn(args, processes, args.batch // 2),
-            "apart": Turn(args, SOLO, args.batch // 2),
+            "apart": Turn(args, SINGLE_PROCESS, args.batch // 2),
         }
         for turn in turns.values():
             turn(2)  # memory is given out

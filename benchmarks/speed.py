@@ -41,7 +41,7 @@ from moco.methods.step import ContrastStep
 from moco.settings.pretrain import PretrainConfig
 from moco.settings.train import TrainConfig
 from moco.stages.train import feature_sets
-from moco.training.distributed import SOLO, Processes
+from moco.training.distributed import SINGLE_PROCESS, DistributedContext
 from moco.training.linear import fit_linear
 from moco.training.numerics import autocast, choose_precision, matmul_rate, set_up
 from moco.views.views import Views, recipe
@@ -61,7 +61,7 @@ def settings(**changes: Any) -> PretrainConfig:
 
 
 def contrast_step(
-    encoder: str, size: int, batch: int, images: int, processes: Processes = SOLO
+    encoder: str, size: int, batch: int, images: int, processes: DistributedContext = SINGLE_PROCESS
 ) -> tuple[ContrastStep, Tensor]:
     """`moco pretrain`'s own step on the CPU with its views, and images to call it with. batch: of the settings, of all
     processes; images: of this one, B x H x W x 3 bytes."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moco.training.distributed import Processes, end_process, from_environment
+from moco.training.distributed import DistributedContext, end_process, from_environment
 from server_helpers import free_port
 
 # Processes are forked from one that has imported what takes long; torch.optim imports torch._dynamo when it is used.
@@ -27,7 +27,7 @@ SERVER.set_forkserver_preload(["moco.cli.main", "moco.stages.pretrain", "torch._
 running: list[Started] = []
 
 
-def in_processes(find: Callable[[Processes, Path], Any], size: int, folder: Path) -> list[Any]:
+def in_processes(find: Callable[[DistributedContext, Path], Any], size: int, folder: Path) -> list[Any]:
     """What `find` returns in each of several processes, of one thread, that are connected as those of torchrun."""
     port = free_port()
     workers = [SERVER.Process(target=_joined, args=(find, rank, size, port, folder)) for rank in range(size)]
@@ -39,12 +39,12 @@ def in_processes(find: Callable[[Processes, Path], Any], size: int, folder: Path
     return [torch.load(folder / f"found-{rank}.pth") for rank in range(size)]
 
 
-def _joined(find: Callable[[Processes, Path], Any], rank: int, size: int, port: int, folder: Path) -> None:
+def _joined(find: Callable[[DistributedContext, Path], Any], rank: int, size: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     processes = from_environment()
-    with processes.joined(torch.device("cpu")):
+    with processes.process_group(torch.device("cpu")):
         found = find(processes, folder)
     torch.save(found, folder / f"found-{rank}.pth")
     end_process(0)

@@ -72,7 +72,7 @@ def test_others_have_to_be_at_work_for_more_than_a_moment(
     looks: list[float], asleep: bool, left: int, free: Finds
 ) -> None:
     found = free(looks)
-    assert openmp.wait_asleep_where_shared() is asleep
+    assert openmp.use_passive_wait_if_cores_are_busy() is asleep
     assert os.environ.get("GOMP_SPINCOUNT") == (openmp.SPINS if asleep else None)
     assert len(found) == left
 
@@ -82,14 +82,14 @@ def test_what_the_environment_says_stays(said: dict[str, str], free: Finds, monk
     free([])
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert not openmp.wait_asleep_where_shared()
+    assert not openmp.use_passive_wait_if_cores_are_busy()
     assert {name: os.environ[name] for name in OURS if name in os.environ} == said
 
 
 def test_nothing_is_set_once_torch_has_read_it(free: Finds, monkeypatch: pytest.MonkeyPatch) -> None:
     free([])
     monkeypatch.setitem(sys.modules, "torch", sys)
-    assert not openmp.wait_asleep_where_shared()
+    assert not openmp.use_passive_wait_if_cores_are_busy()
 
 
 @pytest.mark.parametrize("text", [None, "cpu0 1 2 three 4 5 6 7 8\ncpu1 a\n"])
@@ -100,9 +100,9 @@ def test_a_system_that_does_not_tell_changes_nothing(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     if text:
         (tmp_path / "stat").write_text(text)
-    assert not openmp.wait_asleep_where_shared()
+    assert not openmp.use_passive_wait_if_cores_are_busy()
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert not openmp.wait_asleep_where_shared()
+    assert not openmp.use_passive_wait_if_cores_are_busy()
 
 
 @pytest.mark.parametrize(("threads", "device", "world", "looked"), [
@@ -115,7 +115,7 @@ def test_commands_look_where_threads_will_wait(
 ) -> None:  # fmt: skip
     write_params(project, runtime__threads=threads, runtime__device=device)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr("moco.cli.main.wait_asleep_where_shared", lambda: True)
+    monkeypatch.setattr("moco.cli.main.use_passive_wait_if_cores_are_busy", lambda: True)
     _load(project / "params.yaml")
     assert (NOTE in capsys.readouterr().err) is looked
 

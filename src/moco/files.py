@@ -44,7 +44,7 @@ def account() -> str:
         return str(os.getuid())
 
 
-def owner() -> str:
+def pid_tag() -> str:
     """Stands in the name of what is temporary, so that others can tell whether its process still lives."""
     return f"{_tag()}-{os.getpid()}-"
 
@@ -59,10 +59,10 @@ def _tag() -> str:
     return hashlib.sha256((machine() + numbers).encode()).hexdigest()[:8]
 
 
-def sweep(folder: Path, prefix: str) -> None:
+def remove_stale(folder: Path, prefix: str) -> None:
     """Removes what processes that were killed left in a folder: files and folders named `prefix` and their owner."""
     for path in folder.glob(f"{glob.escape(prefix)}{_tag()}-*"):
-        if lives(path, prefix):
+        if is_alive(path, prefix):
             continue
         with contextlib.suppress(OSError):
             if path.is_dir():
@@ -74,12 +74,12 @@ def sweep(folder: Path, prefix: str) -> None:
 @contextlib.contextmanager
 def working_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A folder in `parent` for as long as the context lasts; those of processes that were killed go first."""
-    sweep(parent, prefix)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{owner()}", dir=parent) as folder:
+    remove_stale(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{pid_tag()}", dir=parent) as folder:
         yield Path(folder)
 
 
-def lives(path: Path, prefix: str) -> bool:
+def is_alive(path: Path, prefix: str) -> bool:
     """Whether the process that a temporary name tells of is still there, as far as can be known from here."""
     number = path.name.removeprefix(f"{prefix}{_tag()}-").partition("-")[0]
     if not number.isdecimal():
@@ -101,8 +101,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, f".{path.name}.")
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{owner()}", dir=path.parent)
+        remove_stale(path.parent, f".{path.name}.")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{pid_tag()}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:

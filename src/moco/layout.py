@@ -14,4 +14,4 @@ FORM = REQUEST / "request.csv"
 LABELS = Path("labels")  # files that people make; DVC looks for changes in it
 REPORTS = Path("reports")
 RUNS = Path("runs")
-MAKERS = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which
+PRODUCED_BY = {CLASSIFIER: "train", CLASSIFIER_EXTRA: "train_extra", FINETUNED: "finetune"}  # which stage writes which

@@ -216,7 +216,7 @@ def test_a_batch_without_choices_gets_the_same_views(name: str, size: int) -> No
     make = maker(recipe(name, (0.2, 1.0), (2.0, 9.0)), size)
     unit = make.to_unit(noise(150, 24))
     for place in ((0, 150), (40, 300)):
-        found = make.augment_all(unit, make.draw(unit, seeded(3), *place).table())
+        found = make.augment_branchless(unit, make.draw(unit, seeded(3), *place).packed())
         torch.testing.assert_close(found, make.augment(unit, seeded(3), *place), rtol=0, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from moco.methods.step import ContrastStep
 from moco.out_of_memory import GPU, MACHINE, full_memory
 from moco.settings.schema import docs
 from moco.tracking.metric_log import metric_history
-from moco.training.distributed import Processes
+from moco.training.distributed import DistributedContext
 from moco.training.numerics import choose_device
 from moco.weights import load_weights
 from process_helpers import Started, finish, start_two, wait_for_steps
@@ -163,7 +163,7 @@ def test_neither_the_device_nor_the_others_are_blamed(monkeypatch: pytest.Monkey
         choose_device("cuda:0")
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", Full(full))
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        Processes(0, 2).told("words")
+        DistributedContext(0, 2).broadcast("words")
     with pytest.raises(UserError, match="lost the others"):
         monkeypatch.setattr(torch.distributed, "broadcast_object_list", Full(RuntimeError("connection reset")))
-        Processes(0, 2).told("words")
+        DistributedContext(0, 2).broadcast("words")

@@ -11,7 +11,7 @@ from moco.labels.selection import clusters, near_duplicates
 from moco.labels.selection import kmeans as module
 from moco.labels.selection.clusters import cluster_margin, k_medoids, margins, typical
 from moco.labels.selection.kmeans import assign, kmeans
-from moco.labels.selection.near_duplicates import first_of_each, small_pictures
+from moco.labels.selection.near_duplicates import deduplicate, small_pictures
 from moco.labels.selection.strategies import reduced
 
 
@@ -131,8 +131,8 @@ def test_near_copies_are_found_once() -> None:
     pictures[4] = (pictures[3].int() + 2).clamp(max=255).byte()  # like 3, which is like 0, and like 0 itself
     small = small_pictures(pictures.numpy())
     assert small.shape == (6, 192)
-    assert first_of_each(small, small[:0]).tolist() == [True, True, True, False, False, True]
-    assert first_of_each(small, small[1:2]).tolist() == [True, False, True, False, False, True]
+    assert deduplicate(small, small[:0]).tolist() == [True, True, True, False, False, True]
+    assert deduplicate(small, small[1:2]).tolist() == [True, False, True, False, False, True]
 
 
 def test_near_copies_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_near_copies_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) ->
     again = torch.randint(40, (200,), generator=seeded())
     small = pictures[again]
     first = [number not in again[:place] for place, number in enumerate(again)]
-    assert first_of_each(small, small[:0]).tolist() == first
+    assert deduplicate(small, small[:0]).tolist() == first
     monkeypatch.setattr(near_duplicates, "BLOCK", 7)
-    assert first_of_each(small, small[:0]).tolist() == first
-    assert not first_of_each(small, pictures).any()
+    assert deduplicate(small, small[:0]).tolist() == first
+    assert not deduplicate(small, pictures).any()

@@ -86,7 +86,7 @@ def test_a_scorer_that_knows_only_the_contract_gets_the_reported_accuracy(
         return correct(self, *arguments)
 
     monkeypatch.setattr(SupervisedStep, "correct", watched)
-    monkeypatch.setattr(best_epoch, "clearly_better", lambda best, last, count: best > last)
+    monkeypatch.setattr(best_epoch, "is_significantly_better", lambda best, last, count: best > last)
     write_params(project, finetune__lr=20.0, finetune__epochs=10)
     run_all(moco, "finetune")
     assert metrics(project)["best_epoch"] < 10, "chosen so that the last weights are not the best"

@@ -17,7 +17,7 @@ from moco.runs.run_folder import open_run_folder, run_key
 
 def test_a_second_process_of_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("moco.runs.heartbeat_lock.LOOKS", 0.0)
+    monkeypatch.setattr("moco.runs.heartbeat_lock.LOCK_TIMEOUT_S", 0.0)
     with open_run_folder("pretrain", "key") as folder:
         assert folder.path == Path("runs/pretrain/key")
         with (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.training.distributed import SOLO, Average, Processes
+from moco.training.distributed import SINGLE_PROCESS, Average, DistributedContext
 from process_helpers import in_processes
 
 CALLS = 5
@@ -22,7 +22,7 @@ def gradients(rank: int, call: int) -> list[Tensor]:
     return [kernel, torch.randn(8, generator=generator), torch.randn(5, 8, generator=generator)]
 
 
-def averaged(processes: Processes, folder: Path) -> list[list[Tensor]]:
+def averaged(processes: DistributedContext, folder: Path) -> list[list[Tensor]]:
     """The results of all calls, which rank 0 takes up late."""
     average, found = Average(processes), []
     for call in range(CALLS):
@@ -48,5 +48,5 @@ def test_all_have_the_mean_in_the_same_bits(size: int, tmp_path: Path) -> None:
 
 def test_one_process_keeps_what_it_has() -> None:
     tensors = gradients(0, 0)
-    Average(SOLO)(tensors)()
+    Average(SINGLE_PROCESS)(tensors)()
     assert torch.equal(tensors[0], gradients(0, 0)[0])

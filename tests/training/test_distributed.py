@@ -23,7 +23,7 @@ from moco.errors import Interrupted, UserError
 from moco.methods.step import ContrastStep
 from moco.settings import reading as params
 from moco.settings.pretrain import PretrainConfig
-from moco.training.distributed import SOLO, Processes, from_environment
+from moco.training.distributed import SINGLE_PROCESS, DistributedContext, from_environment
 from moco.training.interrupt import StopFlag
 from moco.training.loop import Hooks, Length, LoopState, run_loop
 from moco.views.views import Views, recipe
@@ -51,7 +51,7 @@ def make_config(folder: Path, **changes: object) -> PretrainConfig:
     return params.load(path).pretrain
 
 
-def make_step(config: PretrainConfig, processes: Processes) -> ContrastStep:
+def make_step(config: PretrainConfig, processes: DistributedContext) -> ContrastStep:
     views = Views(recipe(config.augmentation, config.crop_scale, config.blur_sigma), SIZE, (0.5,) * 3, (0.25,) * 3, CPU)
     return ContrastStep(config, views, CPU, torch.float32, BATCH, processes)
 
@@ -78,7 +78,7 @@ def tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
 # What each of the two processes does; the tests look at what it found.
 
 
-def variant(processes: Processes, folder: Path, name: str) -> dict[str, Any]:
+def variant(processes: DistributedContext, folder: Path, name: str) -> dict[str, Any]:
     config = make_config(folder, **VARIANTS[name])
     step = make_step(config, processes)
     losses = train(step, end=1)
@@ -95,7 +95,7 @@ def variant(processes: Processes, folder: Path, name: str) -> dict[str, Any]:
 
 
 def loop(
-    processes: Processes, *, signal_at: tuple[int, int] | None = None, nan_at: tuple[int, int] | None = None,
+    processes: DistributedContext, *, signal_at: tuple[int, int] | None = None, nan_at: tuple[int, int] | None = None,
     length: Length | None = None, monitor: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The loop around a step that does nothing; *_at: (rank, step) at which something happens."""
@@ -136,7 +136,7 @@ def look_slowly() -> dict[str, float]:
     return {}
 
 
-def agreement(processes: Processes) -> float:
+def agreement(processes: DistributedContext) -> float:
     """Seconds that one agreement takes."""
     began = time.perf_counter()
     for _ in range(300):
@@ -144,7 +144,7 @@ def agreement(processes: Processes) -> float:
     return (time.perf_counter() - began) / 300
 
 
-def refusal(processes: Processes) -> str:
+def refusal(processes: DistributedContext) -> str:
     try:
         processes.require_equal({"data": "the same", "precision": f"fp{16 * (1 + processes.rank)}"})
     except UserError as error:
@@ -152,7 +152,7 @@ def refusal(processes: Processes) -> str:
     return ""
 
 
-def work(processes: Processes, folder: Path) -> dict[str, Any]:
+def work(processes: DistributedContext, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: variant(processes, folder, name) for name in VARIANTS}
     found["signal"] = loop(processes, signal_at=(1, 4))
     found["signal in the last batch"] = loop(processes, signal_at=(1, 1), monitor=collapse)
@@ -173,7 +173,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_learn_what_one_learns(found: list[dict[str, Any]], name: str, tmp_path: Path) -> None:
-    alone = make_step(make_config(tmp_path, **IN_ONE.get(name, VARIANTS[name])), SOLO)
+    alone = make_step(make_config(tmp_path, **IN_ONE.get(name, VARIANTS[name])), SINGLE_PROCESS)
     losses = train(alone, end=3)
     middle = tensors(alone.state())
     losses += train(alone, first=3)
@@ -242,9 +242,9 @@ TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 
 
 def test_the_environment_of_torchrun_is_read() -> None:
-    assert from_environment(TORCHRUN) == Processes(3, 4, 1, 2)
+    assert from_environment(TORCHRUN) == DistributedContext(3, 4, 1, 2)
     for environment in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": ""}):
-        assert from_environment(environment) is SOLO
+        assert from_environment(environment) is SINGLE_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert Processes(3, 4, 1, 2).place(torch.device("cuda")) == torch.device("cuda", 1) and chosen == [1]
-    assert Processes(3, 4, 1, 2).place(CPU) == CPU
-    assert SOLO.place(torch.device("cuda")) == torch.device("cuda")
-    for processes, device, words in ((Processes(0, 4, 0, 4), "cuda", "4 processes on this node, 2 GPU"),
-                                     (Processes(0, 2, 0, 2), "cuda:1", "cuda:1 cannot serve 2 processes"),
-                                     (Processes(0, 2, 0, 2), "mps", "mps cannot serve")):  # fmt: skip
+    assert DistributedContext(3, 4, 1, 2).place(torch.device("cuda")) == torch.device("cuda", 1) and chosen == [1]
+    assert DistributedContext(3, 4, 1, 2).place(CPU) == CPU
+    assert SINGLE_PROCESS.place(torch.device("cuda")) == torch.device("cuda")
+    for processes, device, words in ((DistributedContext(0, 4, 0, 4), "cuda", "4 processes on this node, 2 GPU"),
+                                     (DistributedContext(0, 2, 0, 2), "cuda:1", "cuda:1 cannot serve 2 processes"),
+                                     (DistributedContext(0, 2, 0, 2), "mps", "mps cannot serve")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             processes.place(torch.device(device))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moco.errors import UserError
 from moco.settings.train import TrainConfig
-from moco.training.linear import LinearFit, clearly_better, fit_linear, make_scaling
+from moco.training.linear import LinearFit, fit_linear, is_significantly_better, make_scaling
 
 CONFIG = TrainConfig(
     solver="sgd", epochs=12, batch_size=16, lr=1.0, sgd_momentum=0.9, weight_decay=0.0, schedule="cosine", warmup=0.0,
@@ -144,9 +144,12 @@ def test_an_earlier_epoch_must_be_better_by_more_than_chance(held_images: int) -
     best, last = max(values), values[-1]
     assert best > last, "a case in which the choice matters"
     if held_images == 6:
-        assert not clearly_better(best, last, 6) and (fitted.epoch, fitted.accuracy) == (40, last)
+        assert not is_significantly_better(best, last, 6) and (fitted.epoch, fitted.accuracy) == (40, last)
     else:
-        assert clearly_better(best, last, HELD) and (fitted.epoch, fitted.accuracy) == (values.index(best) + 1, best)
+        assert is_significantly_better(best, last, HELD) and (fitted.epoch, fitted.accuracy) == (
+            values.index(best) + 1,
+            best,
+        )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_an_earlier_epoch_must_be_better_by_more_than_chance(held_images: int) -
 )  # fmt: skip
 def test_what_is_clearly_better(best: float, last: float, count: int, clearly: bool) -> None:
     """Two standard errors of 0.8: 0.079 of a hundred images, 0.040 of four hundred."""
-    assert clearly_better(best, last, count) is clearly
+    assert is_significantly_better(best, last, count) is clearly
 
 
 def test_the_optimizer_state_is_that_of_the_best_epoch() -> None:

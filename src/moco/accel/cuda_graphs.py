@@ -115,7 +115,7 @@ class _Call(torch.autograd.Function):
         return None, None, *(None if g is None else next(present) for g in passes.gradients)
 
 
-class ReplayedEncoder:
+class GraphedEncoder:
     """An encoder in training mode, called as the encoder is. A shape's first call captures it, with its real images.
 
     The output is valid until the next call of the same `slot`, and so is the chance of a backward pass: a second call
@@ -138,7 +138,7 @@ class ReplayedEncoder:
         return output
 
 
-class ReplayedViews:
+class GraphedViews:
     """Views of one recipe, called as `Views` are: the same but for rounding, as every operation is done for every
     image, and is neutral where it was not drawn. Raises AloneError where nothing can be captured."""
 
@@ -148,13 +148,13 @@ class ReplayedViews:
     def __call__(
         self, views: Views, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
     ) -> Tensor:
-        table = views.draw(unit, generator, first, total).table().pin_memory().to(unit.device, non_blocking=True)
+        table = views.draw(unit, generator, first, total).packed().pin_memory().to(unit.device, non_blocking=True)
         shape = unit.shape, views.size
         if shape not in self.shapes:
             images, numbers = unit.clone(), table.clone()
 
             def made() -> Tensor:
-                return views.normalise(views.augment_all(images, numbers))
+                return views.normalise(views.augment_branchless(images, numbers))
 
             _warm_up(made)
             self.shapes[shape] = (*_capture(made), images, numbers, views)

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 COUNTERS = Path("/proc/stat")
-LOOKS = 3  # what a machine does for a moment is none of ours
+LOCK_TIMEOUT_S = 3  # what a machine does for a moment is none of ours
 SECONDS = 0.1  # of each: ten of the kernel's ticks
 SHARED = 0.5  # cores; one thread that is late makes all others wait, however many there are
 SPINS = "1000"  # some 50 microseconds awake, then asleep
 SETTINGS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}  # the user's own word on it
 
 
-def wait_asleep_where_shared() -> bool:
+def use_passive_wait_if_cores_are_busy() -> bool:
     """Where others are at work on this process's cores, sets GOMP_SPINCOUNT for it and those that it starts. Returns
     whether it did.
 
@@ -30,7 +30,7 @@ def wait_asleep_where_shared() -> bool:
     """
     if os.environ.keys() & SETTINGS or os.environ.get("OMP_NUM_THREADS") == "1" or "torch" in sys.modules:
         return False
-    if not all(_busy() >= SHARED for _ in range(LOOKS)):  # ends with the first that finds them free
+    if not all(_busy() >= SHARED for _ in range(LOCK_TIMEOUT_S)):  # ends with the first that finds them free
         return False
     os.environ["GOMP_SPINCOUNT"] = SPINS
     return True

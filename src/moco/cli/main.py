@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from moco import environment
-from moco.accel.openmp import wait_asleep_where_shared
+from moco.accel.openmp import use_passive_wait_if_cores_are_busy
 from moco.cli.cluster import image_app, slurm_app
 from moco.cli.options import PARAMS, Params, load
 from moco.cli.runs import runs_app
@@ -80,7 +80,7 @@ def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
     config = load(params, changes)
     # One thread waits for none; processes of one run have a share of the cores each; a GPU computes by itself.
     needless = config.runtime.threads == 1 or _several() or config.runtime.device.startswith("cuda")
-    if not needless and wait_asleep_where_shared():
+    if not needless and use_passive_wait_if_cores_are_busy():
         typer.echo("note: others use these cores as well; threads wait for each other asleep", err=True)
     return config
 

@@ -132,7 +132,7 @@ def generated_place(config: GeneratedConfig, parent: Path) -> Path:
 def generate(config: GeneratedConfig, parent: Path, say: Say) -> Path:
     """The folder `dataset` (or, where `pack` is set, a squashfs image holding it) of these settings.
 
-    Drawn on the first call, into parent/KEY, and found there by later ones. Raises UserError where the disk
+    ViewParameters on the first call, into parent/KEY, and found there by later ones. Raises UserError where the disk
     is full or mksquashfs is missing.
     """
     result = generated_place(config, parent)

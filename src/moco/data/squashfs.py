@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moco.data.squashfs_reader import SquashfsImage, SquashfsPath, UnknownCompressionError
 from moco.errors import Say, UserError
-from moco.files import lives, owner, refuse_irregular, sweep, working_folder
+from moco.files import is_alive, pid_tag, refuse_irregular, remove_stale, working_folder
 
 MAGIC = b"hsqs"
 COPY, MOUNT = "moco-copy-", "moco-squashfs-"  # begin the names of copies and of folders to mount in
@@ -91,10 +91,10 @@ def open_squashfs(image: Path, scratch: Path, say: Say) -> Iterator[Path]:
     check_image(image)
     scratch.mkdir(parents=True, exist_ok=True)
     for remains in scratch.glob(f"{MOUNT}*"):  # of a process that was killed; one that is in use refuses
-        if os.path.ismount(remains) and not lives(remains, MOUNT):
+        if os.path.ismount(remains) and not is_alive(remains, MOUNT):
             _run(_fuse_unmount(remains))
-    sweep(scratch, MOUNT)
-    folder = Path(tempfile.mkdtemp(prefix=f"{MOUNT}{owner()}", dir=scratch))
+    remove_stale(scratch, MOUNT)
+    folder = Path(tempfile.mkdtemp(prefix=f"{MOUNT}{pid_tag()}", dir=scratch))
     undo: list[str] | None = None
     reasons = []
     try:

@@ -39,7 +39,7 @@ class SmallBlock(nn.Module):
         return self.relu(y + self.bn_shortcut(self.shortcut(x)))  # type: ignore[no-any-return]
 
 
-def quarters(x: Tensor) -> Tensor:
+def pool_2x2(x: Tensor) -> Tensor:
     """Averages over the quarters of N x C x H x W, N x 4 C; in odd sizes they share the middle, as in adaptive pooling,
     which Apple's MPS does not have for those."""
     h, w = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
@@ -55,7 +55,7 @@ class SmallResNet(nn.Module):
     Features are the last stage's average over the image. With `pyramid` those of the stages between the first and the
     last stand before it, averaged over the quarters of the image: what a classifier wants and contrast does not keep.
     Input: N x 3 x H x W. Output: N x `num_classes`. `last_width` is the width of the last stage, `feature_width` that
-    before the linear layer; in training with `trains_last_alone` that layer gets the last stage's features only.
+    before the linear layer; in training with `skip_auxiliary_features` that layer gets the last stage's features only.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SmallResNet(nn.Module):
         )
         self.last_width = width << stages
         self.between = range(1, stages - 1) if pyramid else range(0)  # places of the stages whose quarters are used
-        self.trains_last_alone = False  # as contrast does, which then need not wait for the quarters
+        self.skip_auxiliary_features = False  # as contrast does, which then need not wait for the quarters
         self.feature_width = self.last_width + sum(4 * width << (place + 1) for place in self.between)
         self.fc = nn.Linear(self.feature_width, num_classes)
         for module in self.modules():
@@ -83,6 +83,6 @@ class SmallResNet(nn.Module):
         features = []
         for place, layer in enumerate(self.layers):
             x = layer(x)
-            if place in self.between and not (self.training and self.trains_last_alone):
-                features.append(quarters(x))
+            if place in self.between and not (self.training and self.skip_auxiliary_features):
+                features.append(pool_2x2(x))
         return self.fc(torch.cat([*features, x.mean((2, 3))], 1))  # type: ignore[no-any-return]

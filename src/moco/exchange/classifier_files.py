@@ -14,7 +14,7 @@ from moco.encoders.architecture import Architecture
 from moco.errors import UserError
 from moco.exchange.submission import render
 from moco.files import sha256, working_folder, write_text
-from moco.layout import MAKERS
+from moco.layout import PRODUCED_BY
 from moco.runs.joins import image_facts
 from moco.settings.eval import EvalConfig
 from moco.weights import load_weights, save_weights
@@ -93,7 +93,7 @@ def write_classifier(
 
 def read_classifier(folder: Path) -> TrainedClassifier:
     """Raises UserError where a file is missing, damaged or something else."""
-    maker = MAKERS.get(folder, "train")
+    maker = PRODUCED_BY.get(folder, "train")
     hint = f"run `moco {maker}` (or `dvc repro {maker}`) first"
     weights = load_weights(folder / WEIGHTS, hint)
     paths = sorted(folder.glob("model_best_*.pth"))

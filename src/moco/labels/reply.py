@@ -7,7 +7,7 @@ from pathlib import Path
 from moco.csv_files import csv_text
 from moco.data.label_meaning import ClassNames
 from moco.errors import Say, UserError
-from moco.files import sweep, write_text
+from moco.files import remove_stale, write_text
 from moco.labels.label_files import Line, Table, read_table
 
 
@@ -32,7 +32,7 @@ class Reply:
         if not source.is_file():
             raise UserError(f"{form}: not found; run `moco request` first")
         if path.parent.is_dir():
-            sweep(path.parent, f".{path.name}.")  # of a server that was killed while it wrote
+            remove_stale(path.parent, f".{path.name}.")  # of a server that was killed while it wrote
         self.seen = _state(path)  # before it is read: what changes while it is read is noticed
         table = _table(source, say)
         self.header, self.rows, lines = table.header, table.rows, table.lines()

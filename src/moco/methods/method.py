@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moco.settings.pretrain import PretrainConfig
 
 
-class Peers(Protocol):
+class ProcessGroup(Protocol):
     """The processes that share a batch; each has an equal, consecutive part of it, in the order of ranks."""
 
     @property
@@ -84,7 +84,7 @@ class Method(nn.Module):
         return outputs
 
 
-Build = Callable[[nn.Module, "PretrainConfig", Peers | None], Method]
+Build = Callable[[nn.Module, "PretrainConfig", ProcessGroup | None], Method]
 
 
 def methods() -> dict[str, Build]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.methods.method import Method, Peers
+from moco.methods.method import Method, ProcessGroup
 from moco.methods.projection import with_head
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class MomentumContrast(Method):
 
     def __init__(
         self, encoder: nn.Module, *, dim: int, queue_length: int, temperature: float, mlp: bool,
-        symmetric: bool, shuffle: bool, peers: Peers | None = None,
+        symmetric: bool, shuffle: bool, peers: ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.query_encoder = with_head(encoder, dim, mlp)
@@ -80,7 +80,7 @@ class MomentumContrast(Method):
         self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
 
     @classmethod
-    def build(cls, encoder: nn.Module, settings: PretrainConfig, peers: Peers | None) -> MomentumContrast:
+    def build(cls, encoder: nn.Module, settings: PretrainConfig, peers: ProcessGroup | None) -> MomentumContrast:
         """Return the method that the settings ask for."""
         return cls(
             encoder, dim=settings.dim, queue_length=settings.queue, temperature=settings.temperature,

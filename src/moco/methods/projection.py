@@ -18,7 +18,7 @@ def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), linear) if mlp else linear
     encoder.fc = head if width == feature_width(encoder) else nn.Sequential(LastFeatures(width), head)
     if isinstance(encoder, SmallResNet):
-        encoder.trains_last_alone = True
+        encoder.skip_auxiliary_features = True
     return encoder
 
 

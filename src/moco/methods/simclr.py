@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.methods.method import Method, Peers
+from moco.methods.method import Method, ProcessGroup
 from moco.methods.projection import with_head
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 class SimCLR(Method):
     """One encoder for both views. In several processes the negatives are those of the whole batch."""
 
-    def __init__(self, encoder: nn.Module, *, dim: int, temperature: float, mlp: bool, peers: Peers | None = None):
+    def __init__(
+        self, encoder: nn.Module, *, dim: int, temperature: float, mlp: bool, peers: ProcessGroup | None = None
+    ):
         super().__init__()
         self.query_encoder = with_head(encoder, dim, mlp)
         self.temperature, self.peers = temperature, peers
 
     @classmethod
-    def build(cls, encoder: nn.Module, settings: PretrainConfig, peers: Peers | None) -> SimCLR:
+    def build(cls, encoder: nn.Module, settings: PretrainConfig, peers: ProcessGroup | None) -> SimCLR:
         """Return the method that the settings ask for."""
         mlp = settings.head == "mlp"
         return cls(encoder, dim=settings.dim, temperature=settings.temperature, mlp=mlp, peers=peers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moco.accel.cuda_graphs import ReplayedEncoder, ReplayedViews
+from moco.accel.cuda_graphs import GraphedEncoder, GraphedViews
 from moco.data.batches import step_generator
 from moco.data.manifest import Manifest
 from moco.encoders.encoder import build_encoder
@@ -20,7 +20,7 @@ from moco.encoders.split_batch_norm import kernels, use_split_batch_norm
 from moco.methods.method import Method, methods
 from moco.settings.pretrain import PretrainConfig
 from moco.training.architecture import described
-from moco.training.distributed import SOLO, Average, Processes
+from moco.training.distributed import SINGLE_PROCESS, Average, DistributedContext
 from moco.training.numerics import autocast
 from moco.training.optimizer import load_sgd, make_sgd
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
@@ -40,7 +40,9 @@ def pool(count: int, section: PretrainConfig) -> np.ndarray:
     return np.sort(np.random.default_rng(section.seed).permutation(count)[:size])
 
 
-def build_model(config: PretrainConfig, processes: Processes = SOLO, own_kernels: bool = True) -> Method:
+def build_model(
+    config: PretrainConfig, processes: DistributedContext = SINGLE_PROCESS, own_kernels: bool = True
+) -> Method:
     """Weights are a function of config.seed.
 
     BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what
@@ -95,18 +97,18 @@ class ContrastStep:
 
     def __init__(
         self, config: PretrainConfig, views: Views, device: torch.device, precision: torch.dtype,
-        batch_size: int | None = None, processes: Processes = SOLO, cuda_graphs: bool = False,
+        batch_size: int | None = None, processes: DistributedContext = SINGLE_PROCESS, cuda_graphs: bool = False,
         own_kernels: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.views, self.device, self.precision = config, views, device, precision
         self.processes = processes
         model = build_model(config, processes, own_kernels).to(device).to(memory_format=torch.channels_last)
-        self._model, self._unfinished = model, _nothing
+        self._model, self._pending_update = model, _nothing
         self.make_view: Callable[..., Tensor] = Views.__call__
         if cuda_graphs and device.type == "cuda":
-            self.make_view = ReplayedViews()
+            self.make_view = GraphedViews()
             if config.batch_norm != "sync":  # which waits for other GPUs within
-                model.quick = {name: ReplayedEncoder(each, precision) for name, each in model.named_children()}
+                model.quick = {name: GraphedEncoder(each, precision) for name, each in model.named_children()}
         self.peak_lr = scaled_lr(config.lr, batch_size or config.batch_size)
         self.optimizer = make_sgd(
             model.encoder.parameters(), device, precision,
@@ -141,9 +143,9 @@ class ContrastStep:
                 self.scaler.scale(part_loss * share).backward()
             loss += part_loss.detach() * share
             accuracy += part_accuracy * share
-        self._unfinished = self._update(torch.cat(targets) if targets else None, momentum)
+        self._pending_update = self._update(torch.cat(targets) if targets else None, momentum)
         if self.processes.size == 1:
-            self.settle()
+            self.flush_pending_update()
         moving = {"key_momentum": momentum} if model.momentum_encoder else {}
         return {"loss": loss, "contrast_accuracy": accuracy, "lr": self.peak_lr * factor, **moving}
 
@@ -155,7 +157,7 @@ class ContrastStep:
             names = ("running_mean", "running_var")
             shared = [p.grad for p in model.encoder.parameters() if p.grad is not None]
             shared += [buffer for name, buffer in model.named_buffers() if name.endswith(names)]
-        everyones = None if targets is None else self.processes.gather_later(targets)
+        everyones = None if targets is None else self.processes.gather_async(targets)
         take = self.average(shared)
 
         def update() -> None:
@@ -168,20 +170,20 @@ class ContrastStep:
 
         return update
 
-    def settle(self) -> None:
+    def flush_pending_update(self) -> None:
         """Takes the update of the step before, if it has not been taken."""
-        unfinished, self._unfinished = self._unfinished, _nothing
-        unfinished()
+        pending, self._pending_update = self._pending_update, _nothing
+        pending()
 
     @property
     def model(self) -> Method:
         """As it is after all steps."""
-        self.settle()
+        self.flush_pending_update()
         return self._model
 
     def state(self) -> dict[str, Any]:
         """Both encoders, queue, its cursor, optimizer and loss scale. Random numbers need no saving."""
-        self.settle()
+        self.flush_pending_update()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

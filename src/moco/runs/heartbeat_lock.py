@@ -23,7 +23,7 @@ from moco.errors import Say, UserError
 from moco.files import machine
 
 NAME, LOCK = "holder", "lock"
-LOOKS = 2.0  # seconds for which somebody may hold a lock just to see whether its process is alive
+LOCK_TIMEOUT_S = 2.0  # seconds for which somebody may hold a lock just to see whether its process is alive
 BEAT = 10.0  # seconds between two signs of life
 FIRST_BEAT = 1.0  # so soon the second is given: of two that begin at once, one then sees the other
 LENGTH = 256  # bytes of a sign
@@ -59,7 +59,7 @@ def exclusive(folder: Path, what: str, say: Say, wait: float | None = None) -> I
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=LOOKS if wait is None else wait)
+        lock.acquire(timeout=LOCK_TIMEOUT_S if wait is None else wait)
     except Timeout:
         raise busy(folder, what) from None
     try:

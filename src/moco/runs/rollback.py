@@ -32,7 +32,7 @@ def rate(lr: float, steps: int) -> float:
     return lr * FACTOR**steps
 
 
-def step_back(checkpoints: CheckpointFolder, allowed: int, error: DivergedError, resume: Path | None, say: Say) -> None:
+def roll_back(checkpoints: CheckpointFolder, allowed: int, error: DivergedError, resume: Path | None, say: Say) -> None:
     """Notes one more step, or raises the error where no more are allowed. From the second on the newest checkpoint is
     given up, which may be from a time when the trouble had begun already, unless the user has named it."""
     steps, paths = taken(checkpoints.folder), checkpoints.paths()

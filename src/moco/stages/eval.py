@@ -24,7 +24,7 @@ from moco.data.manifest import load_manifest
 from moco.data.prepare import open_decoded
 from moco.errors import UserError, say
 from moco.files import scratch_folder, sha256, write_text
-from moco.layout import CLASSIFIER, FINETUNED, MAKERS, MANIFEST, REPORTS
+from moco.layout import CLASSIFIER, FINETUNED, MANIFEST, PRODUCED_BY, REPORTS
 from moco.out_of_memory import full_memory
 from moco.runs.identity import Making, Start
 from moco.runs.joins import check_scored, check_unseen, classifier_settings, differences
@@ -60,16 +60,16 @@ def run(config: Config, classifier: Path = CLASSIFIER, start: Start | None = Non
 
     Raises UserError where the files are missing or do not fit each other or the data."""
     whole = classifier.resolve()
-    maker = next((stage for known, stage in MAKERS.items() if known.resolve() == whole), None)
+    maker = next((stage for known, stage in PRODUCED_BY.items() if known.resolve() == whole), None)
     name = whole.name if maker else f"{whole.name}-{hashlib.sha256(bytes(whole)).hexdigest()[:6]}"
-    report = REPORTS / ("eval" if maker == MAKERS[CLASSIFIER] else f"eval-{name}")
+    report = REPORTS / ("eval" if maker == PRODUCED_BY[CLASSIFIER] else f"eval-{name}")
     stage = re.sub(r"[^A-Za-z0-9_. -]", "_", report.name)  # what MLflow takes
     with locked_outputs(report.name, say, "eval"):
         _run(config, classifier, maker, report, stage, (start or Start.of("eval")).making(config, classifier))
 
 
 def _run(config: Config, classifier: Path, maker: str | None, report: Path, stage: str, making: Making) -> None:
-    hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, MAKERS))}"
+    hint = f"run `moco {maker}` first" if maker else f"known are {', '.join(map(str, PRODUCED_BY))}"
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
@@ -80,7 +80,7 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
     best = _made(classifier, hint, maker is not None)
     settings, weights = best.get("settings", {}), sha256(classifier / "model_sub.pth")
     ours = classifier_settings(config, settings)
-    if maker == MAKERS[FINETUNED]:
+    if maker == PRODUCED_BY[FINETUNED]:
         ours |= flatten(config.finetune, "finetune")
     if maker and settings and (different := differences(settings, ours)):
         say(f"warning: {classifier} was made with other settings: {'; '.join(different)}; `moco {maker}` makes it new")

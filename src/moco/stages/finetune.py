@@ -31,7 +31,7 @@ from moco.exchange.classifier_files import WEIGHTS, Classifier, TrainedClassifie
 from moco.exchange.encoder_file import load_encoder
 from moco.files import scratch_folder, sha256, write_text
 from moco.labels.extra_file import EXTRA_LABELS, read_extra
-from moco.layout import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MAKERS, MANIFEST, REPORTS
+from moco.layout import CLASSIFIER, CLASSIFIER_EXTRA, ENCODER, FINETUNED, MANIFEST, PRODUCED_BY, REPORTS
 from moco.runs.checkpoints import CheckpointFolder
 from moco.runs.identity import Making, Start
 from moco.runs.joins import (
@@ -92,7 +92,7 @@ def _open(config: Config, resume: Path | None, making: Making) -> None:
     source = _source(config)
     start = read_classifier(source) if config.finetune.start == "classifier" else _from_encoder(manifest, config)
     made, maker = _made(config)
-    check_classes(source, start.classes, manifest, f"run `moco {MAKERS[source]}` again")
+    check_classes(source, start.classes, manifest, f"run `moco {PRODUCED_BY[source]}` again")
     check_images(made, start.images, manifest, f"run `moco {maker}` again")
     tell_other_data(made, start.made_from.get("data"), start.images, manifest, say)
     if different := differences(start.settings, classifier_settings(config, start.settings)):
@@ -207,7 +207,7 @@ def _made(config: Config) -> tuple[Path, str]:
     """The file of the weights that it starts from, and the stage that makes it."""
     if config.finetune.start == "encoder":
         return ENCODER, "pretrain"
-    return _source(config) / WEIGHTS, MAKERS[_source(config)]
+    return _source(config) / WEIGHTS, PRODUCED_BY[_source(config)]
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
@@ -222,7 +222,7 @@ def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
     settings = {**encoder.settings, **{name: str(value) for name, value in flatten(config.train, "train").items()}}
     if (source := _source(config)) == CLASSIFIER_EXTRA:  # whose labels it takes
         made = read_classifier(source)
-        check_classes(source, made.classes, manifest, f"run `moco {MAKERS[source]}` again")
+        check_classes(source, made.classes, manifest, f"run `moco {PRODUCED_BY[source]}` again")
         settings |= {name: value for name, value in made.settings.items() if name.startswith("train_extra.")}
     return TrainedClassifier(
         architecture, {**encoder.weights, **layer}, 0, manifest.classes, settings, sha256(ENCODER),

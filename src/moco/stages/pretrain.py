@@ -43,7 +43,7 @@ from moco.tracking.origin import origin
 from moco.tracking.run import Run
 from moco.training import features
 from moco.training.architecture import chosen_architecture, described
-from moco.training.distributed import Processes, from_environment
+from moco.training.distributed import DistributedContext, from_environment
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, LoopState, run_effort, run_loop
 from moco.training.numerics import choose_device, choose_precision, refuse_broken, set_up
@@ -126,7 +126,7 @@ def run(config: Config, resume: Path | None = None, start: Start | None = None) 
     splits = open_decoded(config.data, manifest, scratch_folder(config.runtime.scratch), _speaker(processes))
     # Whose state has the form that the features give it; a setting, once.
     key = run_key({**flatten(section, "pretrain"), "pretrain.features": described(section).features}, manifest.digest)
-    with processes.joined(device), contextlib.ExitStack() as stack:
+    with processes.process_group(device), contextlib.ExitStack() as stack:
         missing = missing_kernels(section, device, config.runtime.gpu_kernels)
         facts = {"settings or data": key, "precision": str(precision), "BatchNorm (moco doctor)": str(missing is None)}
         processes.require_equal(facts)
@@ -137,28 +137,30 @@ def run(config: Config, resume: Path | None = None, start: Start | None = None) 
             stack.enter_context(locked_outputs("pretrain", say))
             return stack.enter_context(open_run_folder("pretrain", key, making, lambda path: is_branch(path, resume)))
 
-        folder = present(processes.told(processes.alone(take)), "the folder of the run")
+        folder = present(processes.broadcast(processes.on_rank_zero(take)), "the folder of the run")
         checkpoints = CheckpointFolder(folder.path, config.checkpoint.keep)
         while not folder.restored:
             try:
                 _run(config, folder, checkpoints, manifest, splits, device, precision, resume, processes, making)
                 break
             except DivergedError as error:
-                processes.alone(rollback.step_back, checkpoints, config.checkpoint.max_rollbacks, error, resume, say)
+                processes.on_rank_zero(
+                    rollback.roll_back, checkpoints, config.checkpoint.max_rollbacks, error, resume, say
+                )
                 _, signal = processes.agree(0.0, error.signal)
             if signal is not None:  # it came while training diverged, and is not forgotten
                 raise Interrupted(signal, saved=True)
             gc.collect()  # the network that is given up, before there is another
         if not folder.restored:
-            processes.alone(folder.finish, making)
-        processes.alone(stack.close)  # here, so that all learn of a result that is not put into its place
+            processes.on_rank_zero(folder.finish, making)
+        processes.on_rank_zero(stack.close)  # here, so that all learn of a result that is not put into its place
     _speaker(processes)(f"pretrain: encoder -> {ENCODER}")
 
 
 def _run(
     config: Config, run_folder: RunFolder, checkpoints: CheckpointFolder, manifest: Manifest,
     splits: dict[str, DecodedSplit], device: torch.device, precision: torch.dtype, resume: Path | None,
-    processes: Processes, making: Making,
+    processes: DistributedContext, making: Making,
 ) -> None:  # fmt: skip
     section, params = config.pretrain, flatten(config.pretrain, "pretrain")
     architecture = chosen_architecture(section, manifest)
@@ -168,8 +170,8 @@ def _run(
     check_pool(section, sampler.batch_size, len(chosen), _speaker(processes))
     # Rank 0 sends the state itself: a folder that all nodes see, and see alike at once, is not needed.
     asked = (checkpoints, resume, params, manifest.digest, processes.size, making.identity)
-    saved = processes.told(processes.alone(saved_state, *asked))
-    steps_back = processes.told(processes.alone(rollback.taken, run_folder.path, saved)) or 0
+    saved = processes.broadcast(processes.on_rank_zero(saved_state, *asked))
+    steps_back = processes.broadcast(processes.on_rank_zero(rollback.taken, run_folder.path, saved)) or 0
     slower = replace(section, lr=rollback.rate(section.lr, steps_back))
     fast, views = (config.runtime.cuda_graphs, config.runtime.gpu_kernels), pretraining_views(section, manifest, device)
     step = ContrastStep(slower, views, device, precision, sampler.batch_size, processes, *fast)
@@ -201,7 +203,7 @@ def _run(
             )
             return record
 
-        record = processes.alone(begin)
+        record = processes.on_rank_zero(begin)
         monitor = Monitor(config.monitor, step, splits["train"], len(manifest.classes), splits["unlabeled"].digests)
         _train(config, splits["unlabeled"].images, sampler, step, state, monitor, save, record, processes)
 
@@ -216,8 +218,8 @@ def _run(
             record.artifact(write_curve(record.path, report / "monitor.csv", "knn_accuracy"))
             _draw(record, splits["unlabeled"].images, step.views)
 
-        processes.alone(lambda: finish(present(record, "the record of rank 0")))
-        processes.alone(stack.close)  # here, so that all learn of a log that could not be brought to the disk
+        processes.on_rank_zero(lambda: finish(present(record, "the record of rank 0")))
+        processes.on_rank_zero(stack.close)  # here, so that all learn of a log that could not be brought to the disk
 
 
 def _provenance(report: Path, encoder: Path, manifest: Manifest, held: int) -> Path:
@@ -241,7 +243,7 @@ def _draw(record: Run, images: np.ndarray, views: Views) -> None:
 
 def _train(
     config: Config, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
-    monitor: Monitor, save: Callable[[LoopState], None], record: Run | None, processes: Processes,
+    monitor: Monitor, save: Callable[[LoopState], None], record: Run | None, processes: DistributedContext,
 ) -> None:  # fmt: skip
     """Runs the loop to its end. record: of rank 0 alone."""
     if record is not None:
@@ -267,5 +269,5 @@ def _nothing(*told: object) -> None:
     """Takes what processes other than rank 0 have to say: the same once more."""
 
 
-def _speaker(processes: Processes) -> Say:
+def _speaker(processes: DistributedContext) -> Say:
     return say if processes.rank == 0 else _nothing

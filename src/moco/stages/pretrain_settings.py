@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from moco.errors import Say, UserError
 from moco.settings.pretrain import PretrainConfig
-from moco.training.distributed import SOLO, Processes
+from moco.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
-def check(section: PretrainConfig, processes: Processes) -> None:
+def check(section: PretrainConfig, processes: DistributedContext) -> None:
     """Raises UserError, before anything is computed, for the first keys that do not fit each other."""
     if section.batch_norm == "sync" and processes.size == 1:
         raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
     check_alone(section, processes)
 
 
-def check_alone(section: PretrainConfig, processes: Processes = SOLO) -> None:
+def check_alone(section: PretrainConfig, processes: DistributedContext = SINGLE_PROCESS) -> None:
     """The same, but that a single process may stand for one of several."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")

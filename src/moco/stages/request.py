@@ -29,7 +29,7 @@ from moco.labels.extra_labels import read_extra_labels
 from moco.labels.pool_names import drawn_labels, pool_names
 from moco.labels.selection.clusters import margins
 from moco.labels.selection.coverage import coverage
-from moco.labels.selection.near_duplicates import first_of_each, small_pictures
+from moco.labels.selection.near_duplicates import deduplicate, small_pictures
 from moco.labels.selection.strategies import NEEDS_CLASSIFIER, Choice, Pool, choose, reduced
 from moco.layout import CLASSIFIER, FORM
 from moco.methods.projection import with_head
@@ -251,7 +251,7 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
             wanted, surplus = min(max(wanted, surplus), int(candidates.sum())), 2 * surplus
         choice = choose(section.strategy, now, wanted, section.bandwidth, section.seed)
         pictures = small_pictures(gather(images.images, choice.rows.numpy()))
-        unlike = first_of_each(pictures, before)
+        unlike = deduplicate(pictures, before)
         kept = unlike.nonzero().flatten()[: budget - count]
         last = int(kept[-1]) + 1 if count + len(kept) == budget else wanted  # of those that are decided
         candidates[choice.rows[:last].to(candidates.device)] = False

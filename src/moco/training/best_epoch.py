@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from moco.errors import say
-from moco.training.linear import clearly_better
+from moco.training.linear import is_significantly_better
 from moco.training.loop import LoopState
 from moco.training.supervised import SupervisedStep
 
@@ -48,7 +48,7 @@ class BestEpoch:
         if self.best is None:
             raise ValueError("no epoch has been measured")
         behind = self.start is not None and self.last < self.start
-        clearly = clearly_better(self.best["accuracy"], self.last, len(self.labels))
+        clearly = is_significantly_better(self.best["accuracy"], self.last, len(self.labels))
         return self.best if behind or clearly else self._now()
 
     def correct(self) -> np.ndarray:

@@ -28,7 +28,7 @@ PATIENCE = timedelta(hours=1)  # waiting for the others: one node may have to de
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """The processes of a run as one of them sees them; rank 0 writes the files. local_*: those of this node."""
 
     rank: int = 0
@@ -52,7 +52,7 @@ class Processes:
         return torch.device("cuda", self.local_rank)
 
     @contextlib.contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
+    def process_group(self, device: torch.device) -> Iterator[None]:
         """Connects the processes: gloo for what the CPU holds, NCCL for what GPUs hold. Those that end for a reason
         that all know leave together: torchrun stops the others as soon as one has left with an exit code."""
         if self.size == 1:
@@ -77,7 +77,7 @@ class Processes:
             dist.all_reduce(torch.zeros(1))
         # The group is left to `end_process`.
 
-    def alone(self, action: Callable[..., T], *arguments: Any) -> T | None:
+    def on_rank_zero(self, action: Callable[..., T], *arguments: Any) -> T | None:
         """The action's result in rank 0, which alone executes it while the others wait; None in these.
 
         A UserError that it raises is raised in all of them."""
@@ -89,7 +89,7 @@ class Processes:
                 result = action(*arguments)
             except UserError as error:
                 problem = error
-        problem = self.told(problem)
+        problem = self.broadcast(problem)
         if problem is not None:
             try:
                 raise problem
@@ -97,7 +97,7 @@ class Processes:
                 del problem  # with its traceback it would keep alive what it was raised in
         return result
 
-    def told(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, by pickle; what the others pass is ignored."""
         if self.size == 1:
             return value
@@ -106,7 +106,7 @@ class Processes:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather_objects(self, value: T) -> list[T]:
         """The values of all, by pickle, in the order of ranks."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
@@ -116,22 +116,22 @@ class Processes:
 
     def require_equal(self, facts: Mapping[str, str]) -> None:
         """Raises UserError in all, naming the facts, where a process has others than rank 0."""
-        found = self.everyones(dict(facts))
+        found = self.all_gather_objects(dict(facts))
         different = [name for name in facts if any(other[name] != found[0][name] for other in found)]
         if different:
             raise UserError(f"the processes do not have the same {', '.join(different)}; they must, on every node")
 
     def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
         """Rank 0's seconds, and a signal that any of them received."""
-        return self.agree_later(seconds, signal)()
+        return self.agree_async(seconds, signal)()
 
-    def agree_later(self, seconds: float, signal: int | None) -> Callable[[], tuple[float, int | None]]:
+    def agree_async(self, seconds: float, signal: int | None) -> Callable[[], tuple[float, int | None]]:
         """The same, for whoever can do something else meanwhile: the wait is in the call of the result. One message of
         16 bytes between the CPUs."""
         if self.size == 1:
             return lambda: (seconds, signal)
         both = torch.tensor([seconds if self.rank == 0 else 0.0, signal or 0], dtype=torch.float64)
-        arrived = begun(self, lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True))
+        arrived = start_async(self, lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True))
 
         def answer() -> tuple[float, int | None]:
             arrived()
@@ -150,7 +150,7 @@ class Processes:
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
-        return self.gather_later(part)()
+        return self.gather_async(part)()
 
     def gather_with_gradient(self, part: Tensor) -> Tensor:
         """Return the parts (equal shapes) of all along the first dimension. The gradient of a part is the sum of those
@@ -161,13 +161,13 @@ class Processes:
 
         return torch.cat(list(all_gather(part.contiguous())))
 
-    def gather_later(self, part: Tensor) -> Callable[[], Tensor]:
+    def gather_async(self, part: Tensor) -> Callable[[], Tensor]:
         """The same; the wait is in the call of the result."""
         if self.size == 1:
             return lambda: part
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.size)]
-        arrived = begun(self, lambda: dist.all_gather(parts, part, async_op=True))
+        arrived = start_async(self, lambda: dist.all_gather(parts, part, async_op=True))
 
         def everyones() -> Tensor:
             arrived()
@@ -176,10 +176,10 @@ class Processes:
         return everyones
 
 
-SOLO = Processes()
+SINGLE_PROCESS = DistributedContext()
 
 
-def begun(processes: Processes, begin: Callable[[], dist.Work | None]) -> Callable[[], object]:
+def start_async(processes: DistributedContext, begin: Callable[[], dist.Work | None]) -> Callable[[], object]:
     """Begins an exchange and returns what waits for its end. On a GPU its stream waits, not the CPU."""
     with _others(processes):
         work = present(begin(), "an exchange between processes")
@@ -192,7 +192,7 @@ def begun(processes: Processes, begin: Callable[[], dist.Work | None]) -> Callab
 
 
 @contextlib.contextmanager
-def _others(processes: Processes) -> Iterator[None]:
+def _others(processes: DistributedContext) -> Iterator[None]:
     """Raises ProcessLostError where the exchange fails, which is how the end of another process is noticed."""
     try:
         yield
@@ -206,13 +206,13 @@ def _others(processes: Processes) -> Iterator[None]:
         ) from None
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
-    """What torchrun has set, SOLO without it. Raises UserError where half of it is set."""
+def from_environment(environment: Mapping[str, str] = os.environ) -> DistributedContext:
+    """What torchrun has set, SINGLE_PROCESS without it. Raises UserError where half of it is set."""
     size = _number(environment, "WORLD_SIZE", 1)
     if size == 1:
         if _number(environment, "RANK", 0) != 0:
             raise UserError("RANK is set and WORLD_SIZE is not: start several processes with torchrun, or unset RANK")
-        return SOLO
+        return SINGLE_PROCESS
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
         raise UserError(
@@ -222,7 +222,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
     rank, local = _number(environment, "RANK", 0), _number(environment, "LOCAL_RANK", 0)
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank}, but must be from 0 to WORLD_SIZE - 1 = {size - 1}")
-    return Processes(rank, size, local, max(local + 1, _number(environment, "LOCAL_WORLD_SIZE", 1)))
+    return DistributedContext(rank, size, local, max(local + 1, _number(environment, "LOCAL_WORLD_SIZE", 1)))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -259,7 +259,7 @@ class Average:
     same bits in all of them. The wait is in the call of the result, until which the tensors keep what they have; it
     comes before the next call. The buffer is kept: new pages in every step cost more than sending it does."""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: DistributedContext) -> None:
         self.processes = processes
         self.buffer: Tensor | None = None
 
@@ -272,7 +272,7 @@ class Average:
         sizes = [tensor.numel() for tensor in tensors]
         buffer = self.buffer = tensors[0].new_empty(sum(sizes)) if self.buffer is None else self.buffer
         torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer)
-        arrived = begun(self.processes, lambda: dist.all_reduce(buffer, async_op=True))
+        arrived = start_async(self.processes, lambda: dist.all_reduce(buffer, async_op=True))
 
         @torch.no_grad()
         def take() -> None:

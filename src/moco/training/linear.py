@@ -213,12 +213,12 @@ def _fit_sgd(
         if best is None or accuracy > best.accuracy or epoch == stop_after:
             best = LinearFit(*scaling.fold(layer), epoch, accuracy, copy.deepcopy(optimizer.state_dict()))
     best = present(best, "an epoch")
-    if stop_after is None and not clearly_better(best.accuracy, accuracy, len(held)):
+    if stop_after is None and not is_significantly_better(best.accuracy, accuracy, len(held)):
         return LinearFit(*scaling.fold(layer), config.epochs, accuracy, copy.deepcopy(optimizer.state_dict()))
     return best
 
 
-def clearly_better(best: float, last: float, count: int, errors: float = 2.0) -> bool:
+def is_significantly_better(best: float, last: float, count: int, errors: float = 2.0) -> bool:
     """Whether the accuracy of the best epoch is ahead of the last one's by more than so many standard errors of it.
 
     count: images that both were measured on. The error is that of Agresti and Coull (1998, two right and two wrong ones

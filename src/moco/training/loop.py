@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moco.data.batches import EpochSampler, Fetcher
 from moco.errors import DivergedError, Interrupted
-from moco.training.distributed import SOLO, Processes
+from moco.training.distributed import SINGLE_PROCESS, DistributedContext
 from moco.training.interrupt import StopFlag
 from moco.training.progress import Display
 
@@ -75,7 +75,7 @@ class Hooks:
     monitor_every: int = 1
     save: Callable[[LoopState], None] | None = None
     save_every: int = 1
-    processes: Processes = SOLO
+    processes: DistributedContext = SINGLE_PROCESS
     timed_monitor: bool = False
     images: int | None = None
 
@@ -168,7 +168,7 @@ def _between(todo: tuple[bool, bool], window: _Window, state: LoopState, hooks: 
     if hooks.monitor is not None and monitor:
         _refuse_divergence(window.loss(), state.step)
         with window.paused():
-            hooks.processes.alone(_monitor, hooks.monitor, hooks.log, state.step)
+            hooks.processes.on_rank_zero(_monitor, hooks.monitor, hooks.log, state.step)
     if hooks.save is not None and save:
         _refuse_divergence(window.loss(), state.step)
         with window.paused():
@@ -182,11 +182,11 @@ class _Clock:
     def __init__(self, state: LoopState, hooks: Hooks) -> None:
         self.state, self.hooks, self.began = state, hooks, time.perf_counter() - state.seconds
         self.signal: int | None = None
-        self.asked = hooks.processes.agree_later(state.seconds, None)
+        self.asked = hooks.processes.agree_async(state.seconds, None)
 
     def read(self, late: bool = False) -> None:
         """late: where there are several processes, as of the reading before, so that none waits for others' answers."""
-        asked = self.hooks.processes.agree_later(time.perf_counter() - self.began, self.hooks.stop.signal)
+        asked = self.hooks.processes.agree_async(time.perf_counter() - self.began, self.hooks.stop.signal)
         self.state.seconds, self.signal = (self.asked if late and self.hooks.processes.size > 1 else asked)()
         self.asked = asked
 
@@ -194,7 +194,7 @@ class _Clock:
 class _Window:
     """Metrics between two log lines."""
 
-    def __init__(self, fetcher: Fetcher, processes: Processes, values: dict[str, list[Any]]) -> None:
+    def __init__(self, fetcher: Fetcher, processes: DistributedContext, values: dict[str, list[Any]]) -> None:
         self.fetcher, self.processes, self.words = fetcher, processes, ""
         self.clear()
         self.values.update({name: list(steps) for name, steps in values.items()})
@@ -257,7 +257,7 @@ def _mean(values: list[Any]) -> float:
 
 def _save(save: Callable[[LoopState], None], state: LoopState, window: _Window) -> None:
     state.unlogged = window.unlogged()
-    window.processes.alone(save, state)
+    window.processes.on_rank_zero(save, state)
 
 
 def _refuse_divergence(loss: float, step: int) -> None:
@@ -269,7 +269,7 @@ def _report(window: _Window, state: LoopState, per_epoch: int, hooks: Hooks) -> 
     metrics = window.read()
     _refuse_divergence(metrics.get("loss", 0.0), state.step)
     epoch = state.epoch + state.batch / per_epoch
-    hooks.processes.alone(hooks.log, {**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
+    hooks.processes.on_rank_zero(hooks.log, {**metrics, "epoch": epoch, "minutes": state.seconds / 60}, state.step)
     window.words = f"loss {metrics.get('loss', 0.0):.3f}"
 
 

@@ -87,7 +87,7 @@ def reach(sigma: float) -> int:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ViewParameters:
     """The random parameters of one view of B images, on the CPU.
 
     boxes: B x 4 (top, left, height, width). factors: B x 4, of the jitter. orders: the images that share an order of
@@ -102,7 +102,7 @@ class Drawn:
     blurred: Tensor
     sigma: Tensor
 
-    def table(self) -> Tensor:
+    def packed(self) -> Tensor:
         """All of it as numbers, B x (8 + len(ALL_ORDERS)); what is not for an image is neutral."""
         neutral = torch.tensor([NEUTRAL[operation] for operation in ALL_ORDERS])
         factors = neutral.repeat(len(self.boxes), 1)
@@ -177,7 +177,9 @@ class Views:
             images.index_copy_(0, chosen, blur(images.index_select(0, chosen), move(sigma), reach(sigma[-1].item())))
         return images
 
-    def draw(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Drawn:
+    def draw(
+        self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
+    ) -> ViewParameters:
         """What `augment` draws for B images of `to_unit`."""
         b, _, height, width = unit.shape
         r, whole = self.recipe, total or len(unit)
@@ -194,7 +196,7 @@ class Views:
         factors[:, :3] = (factors[:, :3] + 1).clamp(min=0)
         sigma = r.blur_sigma[0] + (r.blur_sigma[1] - r.blur_sigma[0]) * rest[:, 6]
         sigma *= self.size / REFERENCE_SIZE
-        return Drawn(
+        return ViewParameters(
             boxes=crop_boxes(uniform, height, width, r.crop_scale).float(),
             flipped=rest[:, 8] < r.flip_probability,
             jittered=rest[:, 0] < r.jitter_probability,
@@ -205,8 +207,8 @@ class Views:
             sigma=sigma,
         )
 
-    def augment_all(self, unit: Tensor, table: Tensor) -> Tensor:
-        """`augment` by `Drawn.table`, on the device, with every operation done for every image."""
+    def augment_branchless(self, unit: Tensor, table: Tensor) -> Tensor:
+        """`augment` by `ViewParameters.packed`, on the device, with every operation done for every image."""
         boxes, (flipped, grayed, blurred), sigma = table[:, :4], table[:, 4:7].bool().unbind(1), table[:, 7]
         images = resample(unit, boxes, self.size, flipped)
         if self.recipe.jitter_probability > 0:

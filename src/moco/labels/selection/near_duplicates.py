@@ -21,7 +21,7 @@ def small_pictures(images: np.ndarray) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, 3 * SIDE * SIDE)
 
 
-def first_of_each(pictures: Tensor, known: Tensor) -> Tensor:
+def deduplicate(pictures: Tensor, known: Tensor) -> Tensor:
     """N booleans: whether a picture is unlike all known ones and unlike all kept ones before it. N x 192, M x 192."""
     limit = ALIKE * pictures.shape[1]
     kept = torch.ones(len(pictures), dtype=torch.bool)

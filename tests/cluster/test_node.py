@@ -212,7 +212,8 @@ def undisturbed() -> Callable[[], bytes]:
     """Starts the same pretraining beside the jobs, in a checkout of its own; returns what waits for its encoder."""
     aside = f"{PROJECT} undisturbed"
     hpc("root", "rm", "-rf", aside)
-    shutil.copytree(here(PROJECT), here(aside), symlinks=True, ignore=shutil.ignore_patterns("runs", "mlflow.db"))
+    shutil.copytree(here(PROJECT), here(aside), symlinks=True)
+    shutil.rmtree(here(f"{aside}/runs"), ignore_errors=True)
     hpc("root", "chown", "-R", "hpc:", aside)
     inside = f'apptainer exec --bind "$PWD" --pwd "$PWD" --overlay {DATASET}:ro {SIF}'
     script = f"cd {shlex.quote(aside)} && {inside} sh -c 'moco data && moco pretrain'"

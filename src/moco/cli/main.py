@@ -119,7 +119,8 @@ def pretrain(
 ) -> None:
     """Train the encoder by momentum contrast on the unlabelled images; writes models/encoder.pth."""
     start, config = _start("pretrain", params), _load(params)
-    refuse_queue(config.pretrain.queue, config.pretrain.dim)
+    if config.pretrain.method == "moco_v2":  # others have no queue
+        refuse_queue(config.pretrain.queue, config.pretrain.dim)
     from moco.stages import pretrain as stage
 
     stage.run(config, resume, start)
@@ -132,7 +133,8 @@ def profile(
 ) -> None:
     """Tell where the time of a pretraining step goes on this machine. Trains nothing and writes nothing."""
     config = _load(params)
-    refuse_queue(config.pretrain.queue, config.pretrain.dim)
+    if config.pretrain.method == "moco_v2":  # others have no queue
+        refuse_queue(config.pretrain.queue, config.pretrain.dim)
     from moco.stages import profile as stage
 
     stage.run(config, steps, typer.echo)

@@ -21,6 +21,7 @@ from moco.data.dataset import Dataset, Split
 from moco.data.generated import generate
 from moco.data.image_kinds import is_litter
 from moco.data.manifest import SPLITS
+from moco.data.source_files import TORCHVISION_FOLDERS
 from moco.data.squashfs_reader import DamagedImageError, SquashfsPath
 from moco.errors import Say, UserError, first_of
 from moco.files import refuse_irregular, sha256
@@ -64,10 +65,12 @@ def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Datase
             dataset = class_tree(path, say)
             _tell_links(dataset, path, say)
             yield dataset
-        else:
+        elif config.source in TORCHVISION_FOLDERS:
             from moco.data.torchvision_sets import load_torchvision_set
 
             yield load_torchvision_set(config.source, path, config.download)
+        else:
+            raise ValueError(f"{config.source}: not a source")
 
 
 def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: Path, say: Say) -> Dataset:

@@ -64,11 +64,13 @@ def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) 
         rows, scores, clusters = cluster_margin(features, candidates, margins, budget, generator)
     elif strategy == "coreset":
         rows, scores = k_centre(features, candidates, labelled, budget)
-    else:
+    elif strategy in ("maxherding", "uncertainty_herding"):
         weights = None
         if strategy == "uncertainty_herding":
             weights = 1 - _needed(pool.margins, strategy)  # (arXiv 2412.20644, section 3)
         rows, scores = herd(features, candidates, labelled, budget, bandwidth, generator, weights)
+    else:
+        raise ValueError(f"{strategy}: not a strategy")
     rows, scores = rows.cpu(), scores.cpu()
     if clusters is None:
         _, clusters = kmeans(features[rows.to(features.device)], round(len(rows) ** 0.5), generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from moco.settings.baseline import BaselineConfig
@@ -62,8 +62,3 @@ def without_setting() -> dict[str, Any]:
     """Return the settings that came later at the values at which all is as it was without them, by dotted name."""
     later = {name: field.metadata["before"] for name, field, _ in fields_of(Config, "") if "before" in field.metadata}
     return {**later, "pretrain.features": "last"}  # which has moved since
-
-
-def section_class(name: str) -> type[Any]:
-    """Return the class of a section of params.yaml."""
-    return next(each.default_factory for each in fields(Config) if each.name == name)  # type: ignore[return-value]

@@ -17,12 +17,12 @@ _QUOTED = re.compile(r'[,;\t\r\n"]|^\s|\s$')
 
 
 def guarded(text: str) -> str:
-    """Return a cell's text that no spreadsheet takes for a formula. Negative numbers are none."""
+    """Return a cell's text that no spreadsheet takes for a formula. Negative numbers stay as they are."""
     return text if _NUMBER.fullmatch(text) else re.sub(f"{_BEGINS}('*){_DANGER}", r"'\1", text)
 
 
 def unguarded(text: str) -> str:
-    """Return what `guarded` was given."""
+    """Return the text that `guarded` was given."""
     return re.sub(f"{_BEGINS}'('*){_DANGER}", r"\1", text)
 
 

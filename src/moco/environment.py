@@ -42,7 +42,7 @@ left_out: list[str] = []  # names of variables that `shield` has taken out of th
 
 
 def shield(say: Say, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Take out of the environment what is meant for other programs, and remember the names in `left_out`."""
+    """Remove from the environment what is meant for other programs, and remember the names in `left_out`."""
     strangers = [
         name for name in environment
         if name in FOREIGN or (name.startswith(("MLFLOW_", "_MLFLOW_")) and not name.startswith(MLFLOW_KEPT))
@@ -77,8 +77,11 @@ def shield(say: Say, environment: MutableMapping[str, str] = os.environ) -> None
 
 
 def _impossible_threads(environment: MutableMapping[str, str], say: Say) -> list[str]:
-    """Take out and return variables that name no possible number of threads: of such, one library takes one thread and
-    says nothing, another complains, and a third dies where the number is too large."""
+    """Remove and return variables that name no possible number of threads.
+
+    Of such a value, one library takes one thread and says nothing, another complains, and a third dies where the number
+    is too large.
+    """
     wrong = [name for name in THREADS if name in environment and not _is_thread_count(environment[name])]
     for name in wrong:
         value = environment.pop(name)
@@ -94,9 +97,11 @@ def _is_thread_count(value: str) -> bool:
 
 
 def other_checkout() -> Path | None:
-    """Return src/moco of the current folder where it is not the code that runs: with one virtual environment and two
-    clones of the project, say, or in the folder of a queued experiment. None where there is none, as in a project that
-    an installed moco works on."""
+    """Return src/moco of the current folder where it is not the code that runs; None where there is none.
+
+    This is so with one virtual environment and two clones of the project, say, or in the folder of a queued experiment.
+    There is none in a project that an installed moco works on.
+    """
     here = Path("src/moco").resolve()
     return here if here != PACKAGE and (here / "errors.py").is_file() else None
 
@@ -125,8 +130,10 @@ def python_module(module: str, *arguments: str) -> list[str]:
 
 
 def _isolate_workers() -> None:
-    """Start multiprocessing's workers with `-I`, as Python 3.10 knows no PYTHONSAFEPATH. They take the path of modules
-    from this process."""
+    """Start multiprocessing's workers with `-I`, as Python 3.10 does not know PYTHONSAFEPATH.
+
+    The workers take the path of modules from this process.
+    """
     from multiprocessing import util
 
     original = util._args_from_interpreter_flags  # type: ignore[attr-defined]

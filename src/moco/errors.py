@@ -16,13 +16,15 @@ QUOTED = 40  # characters that a message quotes of a file's content
 
 
 def one_line(text: str) -> str:
-    """Without what would begin another line or steer a terminal: names of files may hold anything."""
+    """Return the text without what would begin another line or steer a terminal: names of files may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def shortened(text: str, limit: int) -> str:
-    """Return the text on one line of at most `limit` characters: what is too long loses its middle, as a message begins
-    with the place and ends with what to do."""
+    """Return the text on one line of at most `limit` characters.
+
+    A text that is too long loses its middle, as a message begins with the place and ends with what to do.
+    """
     text = one_line(text)
     if len(text) <= limit:
         return text
@@ -50,7 +52,7 @@ def first_of(items: Sequence[object], room: int = 160) -> str:
 
 
 def present(value: T | None, what: str) -> T:
-    """Return a value that must be there. Raises RuntimeError where it is not, which is a fault of this program."""
+    """Return a value that must be there. Raises RuntimeError where it is None, which is a fault of this program."""
     if value is None:
         raise RuntimeError(f"{what}: missing, though nothing here can work without")
     return value
@@ -69,14 +71,16 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """Training has left the track: the loss or the weights are no numbers any more, or the features collapsed.
-    signal: one that had arrived by then."""
+    """Training has diverged: the loss or the weights are NaN or infinite, or the features have collapsed.
+
+    signal: one that had arrived by then.
+    """
 
     signal: int | None = None
 
     @classmethod
     def because(cls, what: str) -> DivergedError:
-        """Of numbers that are none any more; `what` says which and where."""
+        """Return the error for numbers that are NaN or infinite; `what` says which numbers and where."""
         return cls(
             f"{what}: training has diverged; lower the learning rate or use precision fp32 (saved checkpoints are from "
             "before)"

@@ -22,14 +22,17 @@ os.umask(_UMASK := os.umask(0))
 
 
 def home() -> Path:
-    """Folder of the project that runs and the MLflow store belong to: this one, but in an experiment that DVC runs in
-    a folder of its own (`dvc exp run --queue`, `--temp`), which goes when it ends, the one that it came from."""
+    """Return the folder of the project that runs and the MLflow store belong to.
+
+    This is the current folder. But an experiment that DVC runs in a folder of its own (`dvc exp run --queue`,
+    `--temp`), which goes when it ends, belongs to the folder that it came from.
+    """
     root = Path(os.environ.get("DVC_ROOT", ""))
     return Path() if "DVC_EXP_NAME" not in os.environ or root.resolve() == Path().resolve() else root
 
 
 def machine() -> str:
-    """Names the machine as it runs now: all its containers have the same name, and after a reboot it has another."""
+    """Return a name of the machine as it runs now: the same in all its containers, and another one after a reboot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -37,7 +40,7 @@ def machine() -> str:
 
 
 def account() -> str:
-    """The user's name; the number where it has none, as in a container."""
+    """Return the user's name; the number where the user has no name, as in a container."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # the second since Python 3.13
@@ -45,13 +48,16 @@ def account() -> str:
 
 
 def pid_tag() -> str:
-    """Stands in the name of what is temporary, so that others can tell whether its process still lives."""
+    """Return the part of a temporary name by which others can tell whether the process that made it still lives."""
     return f"{_tag()}-{os.getpid()}-"
 
 
 @cache
 def _tag() -> str:
-    """Of all processes that see each other's numbers: those of a machine, or of a container with numbers of its own."""
+    """Return a name for all processes that see each other's process numbers.
+
+    These are the processes of a machine, or of a container with process numbers of its own.
+    """
     try:
         numbers = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -60,7 +66,7 @@ def _tag() -> str:
 
 
 def remove_stale(folder: Path, prefix: str) -> None:
-    """Removes what processes that were killed left in a folder: files and folders named `prefix` and their owner."""
+    """Remove what killed processes left in a folder: files and folders named after `prefix` and their owner."""
     for path in folder.glob(f"{glob.escape(prefix)}{_tag()}-*"):
         if is_alive(path, prefix):
             continue
@@ -73,14 +79,14 @@ def remove_stale(folder: Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def working_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A folder in `parent` for as long as the context lasts; those of processes that were killed go first."""
+    """Yield a folder in `parent` for as long as the context lasts. Folders that killed processes left go first."""
     remove_stale(parent, prefix)
     with tempfile.TemporaryDirectory(prefix=f"{prefix}{pid_tag()}", dir=parent) as folder:
         yield Path(folder)
 
 
 def is_alive(path: Path, prefix: str) -> bool:
-    """Whether the process that a temporary name tells of is still there, as far as can be known from here."""
+    """Return whether the process that a temporary name tells of still lives, as far as can be known from here."""
     number = path.name.removeprefix(f"{prefix}{_tag()}-").partition("-")[0]
     if not number.isdecimal():
         return True
@@ -94,10 +100,10 @@ def is_alive(path: Path, prefix: str) -> bool:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:
-    """Calls `write` with a temporary path beside `path` and renames the result over it. Without `replace`, a file that
-    another process put there meanwhile stays.
+    """Call `write` with a temporary path beside `path` and rename the result to `path`.
 
-    Raises UserError where the disk is full or not writable; what stood at `path` before is then still there.
+    Without `replace`, a file that another process put there meanwhile stays. Raises UserError where the disk is full or
+    not writable; what stood at `path` before is then still there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, replace: bo
 
 
 def _sync_folder(folder: Path) -> None:
-    """Forces the new name onto the disk: else a machine that loses power may come up with the old one."""
+    """Force the new name onto the disk: else a machine that loses power may come up with the old one."""
     with contextlib.suppress(OSError):  # file systems that cannot sync folders
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -135,13 +141,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raises UserError for a pipe, a device or a folder where a file should be: some would be waited for, for ever."""
+    """Raise UserError for a pipe, a device or a folder where a file should be.
+
+    Without this a program would wait for some of them for ever.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file")
 
 
 def own_folder(path: Path) -> None:
-    """Made where it is missing. Raises UserError where it is another user's, who could put anything into it."""
+    """Create the folder where it is missing.
+
+    Raises UserError where it belongs to another user, who could put anything into it.
+    """
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -154,7 +166,7 @@ def own_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically."""
+    """Write a text file atomically, as UTF-8."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -163,7 +175,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def scratch_place(setting: str) -> Path:
-    """Node-local scratch: the setting, or for `auto` the first of SLURM_TMPDIR, TMPDIR and /tmp."""
+    """Return node-local scratch: the setting, or for `auto` the first of SLURM_TMPDIR, TMPDIR and /tmp."""
     place = setting
     if setting == "auto":
         place = os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir()
@@ -171,7 +183,7 @@ def scratch_place(setting: str) -> Path:
 
 
 def scratch_folder(setting: str) -> Path:
-    """Node-local scratch, made where it is missing. Raises UserError where it cannot be written."""
+    """Return node-local scratch, created where it is missing. Raises UserError where it cannot be written."""
     path = scratch_place(setting)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -182,7 +194,7 @@ def scratch_folder(setting: str) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's content, in hexadecimal."""
+    """Return the digest of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

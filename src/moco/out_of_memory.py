@@ -29,7 +29,7 @@ ASKED = re.compile(r"(?i:tried to|unable to) allocate (\d+ bytes|[\d.]+ [MGT]i?B
 
 
 def refuse_queue(length: int, dim: int) -> None:
-    """Raise UserError where a queue of so many keys of `dim` float32 numbers is larger than the machine's memory."""
+    """Raise UserError where a queue of `length` keys of `dim` float32 numbers is larger than the machine's memory."""
     needed = length * dim * 4
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -43,16 +43,18 @@ def refuse_queue(length: int, dim: int) -> None:
 
 
 class FullMemory(NamedTuple):
+    """Which memory was full, in words, and whether it is that of a GPU."""
+
     what: str
     gpu: bool
 
     def reading(self, place: object, done: str) -> UserError:
-        """Of a file that was to be loaded or decoded: a damaged one may ask for any amount."""
+        """Return the error for a file that was to be loaded or decoded: a damaged one may ask for any amount."""
         return UserError(f"{place}: cannot be {done}: {self.what}; where there is enough, it is damaged")
 
 
 def full_memory(error: BaseException) -> FullMemory | None:
-    """What was full when this was raised; None for an error of another kind."""
+    """Return which memory was full when this error was raised; None for an error of another kind."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         what = MACHINE

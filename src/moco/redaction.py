@@ -134,8 +134,10 @@ def redact(text: str) -> str:
 
 
 def redact_tree(value: Any) -> Any:
-    """Return dicts, lists and texts with every text redacted, and the value of every key that names a secret: a number,
-    a list or a dict as well, but for what is empty or a switch."""
+    """Return dicts, lists and texts with every text redacted, and the value of every key that names a secret.
+
+    Such a value is hidden where it is a number, a list or a dict as well, unless it is empty or a switch.
+    """
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -160,8 +162,10 @@ def redacted_keys(before: Any, after: Any, name: str = "") -> Iterator[str]:
 
 
 def literal_secret(line: str, name: str = "x.py") -> bool:
-    """Return whether a line of a source file seems to hold a secret itself, not only a variable of that name. A file
-    that is no program, such as dvc.yaml, has no variables."""
+    """Return whether a line of a source file seems to hold a secret itself, not only a variable of that name.
+
+    A file that is no program, such as dvc.yaml, has no variables.
+    """
     if not name.endswith((".py", ".html")) and redact(line) != line:
         return True
     return _SIGN.search(line) is not None and any(pattern.search(line) for pattern in _LITERALS)

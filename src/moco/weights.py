@@ -13,6 +13,7 @@ from moco.out_of_memory import full_memory
 
 
 def write_weights(content: Any, path: Path) -> None:
+    """Write content to `path` by torch.save. Raises OSError where the disk is full or the folder is missing."""
     try:
         torch.save(content, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk so
@@ -24,13 +25,15 @@ def write_weights(content: Any, path: Path) -> None:
 
 
 def save_weights(path: Path, content: Any) -> None:
-    """Saves tensors in plain containers, atomically. Raises UserError where it cannot be written."""
+    """Save tensors in plain containers, atomically. Raises UserError where the file cannot be written."""
     write_atomically(path, lambda temporary: write_weights(content, temporary))
 
 
 def load_weights(path: Path, hint: str) -> Any:
-    """Loads what save_weights wrote, onto the CPU. Raises UserError where the file is missing or damaged;
-    `hint` says what to do."""
+    """Load what `save_weights` wrote, onto the CPU.
+
+    Raises UserError where the file is missing or damaged; `hint` says what to do.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -29,7 +29,7 @@ MOST_CHUNKS = 512
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile(start, last, part, rows, channels, height: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places of height x width numbers of a part, and which of them there are."""
+    """Return the indices of height x width numbers of a part, and which of them exist."""
     row = start + tl.arange(0, height)
     channel = tl.program_id(0) * width + tl.arange(0, width)
     places = (part.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
@@ -38,7 +38,7 @@ def _tile(start, last, part, rows, channels, height: tl.constexpr, width: tl.con
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_images(images, means, squares, rows, channels, length, height: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean, and sum of squares around it, of each chunk of `length` rows: S x K x C each."""
+    """Compute the mean of each chunk of `length` rows, and the sum of squares around it: S x K x C each."""
     chunk, part = tl.program_id(1), tl.program_id(2)
     first = chunk * length
     last = tl.minimum(first + length, rows)
@@ -66,7 +66,10 @@ def _statistics(  # type: ignore[no-untyped-def]
     means, squares, mean_of, scale_of, running_mean, running_var, parts, chunks, rows, channels, length, momentum, eps,
     most: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / deviation of every part, S x C each, from those of its chunks; moves the running statistics."""
+    """Compute mean and 1 / deviation of every part, S x C each, from those of its chunks.
+
+    The running statistics move.
+    """
     channel = tl.program_id(0) * width + tl.arange(0, width)
     chunk = tl.arange(0, most)
     counts = tl.maximum(tl.minimum(rows - chunk * length, length), 0).to(tl.float32)[:, None]
@@ -113,8 +116,7 @@ def _normalise(  # type: ignore[no-untyped-def]
 def _sum_gradients(  # type: ignore[no-untyped-def]
     images, gradients, mean_of, sums, products, rows, channels, length, height: tl.constexpr, width: tl.constexpr
 ):  # fmt: skip
-    """Sums over each chunk of the gradients, and of the gradients times what the images are off their mean: S x K x C
-    each."""
+    """Sum the gradients over each chunk, and the gradients times (images - mean): S x K x C each."""
     chunk, part = tl.program_id(1), tl.program_id(2)
     channel = tl.program_id(0) * width + tl.arange(0, width)
     mean = tl.load(mean_of + part * channels + channel, mask=channel < channels)
@@ -138,8 +140,10 @@ def _gradients_of_weights(  # type: ignore[no-untyped-def]
     sums, products, scale_of, of_weight, of_bias, mean_gradient, mean_product, parts, chunks, rows, channels,
     most: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Of weight and bias, C each; and by part, S x C each, the means of the gradients and of the gradients times the
-    normalised images."""
+    """Compute the gradients of weight and bias, C each, and two means for each part, S x C each.
+
+    These are the means of the gradients, and of the gradients times the normalised images.
+    """
     channel = tl.program_id(0) * width + tl.arange(0, width)
     chunk = tl.arange(0, most)
     there = (chunk < chunks)[:, None] & (channel < channels)[None, :]
@@ -249,9 +253,11 @@ def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *, parts: int, momentum: float,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """Each of `parts` equal, consecutive parts of channels-last images x, N x C x H x W, normalised by its own mean and
-    variance; C each: float32 weight, bias and running statistics, which move in place towards the parts' mean ones.
-    Each part must have two rows or more."""
+    """Normalise each of `parts` equal, consecutive parts of the images by its own mean and variance.
+
+    x: channels-last images, N x C x H x W. weight, bias, running_mean, running_var: float32, C each. The running
+    statistics move in place towards the mean of the parts' statistics. Each part must have two rows or more.
+    """
     with torch.cuda.device_of(x):  # triton takes the current one
         result: Tensor = _BatchNorm.apply(x, weight, bias, running_mean, running_var, parts, momentum, eps)
     return result

@@ -22,7 +22,10 @@ WARM_UP = 3  # calls before a capture, in which libraries choose their kernels
 
 
 def _warm_up(call: Callable[[], object]) -> None:
-    """Aside, as a capture is: what a library sets up for the stream in use must not be part of a graph."""
+    """Run the call on a stream of its own, as a capture does.
+
+    What a library sets up for the stream in use must not be part of a graph.
+    """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), warnings.catch_warnings():
@@ -34,8 +37,10 @@ def _warm_up(call: Callable[[], object]) -> None:
 
 
 def _capture(call: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of a call, and what it returned: tensors that every replay fills anew. Raises AloneError, or what says
-    that the memory is full."""
+    """Return the graph of a call, and what the call returned: tensors that every replay fills anew.
+
+    Raises AloneError, or the error that says that the memory is full.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         # thread_local: other threads pin memory meanwhile, which would end a capture of any other kind.
@@ -47,7 +52,7 @@ def _capture(call: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDA
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What ended a capture: the end of a broken one raises once more, and hides it."""
+    """Return the error that ended a capture: the end of a broken capture raises another one, which hides it."""
     while not full_memory(error) and error.__context__ is not None:
         error = error.__context__
     if full_memory(error):
@@ -128,6 +133,7 @@ class GraphedEncoder:
         self.shapes: dict[tuple[Any, ...], _Passes] = {}
 
     def __call__(self, images: Tensor, slot: int = 0) -> Tensor:
+        """Return the encoder's outputs for images, B x 3 x H x W, by a replay of the graph for this slot and shape."""
         gradient = torch.is_grad_enabled()
         shape = slot, gradient, images.shape, images.stride()
         if shape not in self.shapes:
@@ -148,6 +154,7 @@ class GraphedViews:
     def __call__(
         self, views: Views, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
     ) -> Tensor:
+        """Return what `views` itself returns for the same arguments, but for rounding; see `Views.__call__`."""
         table = views.draw(unit, generator, first, total).packed().pin_memory().to(unit.device, non_blocking=True)
         shape = unit.shape, views.size
         if shape not in self.shapes:

@@ -22,11 +22,11 @@ SETTINGS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}  # the user's own word on it
 
 
 def use_passive_wait_if_cores_are_busy() -> bool:
-    """Where others are at work on this process's cores, sets GOMP_SPINCOUNT for it and those that it starts. Returns
-    whether it did.
+    """Set GOMP_SPINCOUNT where other processes are at work on the cores of this one, and return whether it was set.
 
-    It has to come before torch, as libgomp reads the variable once. What the environment says already stays, and where
-    the system does not tell what its cores do nothing happens.
+    It holds for this process and for those that it starts. It has to be set before torch is imported, as libgomp reads
+    the variable once. A value that the environment has already stays. Where the system does not tell what its cores do,
+    nothing happens.
     """
     if os.environ.keys() & SETTINGS or os.environ.get("OMP_NUM_THREADS") == "1" or "torch" in sys.modules:
         return False
@@ -37,7 +37,7 @@ def use_passive_wait_if_cores_are_busy() -> bool:
 
 
 def _busy() -> float:
-    """How many of this process's cores are at work while it waits; 0 where the system does not tell."""
+    """Return how many of this process's cores are at work while it waits; 0 where the system does not tell."""
     if not hasattr(os, "sched_getaffinity"):
         return 0.0
     try:
@@ -49,7 +49,7 @@ def _busy() -> float:
 
 
 def busy_cores(before: str, after: str, cores: set[int]) -> float:
-    """How many of `cores` were at work between two texts of /proc/stat."""
+    """Return how many of `cores` were at work between two texts of /proc/stat."""
     busy = 0.0
     for core in cores:
         early, late = _ticks(before, core), _ticks(after, core)
@@ -61,6 +61,6 @@ def busy_cores(before: str, after: str, cores: set[int]) -> float:
 
 
 def _ticks(text: str, core: int) -> list[int]:
-    """user, nice, system, idle, iowait, irq, softirq, steal (guests are in user); none for a core that is off."""
+    """Return user, nice, system, idle, iowait, irq, softirq, steal (guests are in user); [] for a core that is off."""
     words = next((line.split() for line in text.splitlines() if line.startswith(f"cpu{core} ")), [])
     return [int(word) for word in words[1:9]]

@@ -26,7 +26,7 @@ class SmallConv2d(nn.Conv2d):
     In evaluation it is nn.Conv2d: a classifier that is handed in gives the same bits where this class is not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """N x C x H x W -> N x C' x H' x W'."""
+        """Return N x C' x H' x W' for images, N x C x H x W."""
         if not self.training or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         stride, (height, width) = self.stride[0], x.shape[2:]
@@ -65,19 +65,22 @@ class _Windows(torch.autograd.Function):
 
 
 def _shifted(padded: Tensor, stride: int) -> list[Tensor]:
-    """The nine views of N x H + 2 x W + 2 x C that the weights of a 3x3 convolution meet, each N x H' x W' x C."""
+    """Return the nine views of N x H + 2 x W + 2 x C that the weights of a 3x3 convolution meet: N x H' x W' x C each.
+
+    They share the memory of `padded`.
+    """
     height, width = padded.shape[1] - 2, padded.shape[2] - 2
     return [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
 
 
 def _in_tiles(x: Tensor) -> bool:
-    """Whether products with x will be computed tile by tile."""
+    """Return whether products with x will be computed tile by tile."""
     chosen = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return chosen is torch.bfloat16 and has_bf16_tiles()
 
 
 def use_small_convolutions(network: nn.Module) -> nn.Module:
-    """Turns the convolutions of the network that can be products, in place, into SmallConv2d. Names stay."""
+    """Replace in place those convolutions of the network that can be products by SmallConv2d. Names stay."""
     kinds = ((1, 1), (0, 0)), ((3, 3), (1, 1))  # kernel and padding
     for layer in network.modules():
         if type(layer) is nn.Conv2d and (layer.kernel_size, layer.padding) in kinds:

@@ -29,6 +29,8 @@ class Architecture:
 
 
 def with_features(architecture: Architecture, features: str) -> Architecture:
-    """Return the architecture of a classifier that sees these features (`last` or `pyramid`): the encoder's weights are
-    the same for both."""
+    """Return the architecture of a classifier that sees these features (`last` or `pyramid`).
+
+    The encoder's weights are the same for both.
+    """
     return replace(architecture, features=features)

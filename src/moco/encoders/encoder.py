@@ -18,31 +18,34 @@ def build_encoder(architecture: Architecture, num_outputs: int) -> nn.Module:
 
 
 def feature_width(network: nn.Module) -> int:
-    """Width of what enters the last layer."""
+    """Return the width of what enters the last layer."""
     head = network.get_submodule("fc")
     return next(module for module in head.modules() if isinstance(module, nn.Linear)).in_features
 
 
 def last_width(network: nn.Module) -> int:
-    """Width of the last stage, whose features stand last among those that enter the last layer."""
+    """Return the width of the last stage, whose features stand last among those that enter the last layer."""
     return network.last_width if isinstance(network, SmallResNet) else feature_width(network)
 
 
 def strip_head(network: nn.Module) -> nn.Module:
-    """Replaces the last layer in place, so that the network returns features: N x width."""
+    """Remove the last layer in place and return the network, which then returns features: N x width."""
     network.fc = nn.Identity()
     return network
 
 
 def body_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a state dict that do not belong to the last layer, cloned and contiguous."""
+    """Return the entries of a state dict that do not belong to the last layer, cloned and contiguous."""
     return {
         name: value.detach().cpu().contiguous().clone() for name, value in state.items() if not name.startswith("fc.")
     }
 
 
 def load_body(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads all but the last layer; raises ValueError unless exactly the last layer's keys are missing."""
+    """Load all weights but those of the last layer.
+
+    Raises ValueError unless exactly the last layer's keys are missing.
+    """
     missing, unexpected = network.load_state_dict(weights, strict=False)
     expected = sorted(name for name in network.state_dict() if name.startswith("fc."))
     if sorted(missing) != expected or unexpected:
@@ -53,7 +56,7 @@ def load_body(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def batch_norms(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.BatchNorm2d]]:
-    """(parent, attribute name, layer) of every two-dimensional BatchNorm."""
+    """Yield (parent, attribute name, layer) of every two-dimensional BatchNorm."""
     for parent in network.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):

@@ -20,15 +20,19 @@ class Family(Protocol):
         """Return a network with random weights whose last layer is `fc`: N x 3 x H x W -> N x `num_outputs`."""
 
     def source(self, architecture: Architecture, num_outputs: int) -> tuple[str, str]:
-        """Return Python text that builds the same network without this project: imports, and a definition of
-        get_model() with what it needs."""
+        """Return Python text that builds the same network without this project.
+
+        The text is in two parts: imports, and a definition of get_model() with what it needs.
+        """
 
     def smallest(self, architecture: Architecture) -> int:
-        """Return the side of the smallest images that it takes, in pixels."""
+        """Return the side of the smallest images that the encoder takes, in pixels."""
 
     def stage(self, parameter: str) -> str:
-        """Return which part of the network a parameter belongs to, by its name: parts learn at rates of their own in
-        fine-tuning, in the order in which they first come."""
+        """Return which part of the network a parameter belongs to, by the parameter's name.
+
+        In fine-tuning each part has its own learning rate. The order of the parts is that in which they first come.
+        """
 
 
 FAMILIES = (own, resnet, convnext)

@@ -32,6 +32,7 @@ class SmallBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return N x `outputs` x H/2 x W/2 for N x `inputs` x H x W."""
         x = self.pool(x)
         y = self.bn1(self.conv1(x))
         if self.convolutions == 2:
@@ -40,8 +41,10 @@ class SmallBlock(nn.Module):
 
 
 def pool_2x2(x: Tensor) -> Tensor:
-    """Averages over the quarters of N x C x H x W, N x 4 C; in odd sizes they share the middle, as in adaptive pooling,
-    which Apple's MPS does not have for those."""
+    """Return the averages over the quarters of N x C x H x W, N x 4 C.
+
+    In odd sizes the quarters share the middle, as in adaptive pooling, which Apple's MPS does not have for those sizes.
+    """
     h, w = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
     halves = x[:, :, :h].mean(2), x[:, :, -h:].mean(2)  # N x C x W each
     return torch.stack([part.mean(2) for half in halves for part in (half[:, :, :w], half[:, :, -w:])], 2).flatten(1)
@@ -79,6 +82,7 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return N x `num_classes` for images, N x 3 x H x W."""
         x = self.relu(self.bn1(self.conv1(x)))
         features = []
         for place, layer in enumerate(self.layers):

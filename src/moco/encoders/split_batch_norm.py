@@ -16,8 +16,11 @@ from moco.encoders.encoder import batch_norms
 
 @functools.cache
 def kernels() -> Callable[..., Tensor] | str:
-    """This project's BatchNorm for the GPU in use, or why there is none: PyTorch's then does its work, slower. Tried
-    forward and backward, as both are compiled here for the first time."""
+    """Return this project's BatchNorm for the GPU in use, or the reason why there is none.
+
+    Without it PyTorch's BatchNorm does its work, slower. Both the forward and the backward pass are tried, as both are
+    compiled here for the first time.
+    """
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # triton announces changes of its next version
@@ -40,6 +43,7 @@ def kernels() -> Callable[..., Tensor] | str:
 
 
 def on_gpu(x: Tensor) -> bool:
+    """Return whether a tensor is on a CUDA device."""
     return x.is_cuda
 
 
@@ -67,12 +71,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def of(cls, layer: nn.BatchNorm2d, splits: int, own_kernels: bool) -> SplitBatchNorm2d:
-        """Return a layer of the same settings that has the very parameters and buffers of `layer`."""
+        """Return a layer with the settings of `layer` that shares its parameters and buffers."""
         found = cls(layer.num_features, splits, own_kernels, layer.eps, layer.momentum, layer.affine)
         found._parameters, found._buffers, found.training = layer._parameters, layer._buffers, layer.training
         return found
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised images: N x C x H x W, as x."""
         splits = min(self.splits, max(1, x.shape[0] // 2))
         if self.training and self._suits_kernels(x, splits) and callable(quick := kernels()):
             self.num_batches_tracked.add_(1)
@@ -104,7 +109,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_split_batch_norm(network: nn.Module, splits: int, own_kernels: bool = True) -> nn.Module:
-    """Put one with `splits` parts in the place of every BatchNorm2d of the network. Names and tensors stay."""
+    """Replace every BatchNorm2d of the network by a SplitBatchNorm2d with `splits` parts. Names and tensors stay."""
     for parent, name, layer in list(batch_norms(network)):
         setattr(parent, name, SplitBatchNorm2d.of(layer, splits, own_kernels))
     return network

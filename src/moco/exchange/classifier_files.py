@@ -25,9 +25,12 @@ SUBMISSION = "submission.py"
 
 @dataclass(frozen=True)
 class Classifier:
-    """weights: state dict of the whole network. epoch: the one that they are from; accuracy: its share of correct
-    held-out images; optimizer: its state then. settings: of all stages up to here, by dotted name. made_from: see
-    moco.tracking.digests. results: accuracies by name. learned: the images, see moco.runs.joins."""
+    """A classifier as training has made it, to be written.
+
+    weights: state dict of the whole network. epoch: the one that the weights are from; accuracy: its fraction of
+    correct held-out images; optimizer: its state then. settings: those of all stages up to here, by dotted name.
+    made_from: see moco.tracking.digests. results: accuracies by name. learned: the images, see moco.runs.joins.
+    """
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -42,9 +45,11 @@ class Classifier:
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """What a later stage takes from the folder. weights: those of model_sub.pth. settings: as text.
-    digest: sha256 of model_sub.pth. made_from: see moco.tracking.digests; images: see
-    moco.runs.joins; both {} in files of earlier versions."""
+    """What a later stage takes from the folder of a classifier.
+
+    weights: those of model_sub.pth. settings: as text. digest: sha256 of model_sub.pth. made_from: see
+    moco.tracking.digests; images: see moco.runs.joins; both are {} in files of earlier versions.
+    """
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -59,7 +64,10 @@ class TrainedClassifier:
 def write_classifier(
     folder: Path, found: Classifier, manifest: Manifest, config: EvalConfig, more: dict[str, Any] | None = None
 ) -> list[Path]:
-    """Writes all three files or none; returns the two that are handed in. more: other files of tensors, by name."""
+    """Write all three files or none, and return the paths of the two that are handed in.
+
+    more: other files of tensors, by name.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in found.weights.items()}
     best: dict[str, Any] = {
         "format": 1,
@@ -92,7 +100,7 @@ def write_classifier(
 
 
 def read_classifier(folder: Path) -> TrainedClassifier:
-    """Raises UserError where a file is missing, damaged or something else."""
+    """Return the classifier in a folder. Raises UserError where a file is missing, damaged or something else."""
     maker = PRODUCED_BY.get(folder, "train")
     hint = f"run `moco {maker}` (or `dvc repro {maker}`) first"
     weights = load_weights(folder / WEIGHTS, hint)

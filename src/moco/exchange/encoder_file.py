@@ -17,9 +17,12 @@ from moco.weights import load_weights, save_weights
 
 
 class EncoderFile(NamedTuple):
-    """weights: without the last layer. digest: of the data they were trained on. settings: of that training and
-    its data, by dotted name, as text. projection: weights of the layers that contrast acted on (`fc.…`); empty in files
-    of before they were kept. sha256: of the file. images: see moco.runs.joins; {} in earlier files."""
+    """The content of an encoder file.
+
+    weights: without the last layer. digest: of the data that they were trained on. settings: those of that training and
+    of its data, by dotted name, as text. projection: weights of the layers that the contrastive loss acted on (`fc.…`);
+    empty in files of before they were kept. sha256: of the file. images: see moco.runs.joins; {} in earlier files.
+    """
 
     architecture: Architecture
     weights: dict[str, Tensor]
@@ -33,7 +36,7 @@ class EncoderFile(NamedTuple):
 def save_encoder(
     path: Path, network: nn.Module, architecture: Architecture, manifest: Manifest, settings: dict[str, Any]
 ) -> None:
-    """The body and, apart from it, the projection, with what is needed to build them."""
+    """Write the body and, apart from it, the projection, with what is needed to build both."""
     texts = {name: str(value) for name, value in settings.items()}
     state = network.state_dict()
     projection = {name: value.detach().cpu().clone() for name, value in state.items() if name.startswith("fc.")}
@@ -43,7 +46,7 @@ def save_encoder(
 
 
 def load_encoder(path: Path) -> EncoderFile:
-    """Raises UserError where the file is missing, damaged or something else."""
+    """Return the content of an encoder file. Raises UserError where it is missing, damaged or something else."""
     content = load_weights(path, "run `moco pretrain` (or `dvc repro pretrain`) again")
     try:
         architecture = Architecture(**content["architecture"])

@@ -23,10 +23,10 @@ SCALED = re.compile(r"^        transforms\.Normalize\((.+)\),$", re.MULTILINE)
 
 
 def ask_before_running(folder: Path, yes: bool, ask: Callable[[str], bool] | None) -> None:
-    """Return where submission.py of a classifier's folder may run: a text that this project writes, in whatever folder,
-    `yes`, or a person who agrees. ask: None where nobody can be asked.
+    """Raise UserError unless submission.py of a classifier's folder may run.
 
-    Raise UserError otherwise. A file that is missing is left to the stage.
+    It may run where its text is one that this project writes, in whatever folder, where `yes` is set, or where a person
+    agrees. ask: None where nobody can be asked. A file that is missing is left to the stage.
     """
     path = folder / "submission.py"
     if yes or not path.is_file():
@@ -40,7 +40,7 @@ def ask_before_running(folder: Path, yes: bool, ask: Callable[[str], bool] | Non
 
 
 def is_known(path: Path) -> bool:
-    """Whether the file is what `render` writes for some network, classes and team, or one that a run here has kept."""
+    """Return whether the file is what `render` gives for some network, classes and team, or one that a run has kept."""
     try:
         digest, text = sha256(path), path.read_text(encoding="utf-8")
         if digest in {sha256(kept) for kept in (home() / RUNS).glob("*/*/classifier/submission.py")}:
@@ -51,9 +51,10 @@ def is_known(path: Path) -> bool:
 
 
 def _values(text: str, manifest: Manifest) -> tuple[Architecture, Manifest, EvalConfig]:
-    """The values in a text of `render`. Only plain values are taken, so that a text that they make again is harmless.
+    """Return the values in a text of `render`. Raises ValueError where one is missing.
 
-    Raise ValueError where one is missing."""
+    Only plain values are taken, so a text that `render` makes from them again is harmless.
+    """
     named: dict[str, Any] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in NAMES:

@@ -23,13 +23,16 @@ HEADER = '''"""A classifier, complete with model_sub.pth beside it; needs torch,
 
 
 def _as_seen_source() -> str:
-    """Return what turns an opened file into the picture that a person sees, as the training images were."""
+    """Return the source of the function that turns an opened file into the picture that a person sees.
+
+    The training images were read in the same way.
+    """
     text = inspect.getsource(as_seen)
     return text[text.index("# EXIF") :].strip()
 
 
 def render(architecture: Architecture, manifest: Manifest, config: EvalConfig) -> str:
-    """The text of submission.py for one architecture, data set and team."""
+    """Return the text of submission.py for one architecture, data set and team."""
     imports, model = family(architecture.name).source(architecture, len(manifest.classes))
     steps = ["as_seen"]
     if manifest.resize is not None:

@@ -23,12 +23,12 @@ CONTENT = "train_extra.content"  # a setting of classifiers with extra labels: w
 
 
 def content(digests: np.ndarray, labels: np.ndarray) -> str:
-    """A digest of images (digests: M x 16 uint8) and labels, M int64."""
+    """Return a digest of images and labels. digests: M x 16 uint8; labels: M int64."""
     return hashlib.sha256(digests.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
 
 
 def packed(extra: DecodedSplit, pool: DecodedSplit) -> dict[str, Any]:
-    """What the file holds: images of the pool by their digests, all others as they are."""
+    """Return what the file holds: images of the pool by their digests, all others as they are."""
     known = set(map(bytes, pool.digests))
     own = [row for row, digest in enumerate(extra.digests) if bytes(digest) not in known]
     arrays = {"digests": extra.digests, "labels": extra.known_labels, "own": extra.images[own]}
@@ -36,9 +36,11 @@ def packed(extra: DecodedSplit, pool: DecodedSplit) -> dict[str, Any]:
 
 
 def read_extra(folder: Path, pool: DecodedSplit, settings: dict[str, str]) -> DecodedSplit | None:
-    """The extra labels of the classifier in the folder, None where it was made without any. settings: the classifier's.
+    """Return the extra labels of the classifier in the folder; None where it was made without any.
 
-    Raises UserError where the file is missing, damaged or another, or the pool has changed."""
+    settings: the classifier's. Raises UserError where the file is missing, damaged or another one, or the pool has
+    changed.
+    """
     if CONTENT not in settings:
         return None
     path, hint = folder / EXTRA_LABELS, "run `moco train_extra` again"

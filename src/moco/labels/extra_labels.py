@@ -47,9 +47,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class ExtraLabels:
-    """images: M x H x W x 3 uint8; labels: M int64; digests: M x 16 uint8; each image once, in the pool's order.
-    order: rank of each among the used lines as they stand in the file; places: of their lines. answers: every line,
-    used or not."""
+    """Extra labels that can be used, with their images.
+
+    images: M x H x W x 3 uint8; labels: M int64; digests: M x 16 uint8; each image once, in the pool's order. order:
+    rank of each among the used lines as they stand in the file; places: of their lines. answers: every line, used or
+    not.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -62,10 +65,10 @@ class ExtraLabels:
 def read_extra_labels(
     path: Path, config: DataConfig, manifest: Manifest, splits: dict[str, DecodedSplit], say: Say
 ) -> ExtraLabels:
-    """Reads and checks labels in any of the forms of `moco.labels.label_files`.
+    """Read and check labels in any of the forms of `moco.labels.label_files`.
 
-    Raises UserError, naming file and line, for an image that is not in the pool or not the one that the label was
-    asked for, a label out of range, and an image with two labels, whether both stand here or one in train. A label
+    Raises UserError, naming file and line, for an image that is not in the pool or not the one that the label was asked
+    for, for a label out of range, and for an image with two labels, whether both stand here or one in train. A label
     that is given again is used once. An image that also stands in val is left out: it would be trained on. Where no
     line has a label that can be used, M is 0.
     """
@@ -114,7 +117,7 @@ def _status(
     line: Line, digest: bytes, label: int, seen: dict[bytes, Answer], of_train: dict[bytes, int], of_val: set[bytes],
     classes: list[str],
 ) -> str:  # fmt: skip
-    """Raises UserError where the image has another label elsewhere."""
+    """Return what becomes of a line. Raises UserError where the image has another label elsewhere."""
     if label < 0:
         return UNANSWERED
     first = seen.get(digest)
@@ -143,7 +146,7 @@ def _tell(answers: list[Answer], say: Say) -> None:
 
 
 def _refuse_foreign_reply(path: Path, lines: list[Line], images: _Images) -> None:
-    """Where lines say what the images look like, and none of them looks like any in the pool."""
+    """Raise UserError where lines say what the images look like, and none of them looks like any in the pool."""
     contents = {line.content for line in lines if line.content}
     if contents and not contents & images.contents:
         raise UserError(
@@ -153,7 +156,10 @@ def _refuse_foreign_reply(path: Path, lines: list[Line], images: _Images) -> Non
 
 
 def _label(line: Line, names: ClassNames) -> tuple[int, bool]:
-    """(label, -1 where there is none; whether it was given as a position). Raises UserError where it is no class."""
+    """Return (label, -1 where there is none; whether it was given as a position).
+
+    Raises UserError where it is no class.
+    """
     if not line.label:
         return -1, False
     return (names.position(line.place, int(line.label)), True) if line.numbered else names.find(line.place, line.label)
@@ -173,7 +179,10 @@ class _Images:
         self.folder = pool_folder(Path(config.path)) if config.source == "classes" else None
 
     def digest(self, line: Line) -> bytes:
-        """Of the image's pixels. Raises UserError where the pool has no such image, or the file is none."""
+        """Return the digest of the image's pixels.
+
+        Raises UserError where the pool has no such image, or the file is none.
+        """
         if line.file is not None:
             return self._of_file(line, line.file)
         if self.folder is None:
@@ -190,7 +199,7 @@ class _Images:
         return digest
 
     def rank(self, digest: bytes) -> tuple[int, bytes]:
-        """For an order that does not depend on that of the lines: the pool's, then all others."""
+        """Return a key for an order that does not depend on that of the lines: the pool's images, then all others."""
         return self.rows.get(digest, len(self.pool.images)), digest
 
     def pixels(self, line: Line, digest: bytes) -> np.ndarray:

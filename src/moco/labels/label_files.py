@@ -41,9 +41,12 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Line:
-    """place: FILE:LINE, or the image's file. name: of an image of the pool; or file: an image of its own. label: as
-    it stands there, '' where there is none yet. content: hexadecimal digest of the image's pixels, '' where the
-    file does not have it. numbered: the label is a class's number, whatever classes are called."""
+    """One line of a label file, or one file of a folder.
+
+    place: FILE:LINE, or the image's file. name: of an image of the pool; or file: an image of its own. label: as it
+    stands there, '' where there is none yet. content: hexadecimal digest of the image's pixels, '' where the file does
+    not have it. numbered: the label is a class's number, whatever classes are called.
+    """
 
     place: str
     name: str
@@ -77,8 +80,10 @@ class Table:
 
 
 def read_lines(path: Path, say: Say) -> list[Line]:
-    """Return all lines, in the order in which they stand. Raises UserError where the path is none of these forms, and
-    for a line that cannot be understood."""
+    """Return all lines, in the order in which they stand.
+
+    Raises UserError where the path is none of these forms, and for a line that cannot be understood.
+    """
     if not path.exists():
         raise UserError(f"{path}: not found; train_extra.labels names {FORMS}", "E-LABEL-MISSING")
     if not path.is_dir():
@@ -141,7 +146,7 @@ def _file(path: Path, say: Say) -> list[Line]:
 
 
 def _text_of(path: Path, say: Say) -> str:
-    """The file's text. What no mark tells and is not UTF-8 is taken for cp1252, which is a guess, and told."""
+    """Return the file's text. Text without a mark that is not UTF-8 is read as cp1252: a guess, which is told."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -170,7 +175,7 @@ def _text_of(path: Path, say: Say) -> str:
 
 
 def _separator(text: str) -> str:
-    """The one by which the first line has the columns that are looked for; else by which it has the most."""
+    """Return the separator by which the first line has the columns that are looked for; else the most columns."""
     first = next(iter(text.splitlines()), "")
 
     def columns(separator: str) -> tuple[bool, int]:
@@ -206,7 +211,7 @@ def _json(path: Path, say: Say) -> Iterator[Line]:
 
 
 def _objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(place, entry) of a list, of an object of columns, or of JSON lines."""
+    """Yield (place, entry) of a list, of an object of columns, or of JSON lines."""
     try:
         whole = json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError) as error:
@@ -229,7 +234,7 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(path: Path, table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Rows of an object of columns, which are lists, or objects by the row's name (pandas)."""
+    """Yield the rows of an object of columns, which are lists, or objects by the row's name (pandas)."""
     columns = {
         name: dict(enumerate(column)) if isinstance(column, list) else column
         for name, column in table.items()
@@ -242,7 +247,7 @@ def _columns(path: Path, table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ValueError where a key stands there twice: JSON would keep the last without a word."""
+    """Return an object. Raises ValueError where a key stands twice: JSON would keep the last without a word."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key stands there twice")

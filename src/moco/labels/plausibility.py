@@ -29,7 +29,7 @@ BLOCK = 1024  # rows of the similarity matrix that are held at a time
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive new labels, first to last (counted from 0). agreement, chance, threshold: shares of them."""
+    """Consecutive new labels, first to last (indices from 0). agreement, chance, threshold: fractions of them."""
 
     first: int
     last: int
@@ -39,13 +39,17 @@ class Run:
 
     @property
     def suspicious(self) -> bool:
+        """Return whether the labels agree with their images' neighbours less often than the threshold asks for."""
         return self.agreement < self.threshold
 
 
 @dataclass(frozen=True)
 class Check:
-    """known: share of the known images whose neighbours agree with them. runs: empty where no run of labels would be
-    long enough to tell chance from truth; needed: how long it would have to be, None where no length would do."""
+    """What the check of new labels has found.
+
+    known: fraction of the known images whose neighbours agree with them. runs: empty where no run of labels would be
+    long enough to tell chance from truth. needed: how long a run would have to be; None where no length would do.
+    """
 
     known: float
     runs: list[Run]
@@ -53,7 +57,10 @@ class Check:
 
 
 def check_labels(known: Tensor, known_labels: Tensor, new: Tensor, labels: Tensor, classes: int) -> Check:
-    """known: N x D features with labels N; new: M x D, labels M, in the order in which they were given."""
+    """Check new labels against those that the nearest known images predict.
+
+    known: N x D features with labels N; new: M x D features with labels M, in the order in which they were given.
+    """
     known, new = F.normalize(known, dim=1), F.normalize(new, dim=1)
     among_known = _vote(known, known_labels, known, classes, skip_self=True)
     agreement = float((among_known == known_labels).float().mean())
@@ -78,8 +85,10 @@ def check_labels(known: Tensor, known_labels: Tensor, new: Tensor, labels: Tenso
 
 
 def _rates(predicted: Tensor, labels: Tensor, agreement: float, classes: int) -> Tensor:
-    """How often an image of one class is taken for another, C x C. As there may be few of a class, some more are added
-    that are taken for what all images are taken for."""
+    """Return how often an image of one class is taken for another, C x C.
+
+    As a class may have few images, some more are added that are taken for what all images are taken for.
+    """
     counts = torch.zeros(classes, classes)
     counts.index_put_((labels, predicted), torch.ones(len(labels)), accumulate=True)
     usual = agreement * torch.eye(classes) + (1 - agreement) * _shares(predicted, classes)
@@ -91,7 +100,10 @@ def _shares(labels: Tensor, classes: int) -> Tensor:
 
 
 def _needed(expected: float, chance: float) -> int | None:
-    """Labels by which the threshold lies SURE standard deviations from the agreement of wrong and of right ones."""
+    """Return the number of labels by which the threshold is SURE standard deviations from both agreements.
+
+    These are the agreement of wrong labels and that of right labels.
+    """
     gap = expected - chance
     if gap <= SMALLEST_GAP:
         return None
@@ -101,7 +113,10 @@ def _needed(expected: float, chance: float) -> int | None:
 
 
 def _vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, skip_self: bool) -> Tensor:
-    """Classes that the nearest of the bank vote for, weighted by exp(similarity / 0.1) as in `knn_accuracy`."""
+    """Return the classes that the nearest of the bank vote for.
+
+    Votes are weighted by exp(similarity / 0.1), as in `knn_accuracy`.
+    """
     near = min(NEIGHBOURS, len(bank) - int(skip_self))
     found = []
     for first in range(0, len(queries), BLOCK):

@@ -16,9 +16,10 @@ from moco.settings.data import DataConfig
 
 
 def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: DecodedSplit, say: Say) -> list[str]:
-    """Of the given rows, as label files name them: `17.png`, in a class tree the path below the pool's folder.
+    """Return the names of the given rows as label files have them.
 
-    Raises UserError where the files of a class tree are no longer those that were decoded.
+    A name is `17.png`, or in a class tree the path below the pool's folder. Raises UserError where the files of a class
+    tree are no longer those that were decoded.
     """
     numbers = manifest.pool_numbers()
     if config.source != "classes":
@@ -40,7 +41,10 @@ def pool_names(rows: np.ndarray, config: DataConfig, manifest: Manifest, pool: D
 
 
 def drawn_labels(rows: np.ndarray, config: DataConfig) -> np.ndarray:
-    """What the generator drew, for the given rows of a pool of its own."""
+    """Return the labels that the generator drew for the given rows of its pool.
+
+    Raises ValueError for images of another source, whose true labels nobody knows.
+    """
     if config.source != "generated":
         raise ValueError(f"{config.source}: nobody knows the truth of these images")
     return rows % len(CLASSES)

@@ -56,11 +56,11 @@ class Reply:
         self.labels = [labels[place] for place in order]
 
     def answer(self, place: int, label: str, before: str) -> None:
-        """Set the label of the row shown at `place`, '' takes it back, and write the file. before: the label that
-        whoever answers has seen there.
+        """Set the label of the row shown at `place` and write the file; '' takes the label back.
 
-        Raises AnsweredMeanwhileError where another label is there, UserError where the file cannot be written or
-        somebody else has changed it; the label that was there stays.
+        before: the label that whoever answers has seen there. Raises AnsweredMeanwhileError where another label is
+        there, and UserError where the file cannot be written or somebody else has changed it; the label that was there
+        stays.
         """
         now = self.labels[place]
         if label == now:
@@ -86,6 +86,7 @@ class Reply:
 
     @property
     def answered(self) -> int:
+        """Return how many rows have a label."""
         return sum(label != "" for label in self.labels)
 
 
@@ -97,7 +98,7 @@ def _refuse_place(form: Path, path: Path) -> None:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """What changes with a file. None where there is none."""
+    """Return what changes with a file: time of modification and inode. None where there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:

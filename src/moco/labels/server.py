@@ -33,8 +33,10 @@ LONGEST = 10_000  # bytes of an answer
 
 
 def run(config: Config, path: Path, port: int, say: Say) -> None:
-    """Serves until it is stopped by a signal. Raises UserError where form, reply and pool do not fit each other, and
-    where another process serves the same reply."""
+    """Serve the page until a signal stops it.
+
+    Raises UserError where form, reply and pool do not fit each other, and where another process serves the same reply.
+    """
     # Not beside the reply: DVC looks for changes there.
     place = RUNS / "label" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.lock"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def _run(config: Config, path: Path, port: int, say: Say) -> None:
 
 
 def address(server: Server) -> str:
-    """With the token."""
+    """Return the address of the page, with the token."""
     return f"http://{HOST}:{server.server_port}/?token={server.token}"
 
 
@@ -88,6 +90,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        """Send the page, the state, the changes since a version, or an image; refuse any other request."""
         path = urlsplit(self.path).path
         if not self._allowed():
             return
@@ -105,6 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not found")
 
     def do_POST(self) -> None:
+        """Take an answer and send the changes; refuse a request that is no valid answer."""
         if not self._allowed():
             return
         length = _place(self.headers.get("Content-Length", ""), LONGEST)
@@ -124,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(place, label, before, str(given.get("since", "")))
 
     def _answer(self, place: int, label: str, before: str, since: str) -> None:
-        """Sends the changes since the page's version, the answer among them, or says why it is not saved."""
+        """Send the changes since the page's version, with the answer among them, or say why the answer is not saved."""
         try:
             with self.server.lock:
                 self.server.reply.answer(place, label, before)
@@ -136,7 +140,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(self.server.changes(since))
 
     def _allowed(self) -> bool:
-        """A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host."""
+        """Return whether a request has the right host and token; refuse it otherwise.
+
+        A page elsewhere that has its name point here (DNS rebinding) sends its own name as Host.
+        """
         port = self.server.server_port
         wanted = {f"{name}:{port}" if port != 80 else name for name in (HOST, "localhost")}
         given = self.headers.get("X-Token") or parse_qs(urlsplit(self.path).query).get("token", [""])[0]
@@ -166,11 +173,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The terminal is for what the user must know."""
+        """Print nothing: the terminal is for what the user must know."""
 
 
 class Server(ThreadingHTTPServer):
-    """token: what a request must bring. picture: uint8 H x W x 3 of the image shown at a place."""
+    """The server of the page for one reply.
+
+    token: what a request must bring. picture: returns the image shown at a place, uint8 H x W x 3.
+    """
 
     daemon_threads = True
 
@@ -202,13 +212,13 @@ class Server(ThreadingHTTPServer):
         return len(self.reply.changes)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is nothing to tell; anything else is."""
+        """Report any error but that of a browser that went away."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 def make_server(reply: Reply, picture: Callable[[int], np.ndarray], port: int) -> Server:
-    """Bound to localhost; port 0 takes a free one. Raises UserError where the port is taken."""
+    """Return a server bound to localhost; port 0 takes a free port. Raises UserError where the port is taken."""
     try:
         return Server(reply, picture, port)
     except OSError as error:
@@ -216,5 +226,5 @@ def make_server(reply: Reply, picture: Callable[[int], np.ndarray], port: int) -
 
 
 def _place(text: str, count: int) -> int | None:
-    """A whole number below `count`, or None."""
+    """Return a whole number below `count`, or None for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 9 and int(text) < count else None

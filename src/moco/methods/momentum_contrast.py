@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 class Contrast(NamedTuple):
-    """What one forward pass gives for this process's images: the loss (scalar), the accuracy of picking the positive
-    (scalar, no gradient), and the keys (B or 2 B x D, unit length) that are to be enqueued once the step is taken."""
+    """What one forward pass gives for this process's images.
+
+    The fields are the loss (scalar), the accuracy of picking the positive (scalar, no gradient), and the keys (B or 2 B
+    x D, unit length) that are to be enqueued once the step is taken.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -34,11 +37,11 @@ TIE = 1e-5  # cosine similarities that differ by less, as products of float32 do
 
 
 def info_nce(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """InfoNCE with one positive per query and the queue as negatives (MoCo, equation 1).
+    """Return the mean InfoNCE loss and the fraction of queries whose positive has the largest logit.
 
-    queries, keys: B x D, unit length, row i of both from the same image. queue: K x D, unit length.
-    Returns the mean loss and the fraction of queries whose positive has the largest logit; a tie, which rounding may
-    hide, is not a hit: collapsed features have only ties.
+    Each query has one positive, and the queue gives the negatives (MoCo, equation 1). queries, keys: B x D, unit
+    length, row i of both from the same image. queue: K x D, unit length. A tie, which rounding may hide, does not count
+    as correct: collapsed features have only ties.
     """
     with torch.autocast(queries.device.type, enabled=False):  # similarities are divided by a small temperature
         queries = queries / temperature  # of B x D numbers, where the logits are B x K
@@ -94,9 +97,12 @@ class MomentumContrast(Method):
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, generator: torch.Generator | None, parts: int = 1) -> Tensor:
-        """Keys, B x D. With `shuffle` the order is shuffled on the way in and restored on the way out, over all
-        processes, so that query and key of an image meet different BatchNorm statistics (section 3.3 of the paper).
-        parts: in which they go through the encoder, each with statistics of its own."""
+        """Return the keys of images, B x D.
+
+        With `shuffle` the order is shuffled on the way in and restored on the way out, over all processes, so that
+        query and key of an image meet different BatchNorm statistics (section 3.3 of the paper). parts: the number of
+        parts in which the images go through the encoder, each with statistics of its own.
+        """
 
         def encode(x: Tensor) -> Tensor:
             return torch.cat(
@@ -119,18 +125,22 @@ class MomentumContrast(Method):
         return part if self.peers is None else self.peers.gather(part)
 
     def _own(self, count: int) -> slice:
-        """Where this process's `count` images stand in the whole batch."""
+        """Return where this process's `count` images stand in the whole batch."""
         first = 0 if self.peers is None else self.peers.rank * count
         return slice(first, first + count)
 
     def encode_queries(self, images: Tensor, slot: int = 0) -> Tensor:
-        """Queries of a batch, B x D, unit length, with gradient. slot: another one for each call of a step."""
+        """Return the queries of a batch, B x D, unit length, with gradient.
+
+        slot: another one for each call of a step.
+        """
         return F.normalize(self.encode("query_encoder", images, slot).float(), dim=1)
 
     def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Contrast:
-        """a, b: two views of the same B images, B x 3 x H x W each. `generator`: on the CPU, for shuffling.
+        """Return loss, accuracy and keys for two views of the same images.
 
-        Asymmetric: a gives the queries, b the keys. Symmetric: both ways, and the losses are averaged.
+        a, b: the views, B x 3 x H x W each. generator: on the CPU, for shuffling. An asymmetric loss takes the queries
+        from a and the keys from b. A symmetric loss does both ways, and the losses are averaged.
         """
         keys = self.targets(a, b, generator)
         loss, accuracy = self.loss(a, b, keys)
@@ -150,8 +160,10 @@ class MomentumContrast(Method):
 
     @torch.no_grad()
     def update(self, targets: Tensor | None, momentum: float) -> None:
-        """Move the key encoder towards the query encoder (equation 2) and enqueue keys: those of all peers, one after
-        the other. The queue is that of one process: all keys of b, then all of a.
+        """Move the key encoder towards the query encoder (equation 2) and enqueue keys.
+
+        targets: the keys of all peers, one after the other. The queue is that of one process: all keys of b, then all
+        of a.
         """
         torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)
         views, size = 2 if self.symmetric else 1, 1 if self.peers is None else self.peers.size
@@ -161,7 +173,7 @@ class MomentumContrast(Method):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrites the oldest keys; the queue is a ring, so neither length need divide the other."""
+        """Overwrite the oldest keys; the queue is a ring, so neither length need divide the other."""
         length = len(self.queue)
         keys = keys[-length:]
         places = (self.cursor + torch.arange(len(keys), device=keys.device)) % length

@@ -9,9 +9,10 @@ from moco.encoders.small_resnet import SmallResNet
 
 
 def with_head(encoder: nn.Module, dim: int, mlp: bool) -> nn.Module:
-    """Put the projection in place of the last layer: linear (MoCo v1), or two layers with ReLU (MoCo v2, SimCLR).
+    """Replace the last layer by the projection: linear (MoCo v1), or two layers with ReLU (MoCo v2, SimCLR).
 
-    It sees the last stage alone: where contrast acts on earlier ones too, these lose what makes them worth having.
+    The projection sees the last stage alone: where the contrastive loss acts on earlier stages too, these lose what
+    makes them worth having.
     """
     width = last_width(encoder)
     linear = nn.Linear(width, dim)
@@ -30,5 +31,5 @@ class LastFeatures(nn.Module):
         self.width = width
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return N x width."""
+        """Return N x width for features N x D."""
         return features[:, -self.width :]

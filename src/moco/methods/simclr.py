@@ -20,7 +20,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the NT-Xent loss (equation 1) and the fraction of views whose positive is nearest of all, both scalars.
 
     a, b: N x D, unit length, row i of both from the same image. Each of the 2 N views has one positive and 2 N - 2
-    negatives. A tie is not a hit.
+    negatives. A tie does not count as correct.
     """
     with torch.autocast(a.device.type, enabled=False):  # similarities are divided by a small temperature
         views = torch.cat([a, b])

@@ -28,12 +28,13 @@ from moco.views.views import Views, recipe
 
 
 def pretraining_views(section: PretrainConfig, manifest: Manifest, device: torch.device) -> Views:
+    """Return the random views that section `pretrain` asks for, at the size of the images."""
     chosen = recipe(section.augmentation, section.crop_scale, section.blur_sigma)
     return Views(chosen, manifest.height, manifest.mean, manifest.std, device)
 
 
 def pool(count: int, section: PretrainConfig) -> np.ndarray:
-    """Indices of the unlabelled images in use: all, or a random share."""
+    """Return the indices of the unlabelled images in use: all, or a random fraction of them."""
     if section.subset == 1:
         return np.arange(count)
     size = max(2, round(section.subset * count))
@@ -43,11 +44,11 @@ def pool(count: int, section: PretrainConfig) -> np.ndarray:
 def build_model(
     config: PretrainConfig, processes: DistributedContext = SINGLE_PROCESS, own_kernels: bool = True
 ) -> Method:
-    """Weights are a function of config.seed.
+    """Return the method with random weights, which are a function of config.seed.
 
-    BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what
-    shuffling the keys is for (He et al. 2020, section 3.3); `split` takes them over config.splits parts of the whole
-    batch, of which each process has its share; `sync` over all images of all processes.
+    BatchNorm in several processes: `plain` takes its statistics over each process's own images, which is what shuffling
+    the keys is for (He et al. 2020, section 3.3); `split` takes them over config.splits parts of the whole batch, of
+    which each process has its share; `sync` takes them over all images of all processes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -65,8 +66,10 @@ def build_model(
 
 
 def missing_kernels(config: PretrainConfig, device: torch.device, wanted: bool) -> str | None:
-    """Why BatchNorm is PyTorch's, which is slower, on a GPU that should have this project's kernels; None where it has
-    them, or should not."""
+    """Return why BatchNorm is PyTorch's, which is slower, on a GPU that should have this project's kernels.
+
+    None where the GPU has them, or should not.
+    """
     if device.type != "cuda" or config.batch_norm == "sync" or not wanted:
         return None
     return found if isinstance(found := kernels(), str) else None
@@ -119,6 +122,11 @@ class ContrastStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
+        """Take one optimizer step on a batch of images and return its metrics.
+
+        indices: of the images, not used. images: B x H x W x 3 uint8. fraction: progress of the run in [0, 1]. number:
+        of the step. In several processes the update itself follows later; see above.
+        """
         config = self.config
         generator = step_generator(config.seed, number)
         views = self.views.at(view_size(self.views.size, config.resolutions, config.resolution_changes, fraction))
@@ -150,8 +158,11 @@ class ContrastStep:
         return {"loss": loss, "contrast_accuracy": accuracy, "lr": self.peak_lr * factor, **moving}
 
     def _update(self, targets: Tensor | None, momentum: float) -> Callable[[], None]:
-        """Sends to the others what they need; the result waits for what they send, and takes the step. Gradients
-        (scaled: what overflows in one process does in all) and running statistics become those of all."""
+        """Send to the other processes what they need, and return a function that takes the step.
+
+        That function waits for what the others send. Gradients (scaled: what overflows in one process overflows in all)
+        and running statistics become those of all processes.
+        """
         model, shared = self._model, []
         if self.processes.size > 1:
             names = ("running_mean", "running_var")
@@ -171,18 +182,18 @@ class ContrastStep:
         return update
 
     def flush_pending_update(self) -> None:
-        """Takes the update of the step before, if it has not been taken."""
+        """Take the update of the step before, if it has not been taken."""
         pending, self._pending_update = self._pending_update, _nothing
         pending()
 
     @property
     def model(self) -> Method:
-        """As it is after all steps."""
+        """Return the model as it is after all steps."""
         self.flush_pending_update()
         return self._model
 
     def state(self) -> dict[str, Any]:
-        """Both encoders, queue, its cursor, optimizer and loss scale. Random numbers need no saving."""
+        """Return model (encoders, queue and its cursor), optimizer and loss scale. Random numbers need no saving."""
         self.flush_pending_update()
         return {
             "model": self.model.state_dict(),
@@ -191,6 +202,7 @@ class ContrastStep:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned. The state may be from another device."""
         self.model.load_state_dict(state["model"])
         load_sgd(self.optimizer, state["optimizer"], self.device)
         if state["scaler"]:  # empty where the state is from a device that needed no scaling
@@ -198,8 +210,10 @@ class ContrastStep:
 
 
 def pass_flops(step: ContrastStep, size: int, batch: int) -> int:
-    """FLOP of the passes of one step, multiplications and additions; those of views are not among them. What the passes
-    that are counted take of a GPU's memory is forgotten."""
+    """Return the FLOP of the passes of one step, multiplications and additions, without those of the views.
+
+    The peak of a GPU's memory is reset afterwards, so that the counted passes do not appear in it.
+    """
     parts = step.config.accumulate
     images = torch.zeros(batch // parts, 3, size, size, device=step.device).to(memory_format=torch.channels_last)
     model, quick = step.model, step.model.quick

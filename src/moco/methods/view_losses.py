@@ -17,11 +17,11 @@ def contrastive_losses(
     network: nn.Module, images: np.ndarray, views: Views, *, queue: int, temperature: float, count: int, seed: int,
     batch_size: int, device: torch.device, precision: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the InfoNCE loss (arXiv 1911.05722, equation 1) of every image, N: the mean over all ordered pairs of
-    `count` random views of it.
+    """Return the InfoNCE loss (arXiv 1911.05722, equation 1) of every image, N.
 
-    One network with its projection, in evaluation mode, makes queries and keys; the negatives are `queue` other images,
-    as many as there are at most, in one view. images: N x H x W x 3 uint8.
+    It is the mean over all ordered pairs of `count` random views of the image. One network with its projection, in
+    evaluation mode, makes queries and keys. The negatives are `queue` other images, as many as there are at most, in
+    one view. images: N x H x W x 3 uint8.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -14,7 +14,7 @@ NAME = re.compile(r"checkpoint_(\d+)\.pth")
 
 
 def read_record(record: Path) -> str:
-    """A digest file, whatever a damaged one holds."""
+    """Return the text of a digest file, whatever a damaged one holds."""
     return record.read_text(encoding="utf-8", errors="replace")
 
 
@@ -28,7 +28,10 @@ class CheckpointFolder:
         self.folder, self.keep = folder, keep
 
     def save(self, epoch: int, content: dict[str, Any]) -> Path:
-        """Raises UserError where it cannot be written; earlier checkpoints are then untouched."""
+        """Write the checkpoint of an epoch and return its path.
+
+        Raises UserError where it cannot be written; earlier checkpoints are then untouched.
+        """
         path = self.folder / f"checkpoint_{epoch:03d}.pth"
         record = path.with_suffix(".pth.sha256")
         line = ""
@@ -52,7 +55,7 @@ class CheckpointFolder:
         return path
 
     def paths(self) -> list[Path]:
-        """Oldest first."""
+        """Return the paths of the checkpoints, oldest first."""
         found = [(int(m[1]), p) for p in self.folder.glob("*.pth") if (m := NAME.fullmatch(p.name))]
         return [path for _, path in sorted(found)]
 
@@ -72,13 +75,13 @@ class CheckpointFolder:
         return None
 
     def drop_after(self, epoch: int) -> None:
-        """Removes checkpoints of later epochs, such as those of a branch that is given up."""
+        """Remove checkpoints of later epochs, such as those of a branch that is given up."""
         for path in self.paths():
             if int(NAME.fullmatch(path.name)[1]) > epoch:  # type: ignore[index]
                 self._drop(path)
 
     def drop_newest(self) -> None:
-        """Removes the newest, where there is one."""
+        """Remove the newest checkpoint, where there is one."""
         for path in self.paths()[-1:]:
             self._drop(path)
 

@@ -23,8 +23,10 @@ CHECKPOINTS = "checkpoint_*"  # with the digests beside them
 
 @dataclass(frozen=True)
 class Candidate:
-    """paths: what would go, files or one folder. size: bytes. reason: why nothing is lost. lock: who holds it uses
-    the paths."""
+    """Files, or one folder, that can be deleted.
+
+    paths: what would go. size: bytes. reason: why nothing is lost. lock: whoever holds it uses the paths.
+    """
 
     name: str
     paths: list[Path]
@@ -34,7 +36,10 @@ class Candidate:
 
 
 def run(scratch: str, yes: bool, say: Say) -> None:
-    """List what can go, with sizes and reasons; delete it where `yes`. What is in use stays, and is not listed."""
+    """List what can be deleted, with sizes and reasons; delete it where `yes`.
+
+    What is in use stays, and is not listed.
+    """
     found = [*_caches(scratch), *_checkpoints()]
     gone = 0
     for one in found:
@@ -53,7 +58,10 @@ def run(scratch: str, yes: bool, say: Say) -> None:
 
 
 def _caches(scratch: str) -> Iterator[Candidate]:
-    """Decoded caches of other images than the manifest's. Without a manifest nothing tells which one is in use."""
+    """Yield decoded caches of other images than the manifest's.
+
+    Nothing is yielded without a manifest, as nothing then tells which cache is in use.
+    """
     if not MANIFEST.is_file():
         return
     kept = cache_folder(scratch_place(scratch), load_manifest(MANIFEST).digest)
@@ -64,8 +72,10 @@ def _caches(scratch: str) -> Iterator[Candidate]:
 
 
 def _checkpoints() -> Iterator[Candidate]:
-    """Checkpoints of finished runs beside a newer finished one of the same settings and data. Logs, pictures and
-    classifiers of all runs stay."""
+    """Yield checkpoints of finished runs beside a newer finished run of the same settings and data.
+
+    Logs, pictures and classifiers of all runs stay.
+    """
     by_key: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for done in (home() / RUNS).glob("*/*/done"):
         by_key[done.parent.parent.name, re.sub(r"-\d+$", "", done.parent.name)].append(done.parent)
@@ -79,7 +89,7 @@ def _checkpoints() -> Iterator[Candidate]:
 
 @contextlib.contextmanager
 def _unused(one: Candidate) -> Iterator[bool]:
-    """Whether no living process uses it, as far as can be known here; its lock is held meanwhile."""
+    """Yield whether no living process uses it, as far as can be known here; its lock is held meanwhile."""
     if one.lock is None:
         yield not any(_is_mapped(path) for path in one.paths)
         return
@@ -96,7 +106,7 @@ def _unused(one: Candidate) -> Iterator[bool]:
 
 
 def _is_mapped(folder: Path) -> bool:
-    """Whether a process of this machine has a file of the folder mapped into its memory."""
+    """Return whether a process of this machine has a file of the folder mapped into its memory."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             if f"{folder.resolve()}/" in maps.read_text(encoding="utf-8", errors="replace"):
@@ -105,6 +115,6 @@ def _is_mapped(folder: Path) -> bool:
 
 
 def _size(paths: list[Path]) -> int:
-    """Bytes of files and of what lies in folders."""
+    """Return the bytes of files and of what lies in folders."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return sum(file.stat().st_size for file in files if file.is_file())

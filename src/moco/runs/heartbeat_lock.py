@@ -32,7 +32,7 @@ _dead: set[tuple[object, object]] = set()  # machines and processes that were wa
 
 
 def _read(path: Path) -> tuple[str, dict[str, object]]:
-    """The file's text, '' where it is not there, and what it says."""
+    """Return the file's text, '' where there is no file, and what it says."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         found = json.loads(text)
@@ -71,9 +71,10 @@ def exclusive(folder: Path, what: str, say: Say, wait: float | None = None) -> I
 
 @contextmanager
 def held(folder: Path, what: str, say: Say) -> Iterator[None]:
-    """Shows that this process works in `folder`, in which it holds the operating system's lock already.
+    """Show that this process works in `folder`, in which it holds the operating system's lock already.
 
-    Raises UserError where a process on another machine does; waits PATIENCE where one did that shows no sign of life.
+    Raises UserError where a process on another machine works there. Waits PATIENCE where one did that shows no sign of
+    life.
     """
     path = folder / NAME
     text, other = _read(path)
@@ -121,11 +122,12 @@ def held(folder: Path, what: str, say: Say) -> Iterator[None]:
 
 
 def _begin(path: Path, sign: dict[str, object]) -> int | None:
-    """Gives the first sign; a handle for those to come. None where the disk is full: that is told by those who write
-    something that matters.
+    """Write the first sign and return a handle for the next ones; None where the disk is full.
 
-    A new file takes the place of the one before. One who was succeeded while it stood still between looking and signing
-    writes to the file of before, which nobody reads any more. Only a full disk leaves no choice but the old one."""
+    A full disk is reported by those who write something that matters. A new file takes the place of the one before. A
+    process that was succeeded while it stood still between looking and signing writes to the earlier file, which nobody
+    reads any more. Only a full disk leaves no choice but the old file.
+    """
     fresh = path.with_name(f".{NAME}-{socket.gethostname()}-{os.getpid()}")
     for place, more in ((fresh, os.O_CREAT), (path, 0)):
         with contextlib.suppress(OSError):
@@ -141,7 +143,10 @@ def _begin(path: Path, sign: dict[str, object]) -> int | None:
 
 
 def _sign(handle: int, sign: dict[str, object]) -> bool:
-    """In place and always of one length: a disk that has become full takes it as well. Whether it was written."""
+    """Write a sign and return whether it was written.
+
+    It is written in place and always has the same length, so that a disk that has become full takes it as well.
+    """
     with contextlib.suppress(OSError):
         return os.pwrite(handle, json.dumps(sign).ljust(LENGTH).encode(), 0) >= LENGTH
     return False

@@ -127,7 +127,7 @@ def closure(module: str, known: dict[str, Path]) -> set[str]:
 
 
 def _decides(module: str, known: dict[str, Path]) -> bool:
-    """Whether a module may decide what a stage makes. The packages' own files are empty."""
+    """Return whether a module may decide what a stage makes. The packages' own files are empty."""
     carries = module in CARRYING or module.split(".")[1:2] in [[room] for room in CARRIERS]
     return known[module].name != "__init__.py" and (module in DECIDING or not carries)
 
@@ -161,8 +161,10 @@ def settings_of(stage: str, config: Config) -> dict[str, str]:
 
 
 def digest_of(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder's names and contents; '' where nothing is there. Files that are being
-    written, whose names begin with a dot, do not count."""
+    """Return the sha256 of a file, or of a folder's names and contents; '' where nothing is there.
+
+    Files that are being written, whose names begin with a dot, do not count.
+    """
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
@@ -174,8 +176,11 @@ def digest_of(path: Path) -> str:
 
 
 def refuse_other_code(stage: str, say: Say) -> None:
-    """Raise UserError where a stage would run other code than the current folder's src/moco has: dvc.lock, commit and
-    patch would name that. Tell where only code differs that decides nothing about the stage's result."""
+    """Raise UserError where a stage would run other code than the current folder's src/moco has.
+
+    dvc.lock, commit and patch would name the code of that folder. Where the only code that differs decides nothing
+    about the stage's result, a message tells so.
+    """
     other = other_checkout()
     if other is None or not (different := differing_code(other)):
         return
@@ -218,8 +223,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Start:
-    """What a command finds when it begins, before it imports the stage. code: digests of the stage's code; reread:
-    reads the settings once more, None where they are in no file."""
+    """What a command finds when it begins, before it imports the stage.
+
+    code: digests of the stage's code; reread: reads the settings once more, None where they are in no file.
+    """
 
     stage: str
     code: dict[str, str]
@@ -231,8 +238,10 @@ class Start:
         return cls(stage, code_of(stage), reread)
 
     def making(self, config: Config, *more: Path) -> Making:
-        """Return what the stage makes its result from, with the inputs as they are now. more: inputs beside those that
-        dvc.yaml lists."""
+        """Return what the stage makes its result from, with the inputs as they are now.
+
+        more: inputs beside those that dvc.yaml lists.
+        """
         inputs = _inputs(self.stage, config, more)
         identity = Identity(self.stage, settings_of(self.stage, config), inputs, self.code)
         return Making(identity, config, self.reread)

@@ -53,8 +53,11 @@ def check_classes(what: object, classes: Sequence[str], manifest: Manifest, reme
 
 
 def check_images(what: object, made: dict[str, Any], manifest: Manifest, remedy: str, resizes: bool = False) -> None:
-    """Raise UserError where an artifact was made with images of another size. made: see `image_facts`; {} in files of
-    earlier versions, of which nothing is known. resizes: whether it brings images to its size by itself."""
+    """Raise UserError where an artifact was made with images of another size.
+
+    made: see `image_facts`; {} in files of earlier versions, of which nothing is known. resizes: whether the artifact
+    brings images to its size by itself.
+    """
     size = made.get("size")
     if size and list(size) != [manifest.height, manifest.width] and not (resizes and made.get("resize")):
         raise UserError(
@@ -95,8 +98,10 @@ def check_scored(
 
 
 def learned_record(parts: Sequence[DecodedSplit], manifest: Manifest) -> dict[str, Any]:
-    """Return which labelled images a classifier learns from, held-out ones included: N x 16 uint8, each once, and by
-    what rules and size they became pixels, without which digests say nothing."""
+    """Return which labelled images a classifier learns from, held-out ones included: N x 16 uint8, each once.
+
+    The record also says by what rules and at what size they became pixels, without which digests say nothing.
+    """
     digests = np.unique(np.concatenate([part.digests for part in parts]), axis=0)
     return {
         "digests": torch.from_numpy(digests), "size": [manifest.height, manifest.width], "decoding": manifest.decoding,
@@ -144,8 +149,10 @@ def _short(values: Sequence[float]) -> str:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[str] = ()) -> list[str]:
-    """'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text; one that is not there
-    differs too."""
+    """Return 'pretrain.lr is 0.06 there and 0.1 here' for every setting that differs, compared as text.
+
+    A setting that is missing on one side differs too.
+    """
     theirs = {**without_setting(), **{MOVED.get(name, name): value for name, value in theirs.items()}}
     return [
         f"{name} is {theirs.get(name, 'not set')} there and {value} here"
@@ -155,7 +162,9 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], but: Collection[st
 
 
 def classifier_settings(config: Config, theirs: dict[str, str]) -> dict[str, Any]:
-    """The present settings of the stages before a classifier that was made with `theirs`: of `train_extra` too where it
-    has extra labels."""
+    """Return the present settings of the stages before a classifier that was made with `theirs`.
+
+    Those of `train_extra` are among them where the classifier has extra labels.
+    """
     ours = {**flatten(config.pretrain, "pretrain"), **flatten(config.train, "train")}
     return {**ours, **flatten(config.train_extra, "train_extra")} if CONTENT in theirs else ours

@@ -27,8 +27,11 @@ LOCKS = Path("runs/locks")
 
 @contextmanager
 def locked_outputs(name: str, say: Say, command: str = "") -> Iterator[None]:
-    """Hold the outputs of `moco NAME` (or `command`) in this project's folder, from before the stage reads its inputs
-    until its outputs are complete. Raises UserError, with process and host, where another process makes them."""
+    """Hold the outputs of `moco NAME` (or `command`) in this project's folder while a stage works.
+
+    That is from before the stage reads its inputs until its outputs are complete. Raises UserError, with process and
+    host, where another process makes them.
+    """
     with exclusive(LOCKS / name, f"moco {command or name}", say):
         yield
 

@@ -25,10 +25,11 @@ def saved_state(
     checkpoints: CheckpointFolder, resume: Path | None, params: dict[str, Any], digest: str, processes: int,
     identity: Identity,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Where the run stands, or None at its beginning. Raises UserError where the checkpoint `resume` cannot be taken,
-    and, without one, where the run's code has changed since its newest state (E-RUN-CODE).
+    """Return the state from which the run continues, or None at its beginning.
 
-    digest: of the data. processes: those of now; a state of another number is taken with a warning.
+    Raises UserError where the checkpoint `resume` cannot be taken, and, without one, where the run's code has changed
+    since its newest state (E-RUN-CODE). digest: of the data. processes: their number now; a state of another number is
+    taken with a warning.
     """
     if resume is None:
         found = checkpoints.newest(say)
@@ -52,14 +53,17 @@ def saved_state(
 
 
 def _changed(saved: dict[str, Any], identity: Identity) -> str:
-    """The files of code that have changed since the state was saved; '' for none."""
+    """Return the files of code that have changed since the state was saved; '' for none."""
     if CODE not in saved:
         return "the version of moco (it did not record its code yet)"
     return first_of(code_changes(saved[CODE], identity.code), ROOM)
 
 
 def is_branch(folder: Path, resume: Path | None) -> bool:
-    """Return whether a run is the one that a command asks for: with `resume`, that which began from that checkpoint."""
+    """Return whether a run is the one that a command asks for.
+
+    With `resume`, that is the one that began from this checkpoint.
+    """
     return resume is None or _begun(folder, resume, _digest(resume))
 
 
@@ -76,8 +80,11 @@ def _begun(folder: Path, resume: Path, named: str) -> bool:
 def _branch(
     checkpoints: CheckpointFolder, resume: Path, params: dict[str, Any], digest: str, stage: str
 ) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint named by the user begins a branch. Once that has checkpoints of its own, the same command (of a
-    requeued job, say) goes on with those, also where the named one was among them and has made room for later ones."""
+    """Return the path and content of the checkpoint from which a branch continues.
+
+    A checkpoint named by the user begins a branch. Once the branch has checkpoints of its own, the same command (of a
+    requeued job, say) continues from those, also where the named one was among them and has made room for later ones.
+    """
     named = _digest(resume)
     begun = _begun(checkpoints.folder, resume, named)
     if begun and (own := checkpoints.newest(say)) is not None:
@@ -93,8 +100,10 @@ def _branch(
 
 
 def _load(path: Path, named: str, params: dict[str, Any], digest: str, stage: str) -> dict[str, Any]:
-    """A checkpoint named by the user, of the digest `named`. Raises UserError where it is damaged or belongs to another
-    configuration."""
+    """Return a checkpoint named by the user, of the digest `named`.
+
+    Raises UserError where it is damaged or belongs to another configuration.
+    """
     record = path.parent / f"{path.name}.sha256"
     if named and record.is_file() and named not in read_record(record).split():
         raise UserError(f"{path}: damaged: its digest is not that in {record.name}; name another checkpoint")

@@ -14,8 +14,11 @@ FACTOR = 0.5  # of the learning rate, each time
 
 
 def taken(folder: Path, saved: dict[str, Any] | None = None) -> int:
-    """How many times the run has gone back so far; a resumed process goes on with the rate of the one before, and a
-    branch with that of the run that its first state is from. Raises UserError where the file is damaged."""
+    """Return how many times the run has gone back so far. Raises UserError where the file is damaged.
+
+    A resumed process continues with the learning rate of the one before, and a branch with that of the run that its
+    first state is from.
+    """
     path = folder / NAME
     try:
         here = int(path.read_text(encoding="ascii")) if path.exists() else 0
@@ -28,13 +31,16 @@ def taken(folder: Path, saved: dict[str, Any] | None = None) -> int:
 
 
 def rate(lr: float, steps: int) -> float:
-    """The learning rate after so many steps back."""
+    """Return the learning rate after so many steps back."""
     return lr * FACTOR**steps
 
 
 def roll_back(checkpoints: CheckpointFolder, allowed: int, error: DivergedError, resume: Path | None, say: Say) -> None:
-    """Notes one more step, or raises the error where no more are allowed. From the second on the newest checkpoint is
-    given up, which may be from a time when the trouble had begun already, unless the user has named it."""
+    """Record one more step back, or raise the error where no more are allowed.
+
+    From the second step back on, the newest checkpoint is given up, which may be from a time when the trouble had begun
+    already, unless the user has named it.
+    """
     steps, paths = taken(checkpoints.folder), checkpoints.paths()
     if steps >= allowed:
         raise error

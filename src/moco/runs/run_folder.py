@@ -27,7 +27,7 @@ STATES = "checkpoint_*.pth"  # in a run's folder: what it can be continued from
 
 
 def run_key(settings: dict[str, Any], digest: str) -> str:
-    """Name of the run that these settings and this data make."""
+    """Return the name of the run that these settings and this data make."""
     later = {name: str(value) for name, value in without_setting().items()}
     kept = {name: value for name, value in settings.items() if later.get(name) != str(value)}
     text = json.dumps({"settings": kept, "data": digest}, sort_keys=True, default=str)
@@ -36,14 +36,17 @@ def run_key(settings: dict[str, Any], digest: str) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/STAGE/KEY: metric log, checkpoints, what the run made, and a mark once that is complete. restored: it was
-    complete already, and is put back into its place."""
+    """The folder runs/STAGE/KEY: metric log, checkpoints, what the run made, and a mark once that is complete.
+
+    restored: the run was complete already, and is put back into its place.
+    """
 
     path: Path
     restored: bool = False
 
     @property
     def done(self) -> bool:
+        """Return whether the run is marked as complete."""
         return (self.path / DONE).exists()
 
     def own(self, output: Path) -> Path:
@@ -51,8 +54,10 @@ class RunFolder:
         return self.path / outputs.OUTPUTS / output
 
     def finish(self, making: Making | None = None) -> None:
-        """Mark the run as complete. The mark names the job of the cluster, which must not do it again when Slurm puts
-        it back."""
+        """Mark the run as complete.
+
+        The mark names the job of the cluster, which must not do the run again when Slurm puts it back.
+        """
         if making is not None:
             outputs.keep_record(self.path, making.identity)
         write_text(self.path / DONE, os.environ.get("SLURM_JOB_ID", "") + "\n")
@@ -63,9 +68,10 @@ def open_run_folder(
     stage: str, key: str, making: Making | None = None, fits: Callable[[Path], bool] = lambda _: True,
     before: Callable[[], object] = lambda: None,
 ) -> Iterator[RunFolder]:  # fmt: skip
-    """The folder of this run, for this process alone: an unfinished one is continued, a complete one of the same
-    identity (`making`) is `restored`, and beside any other a new one is begun. At the end `before` is called and what
-    the run has made is put into its place.
+    """Yield the folder of this run, for this process alone.
+
+    An unfinished folder is continued. A complete one of the same identity (`making`) is `restored`. Beside any other a
+    new one is begun. At the end `before` is called and what the run has made is put into its place.
 
     fits: whether a complete run may be taken. Raises UserError where another process works in the folder (an experiment
     of DVC's queue takes the next one, as nobody could tell the other to wait), and at the end where settings, inputs or
@@ -90,7 +96,7 @@ def _folders(stage: str, key: str) -> Iterator[RunFolder]:
 
 
 def _complete(stage: str, key: str, making: Making | None, fits: Callable[[Path], bool]) -> RunFolder | None:
-    """The complete run of this identity, where there is one."""
+    """Return the complete run of this identity, where there is one."""
     for folder in itertools.takewhile(lambda each: each.path.exists(), _folders(stage, key)):
         if making is None or not folder.done or not fits(folder.path):
             continue
@@ -102,7 +108,7 @@ def _complete(stage: str, key: str, making: Making | None, fits: Callable[[Path]
 def _free(
     stage: str, key: str, making: Making | None, fits: Callable[[Path], bool], stack: ExitStack
 ) -> RunFolder:  # fmt: skip
-    """An unfinished folder that may be gone on with, else a new one; held until the stack is closed."""
+    """Return an unfinished folder that may be continued, else a new one; held until the stack is closed."""
     queued = home() != Path()
     for folder in _folders(stage, key):
         if folder.done or not (_may_go_on(folder.path, making) or (not queued and any(folder.path.glob(STATES)))):
@@ -126,8 +132,10 @@ def _free(
 
 
 def _may_go_on(folder: Path, making: Making | None) -> bool:
-    """Whether what an unfinished folder holds is of the same identity: else its record would say what is not so. Where
-    there is a state to continue from, that knows its code itself."""
+    """Return whether what an unfinished folder holds is of the same identity: else its record would be wrong.
+
+    Where there is a state to continue from, that state knows its code itself.
+    """
     if making is None or not (folder / LOG).exists():
         return True
     with suppress(OSError, ValueError):

@@ -19,11 +19,12 @@ DEFAULT = "default"
 
 
 def names(folder: Path) -> list[str]:
+    """Return the names of the presets in a folder, sorted."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def render(folder: Path, name: str) -> str:
-    """The text of params.yaml under a preset: default.yaml with the preset's values put in place.
+    """Return the text of params.yaml under a preset: default.yaml with the preset's values put in place.
 
     Comments of the default stay. Raises UserError for an unknown preset or one with an unknown key.
     """
@@ -38,7 +39,7 @@ def render(folder: Path, name: str) -> str:
 
 
 def edit(text: str, values: Mapping[str, Any], who: str) -> str:
-    """A parameter file's text with other values, by dotted key; comments stay.
+    """Return a parameter file's text with other values, by dotted key; comments stay.
 
     Raises UserError, which begins with `who`, for a key that is not there.
     """
@@ -95,15 +96,17 @@ def _keys(prefix: str) -> list[str]:
 
 
 def _insert(tree: Any, key: str, value: Any, known: list[str], doc: str | None) -> None:
-    """Put a key in front of the first that follows it in the schema; never last, since blank lines belong to the last
-    key."""
+    """Put a key in front of the first that follows it in the schema.
+
+    It is never put last, since blank lines belong to the last key.
+    """
     later = [place for place, name in enumerate(tree) if name in known and known.index(name) > known.index(key)]
     tree.pop(key, None)
     tree.insert(min(later, default=max(len(tree) - 1, 0)), key, value, comment=doc)
 
 
 def switch(folder: Path, name: str, params: Path, force: bool) -> None:
-    """Writes params.yaml. Raises UserError where it holds changes that are in no preset, unless `force`."""
+    """Write params.yaml. Raises UserError where it holds changes that are in no preset, unless `force`."""
     text = render(folder, name)
     if params.exists() and not force:
         current = params.read_text(encoding="utf-8")

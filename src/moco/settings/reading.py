@@ -19,8 +19,10 @@ LONGEST_WORD = 100  # characters
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean X?)' where a known word is close, else ''. Long texts are near to nothing: comparing takes time
-    that grows with the product of the lengths."""
+    """Return ' (did you mean X?)' where a known word is close, else ''.
+
+    Long texts are near to nothing: comparing takes time that grows with the product of the lengths.
+    """
     if len(word) > LONGEST_WORD:
         return ""
     close = difflib.get_close_matches(word, [name for name in known if len(name) <= LONGEST_WORD], n=1, cutoff=0.65)
@@ -34,7 +36,7 @@ class _Reader:
         self.path, self.lines = path, lines
 
     def place(self, key: str) -> str:
-        """FILE:LINE of a key, or of the section that it is missing in."""
+        """Return FILE:LINE of a key, or of the section that it is missing in."""
         parent = key
         while parent and parent not in self.lines:
             parent = parent.rpartition(".")[0]
@@ -100,7 +102,10 @@ class _Reader:
 
 
 def _lines(node: yaml.Node, path: Path, key: str = "") -> dict[str, int]:
-    """Line of every key of the tree, by its dotted name. Raises UserError for a key that stands there twice."""
+    """Return the line of every key of the tree, by its dotted name.
+
+    Raises UserError for a key that stands there twice.
+    """
     lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
@@ -120,7 +125,7 @@ def lines_of(text: str, path: Path) -> dict[str, int]:
 
 
 def load(path: Path) -> Config:
-    """Reads and checks a parameter file. Raises UserError, one line, for anything that is wrong with it."""
+    """Read and check a parameter file. Raises UserError, one line, for anything that is wrong with it."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -133,7 +138,7 @@ def load(path: Path) -> Config:
 
 
 def parse(text: str, path: Path) -> Config:
-    """The same for a file's text; path: for messages."""
+    """Read and check a parameter file's text, as `load` does a file. path: for messages."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

@@ -15,7 +15,10 @@ DEEP = 4  # stages from which on a network is watched through its pyramid
 
 
 def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architecture:
-    """Raises UserError for an unknown encoder, and for images that it cannot take."""
+    """Return the architecture that section `pretrain` asks for, checked against the images.
+
+    Raises UserError for an unknown encoder, and for images that it cannot take.
+    """
     if section.encoder != SMALL and section.encoder not in (known := encoders()):
         raise UserError(
             f"pretrain.encoder: '{section.encoder}' is not known{nearest(section.encoder, known)}; "
@@ -36,7 +39,7 @@ def chosen_architecture(section: PretrainConfig, manifest: Manifest) -> Architec
 
 
 def described(section: PretrainConfig) -> Architecture:
-    """The same unchecked."""
+    """Return the architecture that section `pretrain` asks for, unchecked."""
     # Contrast acts on the last stage alone, and train.features says what classifiers see. These are the features whose
     # kNN accuracy is watched while pretraining runs. They also decide which random numbers the first weights get, and
     # thereby the encoders of the presets to the bit.

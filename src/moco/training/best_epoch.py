@@ -35,16 +35,18 @@ class BestEpoch:
         return {**found, "epoch": 0}
 
     def __call__(self) -> dict[str, float]:
+        """Measure the held-out images, keep the weights if they are the best so far, and return the accuracy."""
         self.last = self.step.accuracy(self.images, self.labels)
         if self.best is None or self.last > self.best["accuracy"]:
             self.best = self._now()
         return {"held_out_accuracy": self.last}
 
     def choice(self) -> dict[str, Any]:
-        """Return the last epoch, unless an earlier one is clearly better, as for the linear classifier, or the last is
-        behind the start: then the best, which may be the start.
+        """Return the last epoch, or the best one where that is clearly better or the last is behind the start.
 
-        Raises ValueError before the first."""
+        An earlier epoch is clearly better by the rule of the linear classifier. The best may be the start. Raises
+        ValueError before the first epoch.
+        """
         if self.best is None:
             raise ValueError("no epoch has been measured")
         behind = self.start is not None and self.last < self.start
@@ -65,7 +67,7 @@ class BestEpoch:
 
 
 def _copied(value: Any) -> Any:
-    """Tensors in dicts and lists, copied to the CPU."""
+    """Return the tensors in dicts and lists, copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -37,7 +37,10 @@ class DistributedContext:
     local_size: int = 1
 
     def place(self, device: torch.device) -> torch.device:
-        """The device of this process: a GPU each, or the CPU for all. Raises UserError where it cannot be shared."""
+        """Return the device of this process: a GPU each, or the CPU for all.
+
+        Raises UserError where the device cannot be shared.
+        """
         if self.size == 1 or device.type == "cpu":
             return device
         if device.type != "cuda" or device.index is not None:
@@ -53,8 +56,11 @@ class DistributedContext:
 
     @contextlib.contextmanager
     def process_group(self, device: torch.device) -> Iterator[None]:
-        """Connects the processes: gloo for what the CPU holds, NCCL for what GPUs hold. Those that end for a reason
-        that all know leave together: torchrun stops the others as soon as one has left with an exit code."""
+        """Connect the processes for the length of the context: gloo for tensors on the CPU, NCCL for those on GPUs.
+
+        Processes that end for a reason that all know leave together: torchrun stops the others as soon as one has left
+        with an exit code.
+        """
         if self.size == 1:
             yield
             return
@@ -78,9 +84,10 @@ class DistributedContext:
         # The group is left to `end_process`.
 
     def on_rank_zero(self, action: Callable[..., T], *arguments: Any) -> T | None:
-        """The action's result in rank 0, which alone executes it while the others wait; None in these.
+        """Return the action's result in rank 0, which alone executes it while the others wait; None in the others.
 
-        A UserError that it raises is raised in all of them."""
+        A UserError that the action raises is raised in all processes.
+        """
         if self.size == 1:
             return action(*arguments)
         result, problem = None, None
@@ -98,7 +105,7 @@ class DistributedContext:
         return result
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, by pickle; what the others pass is ignored."""
+        """Return rank 0's value, sent by pickle; what the others pass is ignored."""
         if self.size == 1:
             return value
         box = [value]
@@ -107,7 +114,7 @@ class DistributedContext:
         return box[0]
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """The values of all, by pickle, in the order of ranks."""
+        """Return the values of all processes, sent by pickle, in the order of ranks."""
         found: list[Any] = [value] * self.size
         if self.size > 1:
             with _others(self):
@@ -115,19 +122,21 @@ class DistributedContext:
         return found
 
     def require_equal(self, facts: Mapping[str, str]) -> None:
-        """Raises UserError in all, naming the facts, where a process has others than rank 0."""
+        """Raise UserError in all processes, naming the facts, where a process has others than rank 0."""
         found = self.all_gather_objects(dict(facts))
         different = [name for name in facts if any(other[name] != found[0][name] for other in found)]
         if different:
             raise UserError(f"the processes do not have the same {', '.join(different)}; they must, on every node")
 
     def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
-        """Rank 0's seconds, and a signal that any of them received."""
+        """Return rank 0's seconds, and a signal that any of the processes received."""
         return self.agree_async(seconds, signal)()
 
     def agree_async(self, seconds: float, signal: int | None) -> Callable[[], tuple[float, int | None]]:
-        """The same, for whoever can do something else meanwhile: the wait is in the call of the result. One message of
-        16 bytes between the CPUs."""
+        """Begin what `agree` does, and return a function that waits for its result.
+
+        The process can do something else meanwhile. It takes one message of 16 bytes between the CPUs.
+        """
         if self.size == 1:
             return lambda: (seconds, signal)
         both = torch.tensor([seconds if self.rank == 0 else 0.0, signal or 0], dtype=torch.float64)
@@ -140,7 +149,7 @@ class DistributedContext:
         return answer
 
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
-        """The mean over the processes of each number."""
+        """Return the mean over the processes of each number."""
         if self.size == 1 or not numbers:
             return numbers
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
@@ -149,12 +158,17 @@ class DistributedContext:
         return dict(zip(numbers, (values / self.size).tolist(), strict=True))
 
     def gather(self, part: Tensor) -> Tensor:
-        """The parts (equal shapes) of all processes along the first dimension, in the order of ranks. No gradient."""
+        """Return the parts (equal shapes) of all processes along the first dimension, in the order of ranks.
+
+        No gradient flows back.
+        """
         return self.gather_async(part)()
 
     def gather_with_gradient(self, part: Tensor) -> Tensor:
-        """Return the parts (equal shapes) of all along the first dimension. The gradient of a part is the sum of those
-        that all processes have for it."""
+        """Return the parts (equal shapes) of all processes along the first dimension.
+
+        The gradient of a part is the sum of those that all processes have for it.
+        """
         if self.size == 1:
             return part
         from torch.distributed.nn.functional import all_gather
@@ -162,7 +176,7 @@ class DistributedContext:
         return torch.cat(list(all_gather(part.contiguous())))
 
     def gather_async(self, part: Tensor) -> Callable[[], Tensor]:
-        """The same; the wait is in the call of the result."""
+        """Begin what `gather` does, and return a function that waits for its result."""
         if self.size == 1:
             return lambda: part
         part = part.contiguous()
@@ -180,7 +194,7 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def start_async(processes: DistributedContext, begin: Callable[[], dist.Work | None]) -> Callable[[], object]:
-    """Begins an exchange and returns what waits for its end. On a GPU its stream waits, not the CPU."""
+    """Begin an exchange and return a function that waits for its end. On a GPU its stream waits, not the CPU."""
     with _others(processes):
         work = present(begin(), "an exchange between processes")
 
@@ -193,7 +207,7 @@ def start_async(processes: DistributedContext, begin: Callable[[], dist.Work | N
 
 @contextlib.contextmanager
 def _others(processes: DistributedContext) -> Iterator[None]:
-    """Raises ProcessLostError where the exchange fails, which is how the end of another process is noticed."""
+    """Raise ProcessLostError where the exchange fails, which is how the end of another process is noticed."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -207,7 +221,7 @@ def _others(processes: DistributedContext) -> Iterator[None]:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> DistributedContext:
-    """What torchrun has set, SINGLE_PROCESS without it. Raises UserError where half of it is set."""
+    """Return what torchrun has set; SINGLE_PROCESS without torchrun. Raises UserError where half of it is set."""
     size = _number(environment, "WORLD_SIZE", 1)
     if size == 1:
         if _number(environment, "RANK", 0) != 0:
@@ -233,7 +247,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def end_process(code: int) -> None:
-    """Ends a process that was connected to others, without waiting for anything; all files must be closed by now.
+    """End a process that was connected to others, without waiting for anything; all files must be closed by now.
 
     Where gloo's connections are taken down on both sides at the same time, by destroy_process_group or by the end of
     the interpreter, they wait for each other for ever once in a while (seen with torch 2.6 on the CPU).
@@ -245,7 +259,7 @@ def end_process(code: int) -> None:
 
 
 def refuse_several(command: str) -> None:
-    """Raises UserError where several processes were started for a command that is meant for one."""
+    """Raise UserError where several processes were started for a command that is meant for one."""
     processes = from_environment()
     if processes.size > 1:
         raise UserError(
@@ -255,9 +269,12 @@ def refuse_several(command: str) -> None:
 
 
 class Average:
-    """The mean over the processes of tensors that have the same shapes in every call, in place, by one all-reduce; the
-    same bits in all of them. The wait is in the call of the result, until which the tensors keep what they have; it
-    comes before the next call. The buffer is kept: new pages in every step cost more than sending it does."""
+    """The mean over the processes of tensors that have the same shapes in every call.
+
+    The mean is taken in place, by one all-reduce, and has the same bits in all processes. The wait is in the call of
+    the result, until which the tensors keep what they have; it comes before the next call. The buffer is kept: new
+    pages in every step cost more than sending it does.
+    """
 
     def __init__(self, processes: DistributedContext) -> None:
         self.processes = processes
@@ -265,7 +282,7 @@ class Average:
 
     @torch.no_grad()
     def __call__(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Begin the exchange, and return what waits for its end and changes the tensors."""
+        """Begin the exchange, and return a function that waits for its end and changes the tensors."""
         if self.processes.size == 1:
             return lambda: None
         tensors = [_in_memory_order(tensor) for tensor in tensors]
@@ -285,8 +302,10 @@ class Average:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The same tensor with dimensions in the order of memory where it is channels-last: to bring it into another order
-    and back takes as long as sending it."""
+    """Return the same tensor with dimensions in the order of memory where it is channels-last.
+
+    To bring it into another order and back takes as long as sending it.
+    """
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1)
     return tensor

@@ -18,7 +18,7 @@ QUERY_BLOCK = 1024  # rows of the similarity matrix that are held at a time
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode for the length of the context; every module's own mode is restored afterwards."""
+    """Yield the network in evaluation mode; every module's own mode is restored afterwards."""
     before = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -33,7 +33,7 @@ def extract(
     network: nn.Module, images: np.ndarray, prepare: Callable[[Tensor], Tensor], *, batch_size: int,
     device: torch.device, precision: torch.dtype = torch.float32, advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:  # fmt: skip
-    """Outputs of the network in evaluation mode, N x D, fp32, on the CPU.
+    """Return the outputs of the network in evaluation mode, N x D, fp32, on the CPU.
 
     images: N x H x W x 3 uint8. prepare: turns a batch of them into the network's input. advance: is told the number of
     images of every batch that is done.
@@ -53,7 +53,7 @@ def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, neighbours: int,
     classes: int, temperature: float = 0.1,
 ) -> float:  # fmt: skip
-    """Return the share of queries that `knn_correct` has right."""
+    """Return the fraction of queries that `knn_correct` has right."""
     correct = knn_correct(
         bank, bank_labels, queries, labels, neighbours=neighbours, classes=classes, temperature=temperature
     )
@@ -64,10 +64,10 @@ def knn_correct(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, neighbours: int,
     classes: int, temperature: float = 0.1,
 ) -> Tensor:  # fmt: skip
-    """Return for each query, M booleans, whether its class wins the weighted vote of the nearest bank features by
-    cosine (Wu et al. 2018, arXiv 1805.01978: votes weigh exp(similarity / temperature)).
+    """Return for each query whether its class wins the vote of the nearest bank features by cosine, M booleans.
 
-    bank: N x D, queries: M x D; never more than QUERY_BLOCK x N similarities at a time.
+    Votes are weighted by exp(similarity / temperature) (Wu et al. 2018, arXiv 1805.01978). bank: N x D, queries: M x D;
+    never more than QUERY_BLOCK x N similarities at a time.
     """
     bank = F.normalize(bank, dim=1)
     neighbours = min(neighbours, len(bank))
@@ -82,14 +82,19 @@ def knn_correct(
 
 
 def feature_std(features: Tensor) -> float:
-    """Mean standard deviation per dimension of unit-length features, times sqrt(D): about 1 when they are
-    spread evenly, 0 when all are the same (SimSiam, arXiv 2011.10566, section 4.1)."""
+    """Return the mean standard deviation per dimension of unit-length features, times sqrt(D).
+
+    It is about 1 when the features are spread evenly, and 0 when all are the same (SimSiam, arXiv 2011.10566, section
+    4.1).
+    """
     return float(F.normalize(features, dim=1).std(0).mean() * features.shape[1] ** 0.5)
 
 
 def effective_rank(features: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007) of the centred
-    features: the number of dimensions really in use."""
+    """Return the exponential of the entropy of the centred features' normalised singular values.
+
+    This is the number of dimensions really in use (Roy and Vetterli 2007).
+    """
     values = torch.linalg.svdvals(features - features.mean(0))
     shares = values / values.sum().clamp(min=1e-12)
     return float(torch.exp(-(shares * torch.log(shares.clamp(min=1e-12))).sum()))
@@ -125,15 +130,18 @@ def describe_holdout(labels: np.ndarray, held: np.ndarray, fraction: float, key:
 
 
 def apart(kept: np.ndarray, held: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Return the rows of `kept` whose pixels are not those of a held-out image: with copies on both sides, held-out
-    accuracy would be one of images that were learned from. digests: N x 16 uint8, of all rows."""
+    """Return the rows of `kept` whose pixels are not those of a held-out image.
+
+    With copies on both sides, held-out accuracy would be one of images that were learned from. digests: N x 16 uint8,
+    of all rows.
+    """
     known = {bytes(digest) for digest in digests[held]}
     rest = kept[[bytes(digest) not in known for digest in digests[kept]]]
     return rest if len(rest) else kept  # where all images are copies nothing could be learned
 
 
 def stratified_holdout(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(kept, held out) indices: about `share` of every class, at least one where it has two or more."""
+    """Return (kept, held out) indices: about `share` of every class, at least one where it has two or more."""
     rng = np.random.default_rng(seed)
     held = []
     for label in np.unique(labels):

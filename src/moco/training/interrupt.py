@@ -20,7 +20,7 @@ _stopping = threading.Event()  # a signal has come already: another would distur
 
 
 class StopFlag:
-    """`signal` is None until one of the watched signals arrives."""
+    """A flag that signals set: `signal` is None until one of the watched signals arrives."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -33,8 +33,11 @@ class StopFlag:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM, SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) and SIGHUP, of a terminal that
-    closes, go to the handler; the last not where it is ignored, as under nohup."""
+    """Send the signals that end the program to the handler for the length of the context.
+
+    These are SIGINT, SIGTERM, SIGUSR2 (Slurm's warning before the time limit; NCCL uses USR1) and SIGHUP, of a terminal
+    that closes; the last not where it is ignored, as under nohup.
+    """
     numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])
     hang_up = getattr(signal, "SIGHUP", None)
     if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
@@ -56,7 +59,10 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def _write_nowhere(descriptors: list[int]) -> None:
-    """A terminal that has closed takes nothing: an error instead of a message would end what is being saved."""
+    """Redirect output to the null device.
+
+    A terminal that has closed takes nothing: an error instead of a message would end what is being saved.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
@@ -65,7 +71,7 @@ def _write_nowhere(descriptors: list[int]) -> None:
 
 @contextmanager
 def watch_signals() -> Iterator[StopFlag]:
-    """Signals set the flag."""
+    """Yield a flag that signals set."""
     flag = StopFlag()
     with _handled_by(flag._receive):
         yield flag
@@ -73,7 +79,7 @@ def watch_signals() -> Iterator[StopFlag]:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Signals raise Interrupted."""
+    """Raise Interrupted when a signal arrives within the context."""
 
     def receive(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number, saved=False)
@@ -87,8 +93,11 @@ LOOK = 1.0  # seconds between two looks where the system does not tell of a proc
 
 
 def end_with_dvc() -> None:
-    """Let this process receive SIGTERM when DVC, which has started it, ends without it: its result would be in no
-    dvc.lock, and the next `dvc repro` would find it still at work. Nothing is done where DVC has not started it."""
+    """Let this process receive SIGTERM when DVC, which has started it, ends without it.
+
+    Its result would be in no dvc.lock, and the next `dvc repro` would find it still at work. Nothing is done where DVC
+    has not started it.
+    """
     if STAGE not in os.environ:
         return
     above, gone = _up_to_dvc()
@@ -96,8 +105,10 @@ def end_with_dvc() -> None:
 
 
 def _up_to_dvc() -> tuple[list[int], bool]:
-    """The processes above this one up to DVC, the first that DVC did not start (there may be shells, or torchrun,
-    between), and whether DVC is gone already."""
+    """Return the processes above this one up to DVC, the first that DVC did not start, and whether DVC is gone already.
+
+    There may be shells, or torchrun, between.
+    """
     above, current = [], os.getppid()
     while True:
         above.append(current)
@@ -113,7 +124,7 @@ def _up_to_dvc() -> tuple[list[int], bool]:
 
 
 def _stop_after(processes: list[int], gone: bool) -> None:
-    """Waits until one of the processes has ended."""
+    """Wait until one of the processes has ended, and then stop this one."""
     parent = os.getppid()
     if not gone:
         try:

@@ -30,9 +30,12 @@ Log = Callable[[dict[str, float], int], None]
 
 @dataclass
 class LinearFit:
-    """weight (C x D) and bias (C) for features as they come; epoch: with sgd the one they are from, from 1 on, with
-    lbfgs the number of iterations; accuracy: fraction of correct held-out images; optimizer: its state then, empty with
-    lbfgs; converged: whether lbfgs reached its tolerance, None with sgd, which has none."""
+    """A fitted linear classifier.
+
+    weight (C x D) and bias (C): for features as they come. epoch: with sgd the one that they are from, from 1 on; with
+    lbfgs the number of iterations. accuracy: fraction of correct held-out images. optimizer: its state then, empty with
+    lbfgs. converged: whether lbfgs reached its tolerance; None with sgd, which has none.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -50,19 +53,21 @@ class Scaling:
     std: Tensor
 
     def apply(self, features: Tensor) -> Tensor:
+        """Return the features, N x D, shifted and scaled."""
         return (features - self.mean).div_(self.std)
 
     def fold(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the layer that does both steps at once; computed in float64."""
+        """Return weight and bias of the layer that does both steps at once; computed in float64."""
         weight = layer.weight.detach().double() / self.std.double()
         bias = layer.bias.detach().double() - weight @ self.mean.double()
         return weight.float(), bias.float()
 
 
 def make_scaling(views: Tensor, kind: str) -> Scaling:
-    """views: V x N x D. `standardize`: zero mean over all rows, unit variance within each view; `none`: the identity.
+    """Return the scaling of features by views, V x N x D.
 
-    A dimension that is constant within each view (these may differ in precision) is not scaled: its weights are never
+    kind: `standardize` gives zero mean over all rows and unit variance within each view; `none` is the identity. A
+    dimension that is constant within each view (these may differ in precision) is not scaled: its weights are never
     trained, and a small divisor would let them drown all others wherever an image is the first not to have that
     constant.
     """
@@ -219,7 +224,7 @@ def _fit_sgd(
 
 
 def is_significantly_better(best: float, last: float, count: int, errors: float = 2.0) -> bool:
-    """Whether the accuracy of the best epoch is ahead of the last one's by more than so many standard errors of it.
+    """Return whether the best epoch's accuracy is ahead of the last one's by more than `errors` standard errors of it.
 
     count: images that both were measured on. The error is that of Agresti and Coull (1998, two right and two wrong ones
     added), which is not 0 where all images were right.

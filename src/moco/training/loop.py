@@ -27,9 +27,12 @@ MINUTES = 10.0  # between two states, and two monitorings: what a crash may cost
 
 @dataclass
 class LoopState:
-    """Where a run is. step: optimizer steps done. epoch: epochs finished. batch: batches done in the epoch
-    that is under way. seconds: wall-clock of the run so far, monitoring and saving included. unlogged: metrics by
-    name of the steps since the last line of the log, so that the next line is the same after an interruption."""
+    """The position of a run.
+
+    step: optimizer steps done. epoch: epochs finished. batch: batches done in the epoch that is under way. seconds:
+    wall-clock time of the run so far, monitoring and saving included. unlogged: metrics by name of the steps since the
+    last line of the log, so that the next line is the same after an interruption.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -38,6 +41,7 @@ class LoopState:
     unlogged: dict[str, list[Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return asdict(self)
 
 
@@ -49,7 +53,7 @@ class Length:
     minutes: float | None
 
     def fraction(self, state: LoopState, batches_per_epoch: int) -> float:
-        """Progress in [0, 1]; 1 ends the run."""
+        """Return the progress in [0, 1]; 1 ends the run."""
         done = state.step / (self.epochs * batches_per_epoch)
         if self.minutes is not None:
             done = max(done, state.seconds / (60 * self.minutes))
@@ -83,12 +87,13 @@ class Hooks:
 def run_loop(
     step: Step, sampler: EpochSampler, fetcher: Fetcher, length: Length, state: LoopState, hooks: Hooks
 ) -> None:
-    """Trains until `length` is reached. `state` moves along; start with a saved one to continue a run.
+    """Train until `length` is reached.
 
-    step(indices, images, fraction, number) takes one optimizer step and returns metrics as tensors or
-    numbers; they are averaged, over processes too, and read from the device only when they are logged.
-    Several processes stop at the same step, whichever received the signal, and follow the clock of rank 0.
-    Raises Interrupted after a signal (the state is saved where it can be), DivergedError where the loss is not finite.
+    `state` moves along; start with a saved one to continue a run. step(indices, images, fraction, number) takes one
+    optimizer step and returns metrics as tensors or numbers; they are averaged, over processes too, and read from the
+    device only when they are logged. Several processes stop at the same step, whichever received the signal, and follow
+    the clock of rank 0. Raises Interrupted after a signal (the state is saved where it can be), and DivergedError where
+    the loss is NaN or infinite.
     """
     per_epoch = sampler.batches_per_epoch
     clock = _Clock(state, hooks)
@@ -134,11 +139,11 @@ def run_loop(
 
 
 def _hidden(fraction: float, rate: float, words: str) -> None:
-    """Takes what processes other than rank 0 have to show."""
+    """Discard what processes other than rank 0 have to show."""
 
 
 def run_effort(state: LoopState, images_per_step: int) -> dict[str, float]:
-    """Return what the whole run took: images that the network saw, wall-clock minutes, and images a second of these."""
+    """Return what the whole run took: images that the network saw, wall-clock minutes, and images per second."""
     images = state.step * images_per_step
     rate = images / state.seconds if state.seconds else 0.0
     return {"images_seen": float(images), "minutes": state.seconds / 60, "images_per_second": rate}
@@ -185,7 +190,10 @@ class _Clock:
         self.asked = hooks.processes.agree_async(state.seconds, None)
 
     def read(self, late: bool = False) -> None:
-        """late: where there are several processes, as of the reading before, so that none waits for others' answers."""
+        """Read the time and the signal that all processes agree on.
+
+        late: where there are several processes, as of the reading before, so that none waits for others' answers.
+        """
         asked = self.hooks.processes.agree_async(time.perf_counter() - self.began, self.hooks.stop.signal)
         self.state.seconds, self.signal = (self.asked if late and self.hooks.processes.size > 1 else asked)()
         self.asked = asked
@@ -205,7 +213,7 @@ class _Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The rate is that of training alone."""
+        """Leave the time within the context out of the rate, which is that of training alone."""
         began = time.perf_counter()
         yield
         self.began += time.perf_counter() - began
@@ -216,11 +224,11 @@ class _Window:
             self.values.setdefault(name, []).append(value)
 
     def rate(self) -> float:
-        """Return the images a second so far; nothing is read from the device."""
+        """Return the images per second so far; nothing is read from the device."""
         return self.images / (time.perf_counter() - self.began)
 
     def unlogged(self) -> dict[str, list[Any]]:
-        """What is not in the log yet, on the CPU; of several processes the mean of each step."""
+        """Return what is not in the log yet, on the CPU; of several processes the mean of each step."""
         values = {
             name: [v.detach().cpu() if isinstance(v, Tensor) else v for v in steps]
             for name, steps in self.values.items()
@@ -233,7 +241,7 @@ class _Window:
         return values
 
     def loss(self) -> float:
-        """Its mean since the last log line; 0 where there is none."""
+        """Return the mean loss since the last log line; 0 where there is none."""
         return self.processes.mean({"loss": _mean(self.values.get("loss", [0.0]))})["loss"]
 
     def read(self) -> dict[str, float]:

@@ -22,8 +22,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`: CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there, and where a job
-    was given GPUs that cannot be used: days on the CPU are not what it waited for."""
+    """Return the device; `auto` takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises UserError for a device that is not there, and where a job was given GPUs that cannot be used: days on the CPU
+    are not what it waited for.
+    """
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -54,7 +57,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware is fast at it, fp16 on older GPUs, else fp32."""
+    """Return the precision; `auto` takes bf16 where the hardware is fast at it, fp16 on older GPUs, else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if wanted != "auto":
         if wanted == "fp16" and device.type != "cuda":
@@ -69,15 +72,18 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Mixed precision for the forward pass; nothing where it is fp32."""
+    """Return the context of mixed precision for the forward pass; it changes nothing in fp32."""
     if precision is torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, precision)
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands big blocks back to the kernel when they are freed, and the next step's tensors are new pages that
-    have to be cleared first. Kept, they make views up to twice as fast (benchmarks/README.md)."""
+    """Make glibc keep freed memory, which makes views up to twice as fast (benchmarks/README.md).
+
+    glibc hands big blocks back to the kernel when they are freed, and the next step's tensors are new pages that have
+    to be cleared first.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         # Old versions take no more than 32 MiB. The second alone would be a loss: it ends glibc's own adaptation.
@@ -86,10 +92,11 @@ def _keep_freed_memory() -> None:
 
 
 def set_up(device: torch.device, threads: int, deterministic: bool = False) -> None:
-    """Threads (0: as torch chooses) and memory on the CPU; TensorFloat-32 and cuDNN's choice of kernels on CUDA.
+    """Set threads (0: as torch chooses) and memory on the CPU, TensorFloat-32 and cuDNN's choice of kernels on CUDA.
 
     deterministic: the same bits on the same GPU, at some cost; operations that have no such form are warned of. On the
-    CPU it is always so."""
+    CPU it is always so.
+    """
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cpu":
@@ -106,7 +113,10 @@ def set_up(device: torch.device, threads: int, deterministic: bool = False) -> N
 
 
 def matmul_rate(device: torch.device, precision: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of square matrix products, the best of so many seconds: what a machine has for passes to reach."""
+    """Return the FLOP/s of square matrix products, the best of so many seconds.
+
+    This is what a machine has for passes to reach.
+    """
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
 
@@ -118,7 +128,7 @@ def matmul_rate(device: torch.device, precision: torch.dtype, seconds: float = 0
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given: a GPU works behind the program's back."""
+    """Return the time in seconds when the device has done all that it was given: a GPU works asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -127,7 +137,7 @@ def clock(device: torch.device) -> float:
 
 
 def refuse_broken(model: nn.Module, step: int) -> None:
-    """Raises DivergedError where a weight is no number any more: gradients can break in a step whose loss does not."""
+    """Raise DivergedError where a weight is NaN or infinite: gradients can break in a step whose loss does not."""
     found = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if not torch.stack(found).all():
         raise DivergedError.because(f"weights are no numbers any more after step {step}")

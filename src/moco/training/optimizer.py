@@ -15,7 +15,10 @@ def make_sgd(
     parameters: Iterable[nn.Parameter] | list[dict[str, Any]], device: torch.device, precision: torch.dtype, *,
     lr: float, momentum: float, weight_decay: float, nesterov: bool = False,
 ) -> torch.optim.SGD:  # fmt: skip
-    """SGD that updates in one pass over the memory, where the device has that. The parameters are on it already."""
+    """Return SGD that updates in one pass over the memory, where the device has that.
+
+    The parameters are on the device already.
+    """
     optimizer = torch.optim.SGD(
         parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov,
         fused=device.type in FUSED,
@@ -30,7 +33,10 @@ def make_sgd(
 
 
 def load_sgd(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.device) -> None:
-    """Takes up a state, also one of another device or of before the update was fused, which it says of itself."""
+    """Restore the optimizer's state, also one of another device or of before the update was fused.
+
+    Such a state itself says whether its update was fused.
+    """
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group["fused"] = device.type in FUSED

@@ -29,7 +29,10 @@ class PoolBatches:
         self.rows: Iterator[np.ndarray] = iter(())
 
     def read(self, number: int) -> Tensor:
-        """uint8, count x H x W x 3: the same for the same step, whether those before it were read or not."""
+        """Return the batch of a step, uint8, count x H x W x 3.
+
+        It is the same for the same step, whether those before it were read or not.
+        """
         epoch, batch = divmod(number, self.sampler.batches_per_epoch)
         if number != self.next or batch == 0:
             self.rows = self.sampler.epoch(epoch, batch)
@@ -37,18 +40,20 @@ class PoolBatches:
         return torch.from_numpy(gather(self.images, next(self.rows)))
 
     def views(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(weak, strong): count x 3 x H x W each, of the same images."""
+        """Return (weak, strong) views of the same images, count x 3 x H x W each."""
         images = self.weak.to_unit(self.read(number))
         return self.weak(images, generator), self.strong(images, generator)
 
     def targets(self, network: nn.Module, weak: Tensor) -> tuple[Tensor, Tensor]:
-        """(labels, 1.0 where the network is sure of it and 0.0 elsewhere), count each."""
+        """Return (labels, 1.0 where the network is sure of the label and 0.0 elsewhere), count each."""
         with torch.no_grad():
             chance, label = F.softmax(network(weak).float(), 1).max(1)
         return label, (chance >= self.confidence).float()
 
 
 def pseudo_label_loss(outputs: Tensor, labels: Tensor, sure: Tensor) -> Tensor:
-    """FixMatch's loss on images without labels (arXiv 2001.07685, equation 4): the mean over all of them, those that
-    the network is not sure of counting 0. outputs: B x C, of strong views."""
+    """Return FixMatch's loss on images without labels (arXiv 2001.07685, equation 4).
+
+    It is the mean over all of them; those that the network is not sure of count 0. outputs: B x C, of strong views.
+    """
     return (F.cross_entropy(outputs.float(), labels, reduction="none") * sure).mean()

@@ -18,23 +18,30 @@ LENGTH = 1000  # steps of the bar, whatever it counts
 
 
 class Display(Protocol):
-    """What the loop tells: the `fraction` of the whole where it begins, then after every step, with the `rate` in
-    images/s and a few words."""
+    """What the loop reports its progress to, at its beginning and then after every step.
 
-    def start(self, fraction: float) -> None: ...
+    fraction: how much of the whole is done. rate: images/s. words: a few words to show.
+    """
 
-    def update(self, fraction: float, rate: float, words: str) -> None: ...
+    def start(self, fraction: float) -> None:
+        """Begin to show progress, from this fraction on."""
+
+    def update(self, fraction: float, rate: float, words: str) -> None:
+        """Show the progress after a step."""
 
 
 def clock(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
+    """Return a time as '1:02:03' or '2:03'."""
     minutes, s = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
 class ProgressDisplay:
-    """Context manager. The time left is that of the rest at the mean speed since `start`, pauses included."""
+    """A context manager that shows progress.
+
+    The time left is that of the rest at the mean speed since `start`, pauses included.
+    """
 
     def __init__(self, title: str, terminal: bool | None = None) -> None:
         self.title = title
@@ -64,7 +71,10 @@ class ProgressDisplay:
 
     @contextmanager
     def counting(self, total: int) -> Iterator[Callable[[int], None]]:
-        """Show how many images of `total` are done: yields what to call with the number of each batch that is."""
+        """Yield a function to call with the number of images of each batch that is done, of `total` images.
+
+        Within the context it is shown how many are done.
+        """
         done, self.always_ends = 0, False
 
         def advance(images: int) -> None:
@@ -77,6 +87,7 @@ class ProgressDisplay:
             yield advance
 
     def update(self, fraction: float, rate: float, words: str) -> None:
+        """Show the progress: on a terminal at once, in a file a line every LINE_EVERY seconds and at the end."""
         now = time.monotonic()
         spent, done = now - self.began, fraction - self.first
         left = clock(spent / done * (1 - fraction)) if done > 0 else "-"

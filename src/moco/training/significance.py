@@ -31,8 +31,11 @@ def at_least(successes: int, trials: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the two-sided p of the exact McNemar test. only_first: images that the first of two classifiers alone has
-    right, of those that both saw; only_second: the second alone."""
+    """Return the two-sided p-value of the exact McNemar test.
+
+    only_first: images that the first of two classifiers alone has right, of those that both saw; only_second: those
+    that the second alone has right.
+    """
     return min(1.0, 2 * at_least(max(only_first, only_second), only_first + only_second))
 
 
@@ -57,11 +60,11 @@ def unpack(text: str) -> np.ndarray:
 
 
 def percent(share: float) -> str:
-    """Return '55.4 %'."""
+    """Return a fraction as text, '55.4 %'."""
     return f"{100 * share:.1f} %"
 
 
 def described(correct: np.ndarray) -> str:
-    """Return '55.4 % of 8,000 (54.3 to 56.5)' for N booleans: the share of right images and its 95 % interval."""
+    """Return '55.4 % of 8,000 (54.3 to 56.5)' for N booleans: the fraction of right images and its 95 % interval."""
     low, high = wilson(int(correct.sum()), len(correct))
     return f"{percent(correct.mean())} of {len(correct):,} ({100 * low:.1f} to {100 * high:.1f})"

@@ -32,9 +32,12 @@ def _first_word(parameter: str) -> str:
 
 @dataclass(frozen=True)
 class Tuning:
-    """layer_decay: each stage's learning rate as a share of that of the stage after it. label_smoothing: share of the
-    target that goes to all classes alike. mixup: alpha (arXiv 1710.09412), 0 for none. frozen_norms: BatchNorm keeps
-    its running statistics and normalises with them. stage_of: see `layer_groups`."""
+    """What fine-tuning does beside plain supervised training.
+
+    layer_decay: each stage's learning rate as a fraction of that of the stage after it. label_smoothing: fraction of
+    the target that goes to all classes alike. mixup: alpha (arXiv 1710.09412), 0 for none. frozen_norms: BatchNorm
+    keeps its running statistics and normalises with them. stage_of: see `layer_groups`.
+    """
 
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
@@ -85,6 +88,11 @@ class SupervisedStep:
         self.views_per_step = batch_size + 2 * from_pool
 
     def __call__(self, indices: np.ndarray, images: Tensor, fraction: float, number: int) -> dict[str, Any]:
+        """Take one optimizer step on a batch of images and return its metrics.
+
+        indices: of the images, by which their labels are found. images: B x H x W x 3 uint8. fraction: progress of the
+        run in [0, 1]. number: of the step.
+        """
         section = self.section
         factor = lr_factor(section.schedule, fraction, section.warmup, section.milestones)
         for group in self.optimizer.param_groups:
@@ -111,7 +119,7 @@ class SupervisedStep:
     def _loss(
         self, batch: Tensor, targets: Tensor, number: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what else there is to log."""
+        """Return the loss, and what else there is to log."""
         if self.pool is None:
             with autocast(self.device, self.precision):
                 return F.cross_entropy(self.network(batch), targets), {}
@@ -126,7 +134,7 @@ class SupervisedStep:
         return loss, {"pool_share": sure.mean()}
 
     def _targets(self, indices: np.ndarray) -> Tensor:
-        """Labels B, or, where they are smoothed or mixed, shares of the classes, B x C."""
+        """Return labels B, or, where they are smoothed or mixed, fractions of the classes, B x C."""
         labels, tuning = self.labels[indices].to(self.device), self.tuning
         if not tuning.mixup and not tuning.label_smoothing:
             return labels
@@ -135,7 +143,7 @@ class SupervisedStep:
         return shares.lerp(torch.full_like(shares, 1 / shares.shape[1]), tuning.label_smoothing)
 
     def state(self) -> dict[str, Any]:
-        """Network, optimizer and loss scale. Random numbers need no saving."""
+        """Return network, optimizer and loss scale. Random numbers need no saving."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -143,19 +151,21 @@ class SupervisedStep:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` returned."""
+        """Restore what `state` returned."""
         self.network.load_state_dict(state["network"])
         load_sgd(self.optimizer, state["optimizer"], self.device)
         if state["scaler"]:  # empty where the state is from a device that needed no scaling
             self.scaler.load_state_dict(state["scaler"])
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Return the share of correct predictions; see `correct`."""
+        """Return the fraction of correct predictions; see `correct`."""
         return float(self.correct(images, labels).mean())
 
     def correct(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return which predictions are right, M booleans, in evaluation mode and fp32. images: M x H x W x 3 uint8;
-        labels: M int64."""
+        """Return which predictions are right, M booleans, in evaluation mode and fp32.
+
+        images: M x H x W x 3 uint8; labels: M int64.
+        """
         outputs = features.extract(self.network, images, self.views.plain, batch_size=BATCH, device=self.device)
         correct: np.ndarray = outputs.argmax(1).numpy() == labels
         return correct
@@ -166,9 +176,9 @@ def train_supervised(
     monitor: Callable[[], dict[str, float]] | None = None, save: Callable[[LoopState], None] | None = None,
     save_every: int = 1,
 ) -> None:  # fmt: skip
-    """Runs the loop from `state` to its end, with a log line, and `monitor`, after every epoch.
+    """Run the loop from `state` to its end, with a log line, and `monitor`, after every epoch.
 
-    Raises Interrupted after a signal, with the state saved where `save` is given; UserError for divergence.
+    Raises Interrupted after a signal, with the state saved where `save` is given, and UserError for divergence.
     """
     length = Length(step.section.epochs, step.section.minutes)
     with watch_signals() as stop, ProgressDisplay(name) as display:

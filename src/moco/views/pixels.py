@@ -17,10 +17,10 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision
 
 
 def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, flip: Tensor) -> Tensor:
-    """Matrices, B x outputs x inputs, that resample the pixels [start, start + length) to `outputs` pixels.
+    """Return matrices, B x outputs x inputs, that resample the pixels [start, start + length) to `outputs` pixels.
 
-    Bilinear with anti-aliasing: a triangle as wide as the larger of an input and an output pixel, cut off at
-    the box and normalised (PIL's and torchvision's resampling). Where `flip` is set the order is reversed.
+    Resampling is bilinear with anti-aliasing: a triangle as wide as the larger of an input and an output pixel, cut off
+    at the box and normalised (PIL's and torchvision's resampling). Where `flip` is set the order is reversed.
     """
     device = start.device
     start, length = start.float()[:, None, None], length.float()[:, None, None]
@@ -35,10 +35,12 @@ def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int, 
 
 
 def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur with reflected borders, B x 3 x H x W. sigma: B, pixels. radius: pixels on each side that a pixel
-    is made from; those beyond 4 sigma are left out, as they would not be seen, so a larger radius changes nothing.
+    """Return the images under a Gaussian blur with reflected borders, B x 3 x H x W.
 
-    Shifted images are added up, weighted, as every image has its own bell."""
+    sigma: B, pixels. radius: pixels on each side that a pixel is made from; those beyond 4 sigma are left out, as they
+    would not be seen, so a larger radius changes nothing. Shifted images are added up, weighted, as every image has its
+    own bell.
+    """
     sigma = sigma.float()[:, None]
     high, wide = (min(radius, length - 1) for length in images.shape[2:])
     images = F.pad(images, (wide, wide, high, high), mode="reflect")
@@ -56,14 +58,14 @@ def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows @ image @ columns^T for every image and channel: B x 3 x H x W -> B x 3 x H' x W'."""
+    """Return rows @ image @ columns^T for every image and channel: B x 3 x H x W -> B x 3 x H' x W'."""
     b, c, h, w = images.shape
     images = torch.bmm(images.reshape(b, c * h, w), columns.transpose(1, 2)).view(b, c, h, -1)
     return torch.matmul(rows[:, None], images)
 
 
 def _bilinear(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Boxes enlarged: two pixels by two make one, of the box alone."""
+    """Return the boxes enlarged: each pixel is made from two by two pixels of the box alone."""
     height, width = images.shape[2:]
 
     def places(start: Tensor, length: Tensor, pixels: int, mirrored: Tensor) -> Tensor:
@@ -81,8 +83,10 @@ def _bilinear(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
 
 
 def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Boxes (top, left, height, width), B x 4, of images B x 3 x H x W, mirrored where `flip` is set: B x 3 x size x
-    size, as PIL and torchvision resample with anti-aliasing."""
+    """Return boxes of images at another size, as PIL and torchvision resample with anti-aliasing: B x 3 x size x size.
+
+    boxes: (top, left, height, width), B x 4, of images B x 3 x H x W. A view is mirrored where `flip` is set.
+    """
     height, width = images.shape[2:]
     if size >= max(height, width, ENLARGED):
         return _bilinear(images, boxes, size, flip)
@@ -91,34 +95,37 @@ def resample(images: Tensor, boxes: Tensor, size: int, flip: Tensor) -> Tensor:
 
 
 def images_at_once(images: Tensor) -> int:
-    """How many images operations on single pixels should be done for together."""
+    """Return how many images operations on single pixels should be done for together."""
     return max(1, CACHED // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
 
 
 def gray(images: Tensor) -> Tensor:
-    """Luminance, B x 1 x H x W."""
+    """Return the luminance, B x 1 x H x W."""
     r, g, b = images.unbind(1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(1)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """In place; `factor` is B x 1 x 1 x 1. So are the next two."""
+    """Multiply the images by a factor in place; `factor` is B x 1 x 1 x 1."""
     return images.mul_(factor).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Move the images away from their mean luminance, or towards it, in place; `factor` is B x 1 x 1 x 1."""
     mean = gray(images.mean((2, 3), keepdim=True))
     return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Move the images away from their luminance, or towards it, in place; `factor` is B x 1 x 1 x 1."""
     return torch.lerp(gray(images), images, factor, out=images).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue in the HSV cone; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay.
+    """Turn the hue in the HSV cone in place; `turns` is B x 1 x 1 x 1, from -1/2 to 1/2. Value and chroma stay.
 
-    No case is told from another, as comparing and choosing take a processor many times as long as arithmetic."""
+    No case is told from another, as comparing and choosing take a processor many times as long as arithmetic.
+    """
     r, g, b = images.unbind(1)
     value, least = torch.maximum(r, g), torch.minimum(r, g)
     torch.maximum(value, b, out=value)
@@ -150,8 +157,11 @@ ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 def jitter(images: Tensor, factors: Tensor, chosen: Tensor, orders: Sequence[tuple[slice, list[int]]]) -> Tensor:
-    """Colour jitter in place. factors: B x 4 (brightness, contrast, saturation, hue in turns), on the images' device.
-    chosen: B, bool, on the CPU: the images that are jittered. orders: the images that share an order, and which."""
+    """Jitter the colours of the chosen images in place.
+
+    factors: B x 4 (brightness, contrast, saturation, hue in turns), on the images' device. chosen: B, bool, on the CPU:
+    the images that are jittered. orders: the images that share an order, and which order.
+    """
     factors = factors[:, :, None, None, None]
     for group, operations in orders:
         rows = chosen[group].nonzero().squeeze(1).add_(group.start)
@@ -172,7 +182,7 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 
 def positions(order: Sequence[int]) -> list[int]:
-    """Where in ALL_ORDERS the operations of an order are done, in the order's own order."""
+    """Return the indices in ALL_ORDERS at which the operations of an order are done, in the order's own order."""
     found, at = [], 0
     for operation in order:
         at = ALL_ORDERS.index(operation, at)
@@ -182,8 +192,11 @@ def positions(order: Sequence[int]) -> list[int]:
 
 
 def jitter_all(images: Tensor, factors: Tensor) -> Tensor:
-    """`jitter` in place without any choice: factors is B x len(ALL_ORDERS), neutral where an operation is left out. All
-    this can be one graph on a GPU, though it has 15 operations for every image where `jitter` has 4."""
+    """Do what `jitter` does, in place, without any choice.
+
+    factors: B x len(ALL_ORDERS), neutral where an operation is left out. All this can be one graph on a GPU, though it
+    has 15 operations for every image where `jitter` has 4.
+    """
     factors = factors[:, :, None, None, None]
     for place, operation in enumerate(ALL_ORDERS):
         ADJUSTMENTS[operation](images, factors[:, place])

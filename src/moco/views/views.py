@@ -48,7 +48,10 @@ class ViewRecipe:
 
 
 def recipe(name: str, crop_scale: tuple[float, float], blur_sigma: tuple[float, float]) -> ViewRecipe:
-    """`v1`, `v2`, `v2_no_blur` (for very small images) or `crop` (crop and flip alone, for classifiers)."""
+    """Return the recipe of a name: `v1`, `v2`, `v2_no_blur` (for very small images) or `crop`.
+
+    `crop` has crop and flip alone, for classifiers.
+    """
     strengths = {
         "v1": (0.4, 0.4, 0.4, 0.4, 1.0, 0.2, 0.0),
         "v2": (0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0.5),
@@ -59,9 +62,9 @@ def recipe(name: str, crop_scale: tuple[float, float], blur_sigma: tuple[float, 
 
 
 def crop_boxes(uniform: Tensor, height: int, width: int, scale: tuple[float, float]) -> Tensor:
-    """Boxes (top, left, height, width) in whole pixels, B x 4, from B x (2 * CROP_ATTEMPTS + 2) uniforms.
+    """Return boxes (top, left, height, width) in whole pixels, B x 4, from B x (2 * CROP_ATTEMPTS + 2) uniforms.
 
-    RandomResizedCrop's rule with aspect ratios from 3/4 to 4/3, uniform in the logarithm.
+    This is RandomResizedCrop's rule with aspect ratios from 3/4 to 4/3, uniform in the logarithm.
     """
     tries = uniform[:, : 2 * CROP_ATTEMPTS].reshape(-1, CROP_ATTEMPTS, 2).double()
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
@@ -82,7 +85,7 @@ def crop_boxes(uniform: Tensor, height: int, width: int, scale: tuple[float, flo
 
 
 def reach(sigma: float) -> int:
-    """Pixels on each side that a blur of this width is made from."""
+    """Return how many pixels on each side a blur of this width is made from."""
     return max(1, math.floor(4 * sigma))
 
 
@@ -103,7 +106,7 @@ class ViewParameters:
     sigma: Tensor
 
     def packed(self) -> Tensor:
-        """All of it as numbers, B x (8 + len(ALL_ORDERS)); what is not for an image is neutral."""
+        """Return all parameters as numbers, B x (8 + len(ALL_ORDERS)); what is not for an image is neutral."""
         neutral = torch.tensor([NEUTRAL[operation] for operation in ALL_ORDERS])
         factors = neutral.repeat(len(self.boxes), 1)
         for group, order in self.orders:
@@ -128,17 +131,21 @@ class Views:
         self.shift = -torch.tensor(mean, device=device) * self.scale
 
     def at(self, size: int) -> Views:
-        """The same views, of another size."""
+        """Return the same views, of another size."""
         other = copy.copy(self)
         other.size = size
         return other
 
     def to_unit(self, batch: Tensor) -> Tensor:
-        """uint8 B x H x W x 3 -> float B x 3 x H x W in [0, 1], on the device."""
+        """Return images as float in [0, 1], on the device: uint8 B x H x W x 3 -> B x 3 x H x W."""
         batch = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return torch.empty(batch.shape, device=self.device).copy_(batch).div_(255)
 
     def normalise(self, images: Tensor) -> Tensor:
+        """Return images in [0, 1] normalised by mean and standard deviation, channels-last.
+
+        Channels-last images change in place.
+        """
         images = images.contiguous(memory_format=torch.channels_last)
         rows = images.permute(0, 2, 3, 1).flatten(2)  # B x H x 3 W; the same memory: long rows are faster than channels
         scale, shift = self.scale.repeat(images.shape[3]), self.shift.repeat(images.shape[3])
@@ -146,19 +153,20 @@ class Views:
         return images
 
     def plain(self, batch: Tensor) -> Tensor:
-        """The images as they are, normalised: what classifiers see at evaluation."""
+        """Return the images as they are, normalised: what classifiers see at evaluation."""
         return self.normalise(self.to_unit(batch))
 
     def __call__(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Tensor:
-        """One view of each image of `to_unit`'s result, which stays as it is. first, total: as in `augment`."""
+        """Return one view of each image of `to_unit`'s result, which stays as it is. first, total: as in `augment`."""
         return self.normalise(self.augment(unit, generator, first, total))
 
     def augment(self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None) -> Tensor:
-        """A view in [0, 1], before normalisation. `generator` is on the CPU.
+        """Return a view of each image in [0, 1], before normalisation. `generator` is on the CPU.
 
-        first, total: the images stand from place `first` on in a batch of `total`, of which other processes have the
+        first, total: the images stand from index `first` on in a batch of `total`, of which other processes have the
         rest. Views (but for the rounding of a blur) and the generator afterwards are those of a process that has the
-        whole batch."""
+        whole batch.
+        """
         drawn = self.draw(unit, generator, first, total)
 
         def move(values: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ class Views:
     def draw(
         self, unit: Tensor, generator: torch.Generator, first: int = 0, total: int | None = None
     ) -> ViewParameters:
-        """What `augment` draws for B images of `to_unit`."""
+        """Draw the parameters by which `augment` changes B images of `to_unit`."""
         b, _, height, width = unit.shape
         r, whole = self.recipe, total or len(unit)
         uniform = torch.rand(whole, COLUMNS, generator=generator)[first : first + b]
@@ -208,7 +216,10 @@ class Views:
         )
 
     def augment_branchless(self, unit: Tensor, table: Tensor) -> Tensor:
-        """`augment` by `ViewParameters.packed`, on the device, with every operation done for every image."""
+        """Do what `augment` does by `ViewParameters.packed`, on the device.
+
+        Every operation is done for every image.
+        """
         boxes, (flipped, grayed, blurred), sigma = table[:, :4], table[:, 4:7].bool().unbind(1), table[:, 7]
         images = resample(unit, boxes, self.size, flipped)
         if self.recipe.jitter_probability > 0:

@@ -25,8 +25,11 @@ Chosen = tuple[Tensor, Tensor, Tensor]  # rows, scores, clusters; B each
 def k_medoids(
     features: Tensor, candidates: Tensor, labelled: Tensor, budget: int, generator: torch.Generator
 ) -> Chosen:
-    """The candidate nearest to the centre of each k-means cluster that has no labelled image, the largest cluster
-    first; as many clusters as there will be labels. score: minus the distance to the centre."""
+    """Choose the candidate nearest to the centre of each k-means cluster that has no labelled image.
+
+    The largest cluster comes first. There are as many clusters as there will be labels. score: minus the distance to
+    the centre.
+    """
     wanted = min(budget + len(labelled), MEDOID_CLUSTERS)
     cluster, known, centres = _clusters(features, labelled, wanted, generator)
     distance = (features - centres[cluster]).square().sum(1).sqrt()
@@ -39,9 +42,11 @@ def k_medoids(
 
 
 def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int, generator: torch.Generator) -> Chosen:
-    """TypiClust (Hacohen et al. 2022, arXiv 2202.02794, algorithm 1): from the clusters with the fewest labels, the
-    largest first, the most typical image. score: its typicality, 1 over the mean distance to its nearest 20 in the
-    cluster."""
+    """Choose by TypiClust (Hacohen et al. 2022, arXiv 2202.02794, algorithm 1).
+
+    It takes the most typical image from the clusters with the fewest labels, the largest cluster first. score: its
+    typicality, 1 over the mean distance to its nearest 20 in the cluster.
+    """
     wanted = min(budget + len(labelled), TYPICAL_CLUSTERS)
     cluster, known, _ = _clusters(features, labelled, wanted, generator)
 
@@ -61,9 +66,12 @@ def typical(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int,
 def cluster_margin(
     features: Tensor, candidates: Tensor, margin: Tensor, budget: int, generator: torch.Generator
 ) -> Chosen:
-    """Cluster-Margin (Citovsky et al. 2021, arXiv 2107.14263, algorithm 2, with k-means for its clusters): of the ten
-    times as many candidates whose classes are the least certain, one from each cluster in turn, the smallest cluster
-    first. margin: N, between the chances of the two likeliest classes. score: minus the margin."""
+    """Choose by Cluster-Margin (Citovsky et al. 2021, arXiv 2107.14263, algorithm 2), with k-means for its clusters.
+
+    It considers ten times as many candidates as the budget, those whose classes are the least certain, and takes one
+    from each cluster in turn, the smallest cluster first. margin: N, between the probabilities of the two likeliest
+    classes. score: minus the margin.
+    """
     least = margin.masked_fill(~candidates, torch.inf)
     pool = least.topk(min(MARGIN_FACTOR * budget, int(candidates.sum())), largest=False).indices
     _, cluster = kmeans(features[pool], max(1, len(pool) // MARGIN_SIZE), generator, iterations=10)
@@ -78,7 +86,7 @@ def cluster_margin(
 
 
 def margins(probabilities: Tensor) -> Tensor:
-    """What the likeliest class is ahead of the second, N, for N x C."""
+    """Return by how much the likeliest class is ahead of the second, N, for probabilities N x C."""
     top = F.pad(probabilities, (0, 1)).topk(2, 1).values  # a single class is ahead of nothing
     return top[:, 0] - top[:, 1]
 
@@ -86,7 +94,7 @@ def margins(probabilities: Tensor) -> Tensor:
 def _clusters(
     features: Tensor, labelled: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cluster of each row, labelled images of each cluster, centres), of the rows and the labelled images together."""
+    """Return (cluster of each row, labelled images of each cluster, centres) of rows and labelled images together."""
     centres, nearest = kmeans(torch.cat([features, labelled]), count, generator)
     known = torch.bincount(nearest[len(features) :], minlength=len(centres))
     return nearest[: len(features)], known, centres
@@ -96,9 +104,12 @@ def _in_turns(
     cluster: Tensor, known: Tensor, candidates: Tensor, budget: int,
     rank: Callable[[Tensor], tuple[Tensor, Tensor]], smallest: int,
 ) -> Chosen:  # fmt: skip
-    """One candidate at a time from the cluster with the fewest labels, given or chosen here, and of those from the
-    largest. Clusters of less than `smallest` rows come last. rank: sorts rows of a cluster, or some of them, the best
-    first, with their scores; it is asked once, and again only when those are used up."""
+    """Choose one candidate at a time from the cluster with the fewest labels, given or chosen here.
+
+    Of several such clusters the largest comes first. Clusters of less than `smallest` rows come last. rank: sorts rows
+    of a cluster, or some of them, the best first, with their scores; it is asked once, and again only when those are
+    used up.
+    """
     device, sizes = cluster.device, torch.bincount(cluster, minlength=len(known)).cpu()
     order = cluster.cpu().argsort(stable=True)
     open_rows = candidates.cpu()

@@ -16,7 +16,7 @@ BLOCK = 1 << 24  # elements of a block of similarities: 64 MiB
 
 
 def kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
-    """exp(-|x - y|^2 / bandwidth^2) of all pairs of unit-length rows, N x M."""
+    """Return exp(-|x - y|^2 / bandwidth^2) of all pairs of unit-length rows, N x M."""
     return torch.mm(a, b.T).sub_(1).mul_(2 / bandwidth**2).exp_()
 
 
@@ -24,14 +24,16 @@ def herd(
     features: Tensor, candidates: Tensor, labelled: Tensor, budget: int, bandwidth: float,
     generator: torch.Generator, weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(rows B, gains B), the largest gain first: greedy generalised coverage, MaxHerding (Bae et al. 2024, arXiv
-    2407.12212, equation 3): the mean over all rows of the kernel with the nearest chosen or labelled one.
+    """Choose rows by greedy generalised coverage, MaxHerding (Bae et al. 2024, arXiv 2407.12212, equation 3).
+
+    Coverage is the mean over all rows of the kernel with the nearest chosen or labelled one. Returns (rows B, gains B),
+    the largest gain first.
 
     features: N x D of unit length; candidates: N booleans; labelled: L x D. weights (N): how much covering a row is
-    worth, as in Uncertainty Herding (Bae et al. 2024, arXiv 2412.20644). The greedy choice is exact, by lazy
-    evaluation (Minoux 1978), for small budgets and up to 65,536 rows, a random choice of which stands for more. Larger
-    budgets are shared by parts that k-means makes, by what of them is not covered yet. There must be as many
-    candidates as the budget.
+    worth, as in Uncertainty Herding (Bae et al. 2024, arXiv 2412.20644). The greedy choice is exact, by lazy evaluation
+    (Minoux 1978), for small budgets and up to 65,536 rows. Of more rows, a random choice of as many stands for all.
+    Larger budgets are shared between parts that k-means makes, in proportion to what of each is not covered yet. There
+    must be as many candidates as the budget.
     """
     count = len(features)
     weights = torch.ones(count, device=features.device) if weights is None else weights
@@ -53,15 +55,17 @@ def herd(
 
 
 def coverage(features: Tensor, labelled: Tensor, chosen: Tensor, bandwidth: float) -> tuple[float, float]:
-    """The mean over all rows of the kernel with the nearest labelled one, between 0 and 1, and the same with the chosen
-    ones among them."""
+    """Return the coverage of all rows by the labelled ones, and by the labelled and the chosen ones together.
+
+    Coverage is the mean over all rows of the kernel with the nearest of them, between 0 and 1.
+    """
     before = covered(features, labelled, bandwidth)
     after = torch.maximum(before, covered(features, chosen, bandwidth))
     return float(before.mean()), float(after.mean())
 
 
 def covered(features: Tensor, chosen: Tensor, bandwidth: float) -> Tensor:
-    """Of each row the kernel with the nearest of the chosen ones; 0 where there is none."""
+    """Return for each row the kernel with the nearest of the chosen ones; 0 where there is none."""
     if not len(chosen):
         return torch.zeros(len(features), device=features.device)
     rows = max(1, BLOCK // len(chosen))
@@ -70,7 +74,7 @@ def covered(features: Tensor, chosen: Tensor, bandwidth: float) -> Tensor:
 
 
 def _parts(features: Tensor, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """The rows, split by k-means until no part has more than PART."""
+    """Return the rows, split by k-means until no part has more than PART."""
     if len(rows) <= PART:
         return [rows]
     wanted = 2 * -(-len(rows) // PART)  # half as large as they may be: parts differ in size
@@ -82,7 +86,7 @@ def _parts(features: Tensor, rows: Tensor, generator: torch.Generator) -> list[T
 
 
 def _some(candidates: Tensor, budget: int, generator: torch.Generator) -> Tensor:
-    """Random rows, and where few of them are candidates, more of those: four times the budget, as far as there are."""
+    """Return random rows, with more candidates where these have few: four times the budget, as far as there are."""
     order = torch.randperm(len(candidates), generator=generator)
     rows, others = order[:WHOLE], order[WHOLE:]
     missing = max(0, AT_LEAST * budget - int(candidates[rows].sum()))
@@ -90,7 +94,7 @@ def _some(candidates: Tensor, budget: int, generator: torch.Generator) -> Tensor
 
 
 def _shares(open_weight: Tensor, room: Tensor, budget: int) -> list[int]:
-    """`budget` split in proportion to what is open, each at most its room, by the largest remainders."""
+    """Split `budget` in proportion to what is open, each at most its room, by the largest remainders."""
     if budget > int(room.sum()):
         raise ValueError(f"a budget of {budget}, and {int(room.sum())} candidates")
     shares = torch.zeros(len(room), dtype=torch.int64)
@@ -110,7 +114,10 @@ def _shares(open_weight: Tensor, room: Tensor, budget: int) -> list[int]:
 def _greedy(
     features: Tensor, candidates: Tensor, done: Tensor, weights: Tensor, budget: int, bandwidth: float
 ) -> tuple[Tensor, Tensor]:
-    """Lazy greedy choice. A gain computed earlier is an upper bound of the gain now, as coverage only grows."""
+    """Choose by the lazy greedy algorithm.
+
+    A gain computed earlier is an upper bound of the gain now, as coverage only grows.
+    """
     whole = kernel(features, features, bandwidth) if len(features) <= PART else None
 
     def rows_of(chosen: Tensor) -> Tensor:
@@ -144,8 +151,11 @@ def _greedy(
 
 
 def k_centre(features: Tensor, candidates: Tensor, labelled: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """(rows B, distances B): each the candidate that is farthest from all chosen and labelled ones (core-set: Sener and
-    Savarese 2018, arXiv 1708.00489, algorithm 1). Without labels the first is the one nearest to the mean."""
+    """Choose each time the candidate that is farthest from all chosen and labelled ones: (rows B, distances B).
+
+    This is the core-set (Sener and Savarese 2018, arXiv 1708.00489, algorithm 1). Without labels the first is the one
+    nearest to the mean.
+    """
     if len(labelled):
         rows = max(1, BLOCK // len(labelled))
         nearest = torch.cat([torch.mm(part, labelled.T).amax(1) for part in features.split(rows)])

@@ -12,11 +12,11 @@ SEEDED = 1 << 31  # rows x centres x columns up to which the first centres are s
 def kmeans(
     features: Tensor, count: int, generator: torch.Generator, *, iterations: int = 20, per_centre: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """(centres K x D, the nearest centre of each row N) for `count` centres, fewer where there are fewer rows.
+    """Return (centres K x D, index of the nearest centre of each row N) of `count` clusters.
 
-    features: N x D. The centres are moved on a random part of at most `per_centre` rows for each. They begin spread
-    out (k-means++: Arthur and Vassilvitskii 2007) where that is affordable, else at random rows. A centre that loses
-    all rows moves to the row that is farthest from its own.
+    There are fewer centres where there are fewer rows. features: N x D. The centres are moved on a random part of at
+    most `per_centre` rows for each. They begin spread out (k-means++: Arthur and Vassilvitskii 2007) where that is
+    affordable, else at random rows. A centre that loses all rows moves to the row that is farthest from its own centre.
     """
     count = min(count, len(features))
     chosen = torch.randperm(len(features), generator=generator)[: count * per_centre]
@@ -42,7 +42,7 @@ def kmeans(
 
 
 def assign(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """(nearest centre N, squared distance to it N)."""
+    """Return (index of the nearest centre N, squared distance to it N)."""
     half = centres.square().sum(1) / 2
     rows = max(1, BLOCK // len(centres))
     found = [torch.addmm(half, part, centres.T, beta=-1).max(1) for part in features.split(rows)]
@@ -52,7 +52,7 @@ def assign(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(sample: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Centres drawn one by one, each row with a chance proportional to its squared distance from those before."""
+    """Draw centres one by one, each row with a chance proportional to its squared distance from those before."""
     first = int(torch.randint(len(sample), (1,), generator=generator))
     centres = [sample[first]]
     distance = (sample - centres[0]).square().sum(1)

@@ -13,7 +13,7 @@ PICTURES = 1024  # images made small at a time
 
 
 def small_pictures(images: np.ndarray) -> Tensor:
-    """N x H x W x 3 uint8 -> N x 192: averages over the fields of an 8 x 8 grid, each channel."""
+    """Return the averages over the fields of an 8 x 8 grid, each channel: N x H x W x 3 uint8 -> N x 192."""
     found = []
     for first in range(0, len(images), PICTURES):
         part = torch.from_numpy(np.array(images[first : first + PICTURES])).permute(0, 3, 1, 2).float()
@@ -22,7 +22,10 @@ def small_pictures(images: np.ndarray) -> Tensor:
 
 
 def deduplicate(pictures: Tensor, known: Tensor) -> Tensor:
-    """N booleans: whether a picture is unlike all known ones and unlike all kept ones before it. N x 192, M x 192."""
+    """Return N booleans: whether a picture is unlike all known ones and unlike all kept ones before it.
+
+    pictures: N x 192; known: M x 192.
+    """
     limit = ALIKE * pictures.shape[1]
     kept = torch.ones(len(pictures), dtype=torch.bool)
     for first in range(0, len(pictures), BLOCK):

@@ -19,9 +19,12 @@ NEEDS_CLASSIFIER = ("uncertainty_herding", "margin")
 
 @dataclass(frozen=True)
 class Pool:
-    """features: N x D of unit length; candidates: N booleans, those that may be chosen; labelled: L x D, features of
-    the images whose labels are known. For strategies that need them: margins (N) between the chances that a classifier
-    gives the two likeliest classes, losses (N) of the contrastive task."""
+    """What a strategy chooses from.
+
+    features: N x D of unit length; candidates: N booleans, those that may be chosen; labelled: L x D, features of the
+    images whose labels are known. For strategies that need them: margins (N) between the probabilities that a
+    classifier gives the two likeliest classes, and losses (N) of the contrastive task.
+    """
 
     features: Tensor
     candidates: Tensor
@@ -32,7 +35,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Choice:
-    """rows, scores, clusters: B each, on the CPU, in the order of their rank."""
+    """What was chosen. rows, scores, clusters: B each, on the CPU, in the order of their rank."""
 
     rows: Tensor
     scores: Tensor
@@ -40,11 +43,11 @@ class Choice:
 
 
 def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) -> Choice:
-    """Choose `budget` candidates; the same for the same seed. bandwidth: of the kernel of the two herding strategies.
+    """Choose `budget` candidates; the choice is the same for the same seed.
 
-    Strategies: random; loss (the largest contrastive losses); kmedoids, typiclust, margin (`clusters`); maxherding,
-    uncertainty_herding, coreset (`coverage`). Those that have no clusters of their own get them from k-means over what
-    was chosen, so that a gallery shows similar images together.
+    bandwidth: of the kernel of the two herding strategies. Strategies: random; loss (the largest contrastive losses);
+    kmedoids, typiclust, margin (`clusters`); maxherding, uncertainty_herding, coreset (`coverage`). Those that have no
+    clusters of their own get them from k-means over what was chosen, so that a gallery shows similar images together.
     """
     generator = torch.Generator().manual_seed(seed)
     features, candidates, labelled = pool.features, pool.candidates, pool.labelled
@@ -78,8 +81,11 @@ def choose(strategy: str, pool: Pool, budget: int, bandwidth: float, seed: int) 
 
 
 def reduced(features: Tensor, width: int, seed: int = 0) -> Tensor:
-    """Rows of unit length, fp32, N x min(D, width): what principal components keep of unit-length features, not
-    centred, so that cosines stay what they were but for what is left out. features: N x D, of any precision."""
+    """Return rows of unit length, fp32, N x min(D, width): the principal components of unit-length features.
+
+    The features are not centred, so cosines stay what they were but for what is left out. features: N x D, of any
+    precision.
+    """
     if features.shape[1] <= width:
         return F.normalize(features.float(), dim=1)
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:SAMPLE].to(features.device)

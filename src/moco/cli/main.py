@@ -76,7 +76,7 @@ def _several() -> bool:
 
 
 def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
-    """`load`, for a command that computes, which imports torch after it."""
+    """Load the settings for a command that computes, which imports torch after this call."""
     config = load(params, changes)
     # One thread waits for none; processes of one run have a share of the cores each; a GPU computes by itself.
     needless = config.runtime.threads == 1 or _several() or config.runtime.device.startswith("cuda")
@@ -86,7 +86,7 @@ def _load(params: Path, changes: dict[str, Any] | None = None) -> Config:
 
 
 def _tells() -> bool:
-    """Whether this process tells what all of one run meet: of several the first of each node."""
+    """Return whether this process prints what concerns the whole run: of several processes, the first of each node."""
     return not _several() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -96,7 +96,10 @@ def _echo(text: str) -> None:
 
 
 def _start(stage: str, params: Path, changes: dict[str, Any] | None = None) -> Start:
-    """What a stage finds when it begins: before it is imported, so that no later change of its code goes unseen."""
+    """Return what a stage finds when it begins.
+
+    This happens before the stage is imported, so that no later change of its code goes unseen.
+    """
     from moco.runs.identity import Start, refuse_other_code
 
     refuse_other_code(stage, _echo)
@@ -263,7 +266,7 @@ def doctor_command(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 1, an interruption 128 plus the signal.
+    """Run the command line: a user's mistake is one line and exit code 1, an interruption 128 plus the signal.
 
     Of the processes of one run, the first of each node tells what all of them met; each tells what it may have met
     alone, as full memory.
@@ -308,8 +311,10 @@ def main() -> None:
 
 
 def _run_the_experiments_own_code() -> None:
-    """In the folder of an experiment that DVC runs from its queue, go on with the code that the experiment has: the
-    installed moco is the project's as it is now, which may have been edited since the experiment was queued."""
+    """Continue with the code of the experiment, in the folder of an experiment that DVC runs from its queue.
+
+    The installed moco is the project's as it is now. It may have been edited since the experiment was queued.
+    """
     from moco.files import home
 
     if home() == Path() or "MOCO_EXPERIMENT_CODE" in os.environ:

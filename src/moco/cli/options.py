@@ -15,7 +15,10 @@ PARAMS = Path("params.yaml")
 
 
 def load(path: Path, changes: dict[str, Any] | None = None) -> Config:
-    """changes: by dotted key; None changes nothing. Raises UserError for anything that is wrong."""
+    """Load the settings of a parameter file, with changes. Raises UserError for anything that is wrong.
+
+    changes: by dotted key; None changes nothing.
+    """
     from moco.settings.reading import load as read
     from moco.settings.reading import parse
 

@@ -34,7 +34,10 @@ class Build:
 
 
 def connect() -> Any:
-    """A client of the Docker engine, which may take as long as it needs. Raises UserError where there is none."""
+    """Return a client of the Docker engine, which may take as long as it needs.
+
+    Raises UserError where there is none.
+    """
     try:
         import docker
     except ImportError:
@@ -51,7 +54,7 @@ def connect() -> Any:
 
 
 def engine_errors() -> tuple[type[Exception], ...]:
-    """What the SDK raises where the engine refuses, or ends."""
+    """Return the exceptions that the SDK raises where the engine refuses a request or ends."""
     import docker
     import requests
 
@@ -59,13 +62,13 @@ def engine_errors() -> tuple[type[Exception], ...]:
 
 
 def reason(error: Exception) -> str:
-    """On one line: what the engine itself says, where it answered, else what went wrong with asking it."""
+    """Return on one line what the engine itself says, where it answered, else what went wrong with the request."""
     text = " ".join(str(getattr(error, "explanation", None) or error).split())
     return text[:300] or type(error).__name__
 
 
 def build(settings: Build, say: Say, folder: Path = Path()) -> str:
-    """Builds the Dockerfile of the checkout; returns the image's id.
+    """Build the Dockerfile of the checkout and return the image's id.
 
     Raises UserError with the last line of the step that failed.
     """
@@ -107,7 +110,7 @@ def _follow(lines: Iterable[dict[str, Any]], say: Say) -> None:
 
 
 def commit_of(folder: Path) -> str:
-    """The checkout's commit, marked where files differ from it; `unknown` without git."""
+    """Return the checkout's commit, marked where files differ from it; `unknown` without git."""
 
     def ask(*words: str) -> str | None:
         # For this one question the checkout may belong to another user.
@@ -122,7 +125,11 @@ def commit_of(folder: Path) -> str:
 
 
 def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict[str, Any]:
-    """The checkout at /project, files owned by the caller, the dataset read-only at /dataset; runs carry the image."""
+    """Return the options of a container for this image and checkout.
+
+    The checkout is at /project and its files are owned by the caller. The dataset is read-only at /dataset. Runs record
+    the image.
+    """
     import docker
 
     if dataset is not None and not dataset.is_dir():
@@ -141,7 +148,7 @@ def _options(image: Any, folder: Path, dataset: Path | None, gpus: bool) -> dict
 
 
 def find(client: Any, tag: str) -> Any:
-    """The image. Raises UserError where there is none."""
+    """Return the image. Raises UserError where there is none."""
     import docker
 
     try:
@@ -155,11 +162,11 @@ def find(client: Any, tag: str) -> Any:
 def run(
     tag: str, command: Sequence[str], *, gpus: bool = False, dataset: Path | None = None, folder: Path = Path()
 ) -> int:
-    """Runs a command in the image, shows its output as it comes, returns its exit code.
+    """Run a command in the image, show its output as it comes, and return its exit code.
 
-    What asks this process to end reaches every process inside as SIGINT, on which a stage saves its state and DVC waits
-    for it; the code is then 128 and the signal's number. Raises UserError where the image is missing or the engine
-    refuses.
+    A signal that asks this process to end reaches every process inside as SIGINT. On SIGINT a stage saves its state,
+    and DVC waits for it. The exit code is then 128 plus the signal's number. Raises UserError where the image is
+    missing or the engine refuses.
     """
     client, errors = connect(), engine_errors()
     image = find(client, tag)
@@ -200,7 +207,7 @@ def run(
 
 
 def shell(tag: str, *, gpus: bool = False, dataset: Path | None = None, folder: Path = Path()) -> int:
-    """An interactive shell in the image. The SDK has no terminal, so this is the `docker` command's work."""
+    """Open an interactive shell in the image. The SDK has no terminal, so the `docker` command does this."""
     image = find(connect(), tag)
     if shutil.which("docker") is None:
         raise UserError("docker: command not found; an interactive shell needs it beside the engine")

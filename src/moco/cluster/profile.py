@@ -36,7 +36,10 @@ CHOICES = {"DATASET_MOUNT": ("bind", "overlay"), "DATASET_COPY": ("yes", "no")}
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises UserError, with file and line, for a file that is missing, an unknown key or a wrong value."""
+    """Return the profile in a file.
+
+    Raises UserError, with file and line, for a file that is missing, an unknown key or a wrong value.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -22,8 +22,10 @@ BUILDER = "type -P apptainer || type -P singularity"
 
 
 def definition(recipe: str, archive: str, labels: dict[str, str]) -> str:
-    """A recipe that makes a SIF of an archive of the image, with the environment, the command and the test of the
-    project's own recipe; labels: those of the image."""
+    """Return a recipe that makes a SIF from an archive of the image.
+
+    It has the environment, the command and the test of the project's own recipe. labels: those of the image.
+    """
     _, *sections = re.split(r"^%", recipe, flags=re.MULTILINE)
     kept = "".join(f"%{section}" for section in sections if section.split(None, 1)[0] not in BROUGHT)
     for name, key in (("version", "VERSION"), ("revision", "COMMIT")):
@@ -32,10 +34,10 @@ def definition(recipe: str, archive: str, labels: dict[str, str]) -> str:
 
 
 def push_sif(tag: str, target: str, say: Say, folder: Path = Path()) -> None:
-    """Saves the image, copies it, and makes it a SIF.
+    """Save the image, copy it, and turn it into a SIF.
 
-    target: PATH on this machine, or HOST:PATH for scp and ssh, below the home where it is relative. folder: the
-    checkout. Raises UserError where a step fails; what a failed one leaves behind over there is removed.
+    target: PATH on this machine, or HOST:PATH for scp and ssh; a relative path is below the home folder. folder: the
+    checkout. Raises UserError where a step fails; what a failed step leaves behind on the host is removed.
     """
     host, colon, path = target.rpartition(":")
     path = path.removeprefix("~/") if colon else path
@@ -80,7 +82,10 @@ def _save(image: Any, tag: str, archive: Path, say: Say) -> None:
 
 
 def make_sif(host: str, path: str, archive: Path, builder: str, recipe: str, labels: dict[str, str], say: Say) -> None:
-    """On the host, or here where it is empty. Raises UserError where a step fails; what was sent is removed."""
+    """Make the SIF on the host, or on this machine where `host` is empty.
+
+    Raises UserError where a step fails; what was sent is removed.
+    """
     copied = f"{path}.tar" if host else str(archive)
     own = archive.with_suffix(".def")
     own.write_text(definition(recipe, copied, labels))
@@ -105,7 +110,7 @@ def make_sif(host: str, path: str, archive: Path, builder: str, recipe: str, lab
 
 
 def _there(host: str, script: str) -> list[str]:
-    """A script for the host's bash, or for this machine's."""
+    """Return the command that runs a script in the host's bash, or in this machine's."""
     return ["ssh", host, f"bash -lc {shlex.quote(script)}"] if host else ["bash", "-c", script]
 
 

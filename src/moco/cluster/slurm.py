@@ -34,13 +34,16 @@ JOBS = (*PIPELINE, "pretrain_2gpu", "pretrain_continue")
 
 
 def _directive(option: str, value: str) -> str:
-    """An #SBATCH line. sbatch splits it as a shell would, so awkward values are quoted."""
+    """Return an #SBATCH line. sbatch splits it as a shell would, so awkward values are quoted."""
     return f'#SBATCH {option}="{value}"' if shlex.quote(value) != value else f"#SBATCH {option}={value}"
 
 
 def render(job: str, profile: Profile | None = None, profile_path: str = "", sweep: Sweep | None = None) -> str:
-    """The script of a job. Without a profile: the text of slurm/JOB.sbatch, which takes what sites decide from
-    sbatch's command line and MOCO_PROFILE. With a sweep: a job array."""
+    """Return the script of a job.
+
+    Without a profile it is the text of slurm/JOB.sbatch, which takes what sites decide from sbatch's command line and
+    MOCO_PROFILE. With a sweep it is a job array.
+    """
     lines = ["#!/bin/bash", f"#SBATCH --job-name=moco-{job}"]
     stage = job.removesuffix(TWO_GPUS)
     site = profile or Profile()
@@ -68,15 +71,17 @@ def render(job: str, profile: Profile | None = None, profile_path: str = "", swe
 
 
 def command(options: Sequence[str], arguments: Sequence[str], after: str | None) -> list[str]:
-    """sbatch with the script on its standard input. options: for sbatch, they win over the script's own;
-    arguments: for the stage; after: what to wait for, as sbatch's --dependency takes it. A job that waits for one
-    that fails is cancelled."""
+    """Return the sbatch command, which reads the script from its standard input.
+
+    options: for sbatch, they override the script's own. arguments: for the stage. after: what to wait for, as sbatch's
+    --dependency takes it. A job that waits for one that fails is cancelled.
+    """
     dependency = [f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []
     return ["sbatch", "--parsable", *dependency, *options, "/dev/stdin", *arguments]
 
 
 def check_job(name: str) -> None:
-    """Raises UserError for a job that does not exist."""
+    """Raise UserError for a job that does not exist."""
     known = (*JOBS, "pipeline")
     if name not in known:
         raise UserError(f"no job '{name}'{nearest(name, known)}; known: {', '.join(known)}")
@@ -86,8 +91,10 @@ def submit(
     name: str, profile: Profile, profile_path: Path, say: Say, *, options: Sequence[str] = (),
     arguments: Sequence[str] = (), dry_run: bool = False, sweep: Sweep | None = None,
 ) -> list[str]:  # fmt: skip
-    """Submits a job, or the pipeline as jobs that wait for each other; returns their ids. Of a sweep, the stages that
-    are the same in every task come first, and once; then each task waits for its own part of the array before.
+    """Submit a job, or the pipeline as jobs that wait for each other, and return their ids.
+
+    Of a sweep, the stages that are the same in every task come first, and run once. Then each task waits for its own
+    part of the array before.
 
     Raises UserError where image or dataset are missing, there is no sbatch, or Slurm refuses.
     """
@@ -127,9 +134,11 @@ def submit(
 
 
 def _pipeline(sweep: Sweep | None) -> tuple[str, ...]:
-    """Its jobs, each after what it needs. Fine-tuning waits for labels only where it takes them.
+    """Return the jobs of the pipeline, each after those that it needs.
 
-    Raises UserError where params.yaml, which decides that without a sweep, is wrong."""
+    Fine-tuning waits for labels only where it uses them. Raises UserError where params.yaml, which decides that without
+    a sweep, is wrong.
+    """
     configs = [load(PARAMS)] if sweep is None else [task.config for task in sweep.tasks]
     if all(config.finetune.classifier == "classifier" for config in configs):
         return PIPELINE
@@ -137,7 +146,10 @@ def _pipeline(sweep: Sweep | None) -> tuple[str, ...]:
 
 
 def _cancelled(ids: Sequence[str], error: UserError) -> UserError:
-    """Half a pipeline is of no use: what was submitted before the job that Slurm refused."""
+    """Cancel the jobs that were submitted before the one that Slurm refused.
+
+    Returns the error with what became of those jobs. Half a pipeline is of no use.
+    """
     if not ids:
         return error
     try:
@@ -149,7 +161,10 @@ def _cancelled(ids: Sequence[str], error: UserError) -> UserError:
 
 
 def minutes(limit: str) -> float | None:
-    """Of a time limit as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for anything else."""
+    """Return the minutes of a time limit; None where the text is none.
+
+    The formats are those of sbatch: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+    """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if found is None:
         return None
@@ -165,8 +180,11 @@ def minutes(limit: str) -> float | None:
 
 
 def _check_time(job: str, profile: Profile, path: Path, options: Sequence[str]) -> None:
-    """A job that keeps a state is warned WARNING seconds before its end; a limit near that would send it back as soon
-    as it starts."""
+    """Raise UserError where the time limit of a job that keeps a state is too short.
+
+    Such a job is warned WARNING seconds before its end. A limit close to that would send the job back to the queue as
+    soon as it starts.
+    """
     options = [re.sub("^-t=?(?=.)", "--time=", option) for option in options]
     words = [word for option in options for word in option.split("=", 1)]
     if "--signal" in words or not job.startswith(("pretrain", "finetune", "pipeline")):
@@ -220,7 +238,7 @@ def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _sbatch(arguments: list[str], text: str, job: str) -> str:
-    """The job's id, on a line of its own: some sites' sbatch says more."""
+    """Submit a job and return its id. The id stands on a line of its own, since some sites' sbatch prints more."""
     done = subprocess.run(
         arguments, input=text, capture_output=True, text=True, check=False, env=outside_of_jobs(os.environ)
     )

@@ -40,7 +40,7 @@ class Task:
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
     def files(self) -> dict[str, str]:
-        """What params.yaml names by a relative path and git may not carry, by key."""
+        """Return, by key, what params.yaml names by a relative path and git may not track."""
         paths = {"data.path": self.config.data.path, "train_extra.labels": self.config.train_extra.labels}
         return {key: path for key, path in paths.items() if path and not Path(path).is_absolute()}
 
@@ -59,11 +59,13 @@ class Sweep:
 
 
 def plan(job: str, settings: Sequence[str], name: str | None) -> Sweep | None:
-    """What a sweep comes to. job: a stage, or `pipeline`; settings: KEY=VALUE,VALUE,… each, none for no sweep; name:
-    by default day and time.
+    """Return the tasks and stages of a sweep; None where there is no sweep.
 
-    Raises UserError for a key or value that params.yaml does not take, a file that is not there, a key that the job
-    does not depend on or that others depend on whose results it needs, and a name that cannot be an experiment's.
+    job: a stage, or `pipeline`. settings: KEY=VALUE,VALUE,… each, none for no sweep. name: by default day and time.
+
+    Raises UserError for a key or value that params.yaml does not take, a file that is not there, and a name that an
+    experiment cannot have. Raises UserError also for a key that the job does not depend on, or that other stages depend
+    on whose results the job needs.
     """
     if not settings:
         if name is not None:
@@ -105,7 +107,7 @@ def _plain(value: Any) -> bool:
 
 
 def _task(text: str, values: Mapping[str, Any]) -> Task:
-    """params.yaml with a task's values. Raises UserError where it does not take them."""
+    """Return the task with these values in params.yaml. Raises UserError where params.yaml does not take them."""
     changed = edit(text, values, "--sweep")
     shown = " ".join(f"{key}={value}" for key, value in values.items())
     try:
@@ -123,7 +125,7 @@ def _task(text: str, values: Mapping[str, Any]) -> Task:
 
 
 def _stages(job: str, keys: Sequence[str], configs: Sequence[Config]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """The stages that do not come out the same for every task, and those that do."""
+    """Return the stages whose results differ between tasks, and those whose results are the same for all tasks."""
     stages = _graph(Path("dvc.yaml"), configs)
     reached = {
         key: {name for name, (own, _) in stages.items() if any(_meet(key, other) for other in own)} for key in keys
@@ -148,7 +150,7 @@ def _stages(job: str, keys: Sequence[str], configs: Sequence[Config]) -> tuple[f
 
 
 def _downstream(names: Set[str], stages: _Graph) -> set[str]:
-    """These stages, and all that need their results, directly or not."""
+    """Return these stages, and all that need their results, directly or not."""
     found = set(names)
     while more := {name for name, (_, before) in stages.items() if before & found} - found:
         found |= more
@@ -156,7 +158,7 @@ def _downstream(names: Set[str], stages: _Graph) -> set[str]:
 
 
 def _upstream(stage: str, stages: _Graph) -> set[str]:
-    """All stages whose results a stage needs, directly or not."""
+    """Return all stages whose results a stage needs, directly or not."""
     found: set[str] = set()
     todo = [stage]
     while todo:
@@ -167,13 +169,15 @@ def _upstream(stage: str, stages: _Graph) -> set[str]:
 
 
 def _meet(one: str, other: str) -> bool:
-    """Whether of two dotted keys one is the other or a part of it."""
+    """Return whether one of two dotted keys is the other or a part of it."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _graph(path: Path, configs: Sequence[Config]) -> _Graph:
-    """By stage, in their order: the parameters that it depends on, and the stages whose outputs it reads in any of the
-    tasks: a path may hold settings, `${SECTION.KEY}`."""
+    """Return, by stage in their order, the parameters that it depends on and the stages whose outputs it reads.
+
+    These are the outputs that it reads in any of the tasks: a path may hold settings, `${SECTION.KEY}`.
+    """
     if not path.is_file():
         raise UserError(f"{Path.cwd()}: no dvc.yaml here; submit from the project's folder")
     try:

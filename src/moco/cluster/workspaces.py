@@ -26,11 +26,13 @@ LABELS = "labels"  # where git does not know a file here that params.yaml names,
 
 
 def make(sweep: Sweep, say: Say) -> bool:
-    """The workspaces: the project as it is now, changes that are not committed included. Those of an earlier
-    submission are used again where they were made from the same sources and settings. Returns whether any was made.
+    """Make the workspaces of a sweep and return whether any was made.
 
-    Raises UserError where the project is no git repository with a commit or has sources that git does not know, the
-    name is in use by a sweep of something else, or a workspace cannot be made; then nothing is left of them.
+    They are the project as it is now, with changes that are not committed. Workspaces of an earlier submission are used
+    again where they were made from the same sources and settings.
+
+    Raises UserError where the project is no git repository with a commit or has sources that git does not know, another
+    sweep uses the name, or a workspace cannot be made; then nothing is left of them.
     """
     changes, digest = _sources(sweep)
     if _made(sweep, digest):
@@ -50,7 +52,7 @@ def make(sweep: Sweep, say: Say) -> bool:
 
 
 def _sources(sweep: Sweep) -> tuple[bytes, str]:
-    """What the project differs by from its commit, as a patch, and a digest of what decides the tasks' results."""
+    """Return the project's changes since its commit, as a patch, and a digest of what decides the tasks' results."""
     unknown = _git("ls-files", "--others", "--exclude-standard", *SOURCES, "presets").splitlines()
     if unknown:
         raise UserError(f"{unknown[0]}: git does not know it, and the sweep would run without it; `git add` it")
@@ -63,12 +65,15 @@ def _sources(sweep: Sweep) -> tuple[bytes, str]:
 
 
 def _patch(*paths: str) -> bytes:
-    """By the plumbing command, since `diff` heeds what users set: colours, prefixes, programs of their own."""
+    """Return the changes since the commit as a patch.
+
+    It uses the plumbing command, since `diff` obeys the user's settings: colours, prefixes, external programs.
+    """
     return _run("git", "diff-index", "-p", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", *paths)
 
 
 def _made(sweep: Sweep, digest: str) -> bool:
-    """Whether the workspaces are there already. Raises UserError where what has their name is something else."""
+    """Return whether the workspaces exist already. Raises UserError where something else has their name."""
     if sweep.folder.exists():
         mark, hint = sweep.folder / MADE, "choose another --name or remove it"
         if not mark.exists():
@@ -104,7 +109,7 @@ def _make(sweep: Sweep, changes: bytes, say: Say) -> None:
 
 
 def _configure(place: Path, first: Path, cache: str) -> None:
-    """DVC of a workspace uses the project's cache, and whatever the project has set for this machine alone."""
+    """Let DVC of a workspace use the project's cache, and the project's settings for this machine alone."""
     local = Path(".dvc/config.local")
     if place == first:
         if local.exists():
@@ -115,7 +120,7 @@ def _configure(place: Path, first: Path, cache: str) -> None:
 
 
 def _link(path: str, project: Path, place: Path) -> None:
-    """What git does not carry is found in the workspace too, and is no part of its experiment."""
+    """Link in the workspace to what git does not track, and keep it out of the workspace's experiment."""
     if (project / path).exists() and not (place / path).exists():
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         (place / path).symlink_to(project / path)

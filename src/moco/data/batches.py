@@ -28,9 +28,11 @@ class EpochSampler:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Return the number of whole batches in an epoch."""
         return len(self.indices) // self.batch_size
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[np.ndarray]:
+        """Yield this process's image indices of each batch of an epoch, from `first_batch` on."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.indices))
         for batch in range(first_batch, self.batches_per_epoch):
             first = batch * self.batch_size + self.rank * self.part
@@ -38,9 +40,10 @@ class EpochSampler:
 
 
 def step_generator(seed: int, number: int) -> torch.Generator:
-    """A generator on the CPU for one step, a function of the run's seed and the step's number.
+    """Return a generator on the CPU for one step, which depends on the run's seed and the step's number alone.
 
-    Both are hashed into 32 bits, of which torch's generator on the CPU keeps no more."""
+    Both are hashed into 32 bits, of which torch's generator on the CPU keeps no more.
+    """
     hashed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(hashed))
 
@@ -56,7 +59,7 @@ class Fetcher:
         self.waited = 0.0
 
     def batches(self, indices: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(indices, uint8 images B x H x W x 3) for each batch of indices."""
+        """Yield (indices, uint8 images B x H x W x 3) for each batch of indices."""
         ready: Ready = queue.Queue(self.ahead)
         stop = threading.Event()
         thread = threading.Thread(target=self._fill, args=(indices, ready, stop), daemon=True)
@@ -92,7 +95,7 @@ class Fetcher:
 
 
 def gather(images: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Rows of a memory map, read in the order of the disk and returned in the order asked for."""
+    """Return rows of a memory map in the order asked for. They are read in the order of the disk."""
     order = np.argsort(chosen, kind="stable")
     batch = np.empty((len(chosen), *images.shape[1:]), images.dtype)
     batch[order] = images[chosen[order]]

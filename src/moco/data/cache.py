@@ -83,7 +83,7 @@ class Built:
 
 
 def image_size(dataset: Dataset, resize: int | None, largest: int = LARGEST) -> tuple[int, int]:
-    """(height, width) after resizing: that of the first unlabelled image that can be read."""
+    """Return (height, width) after resizing: that of the first unlabelled image that can be read."""
     if resize is not None:
         return resize, resize
     split = dataset.splits["unlabeled"]
@@ -112,11 +112,11 @@ def build(
     exclude_val: bool = False,
     largest: int = LARGEST,
 ) -> Built:
-    """Decodes all images on all cores into a new folder below `parent`.
+    """Decode all images on all cores into a new folder below `parent`.
 
-    unreadable: so many of `unlabeled` are left out, and told, where they cannot be used. exclude_val: those of
-    it that also stand in val are left out. largest: pixels of an image. Raises UserError, naming the first images
-    concerned, where others cannot; nothing is left behind.
+    unreadable: at most this many images of `unlabeled` that cannot be used are left out, and reported. exclude_val:
+    images of `unlabeled` that also stand in val are left out. largest: pixels of an image. Raises UserError, naming the
+    first images concerned, where others cannot be used; nothing is left behind.
     """
     height, width = image_size(dataset, resize, largest)
     total = sum(map(len, dataset.splits.values())) * height * width * 3
@@ -170,7 +170,7 @@ def _discard(folder: Path, lock: FileLock) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what processes left that were killed while building: folders whose lock nobody holds."""
+    """Remove what processes left behind that were killed while building: folders whose lock nobody holds."""
     for path in parent.glob(f"{BUILDING}*"):
         folder = path.with_suffix("")
         lock = FileLock(f"{folder}.lock")
@@ -194,7 +194,10 @@ Decode = Callable[[list[Chunk]], Iterable[ChunkReport]]
 
 @contextmanager
 def _decoders(dataset: Dataset) -> Iterator[Decode]:
-    """What decodes chunks: as many processes as there are cores, for all splits the same; for a few images this one."""
+    """Yield the function that decodes chunks, the same for all splits.
+
+    It uses as many processes as there are cores; for a few images it uses this process alone.
+    """
     most = max((-(-len(split) // CHUNK) for split in dataset.splits.values() if split.array is None), default=0)
     if most <= 1:
         yield lambda chunks: map(decode_chunk, chunks)
@@ -244,16 +247,20 @@ def _write_index(built: Built, dataset: Dataset) -> None:
 
 
 def caches(scratch: Path) -> Path:
-    """The user's own folder of caches: scratch is often /tmp, which all share."""
+    """Return the user's own folder of caches: scratch is often /tmp, which all users share."""
     return scratch / (f"moco-cache-{os.getuid()}" if hasattr(os, "getuid") else "moco-cache")
 
 
 def cache_folder(scratch: Path, digest: str) -> Path:
+    """Return the folder of the decoded cache with this digest."""
     return caches(scratch) / digest[:24]
 
 
 def install(built: Built, digest: str, scratch: Path) -> Path:
-    """Moves a built cache to its place. Where another job was faster and its cache is sound, that one stays."""
+    """Move a built cache to its place and return that place.
+
+    Where another job was faster and its cache is sound, that cache stays.
+    """
     place = cache_folder(scratch, digest)
     with FileLock(f"{place}.lock"):
         if not place.exists() or damage(place) is not None:
@@ -264,7 +271,7 @@ def install(built: Built, digest: str, scratch: Path) -> Path:
 
 
 def damage(place: Path) -> str | None:
-    """None where the cache is complete and its checksums hold, else what is wrong with it."""
+    """Return None where the cache is complete and its checksums hold, else what is wrong with it."""
     try:
         index = json.loads((place / "cache.json").read_text())
         for file_name, crc in index["files"].items():
@@ -293,7 +300,7 @@ def damage(place: Path) -> str | None:
 
 
 def open_cache(place: Path) -> dict[str, DecodedSplit]:
-    """Memory maps of a sound cache, by split. Costs no memory until images are read."""
+    """Return memory maps of a sound cache, by split. They cost no memory until images are read."""
     index = json.loads((place / "cache.json").read_text())
     splits = {}
     for name in SPLITS:

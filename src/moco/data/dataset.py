@@ -28,7 +28,7 @@ class Split:
     inodes: list[int] | None = None
 
     def keep(self, numbers: np.ndarray) -> None:
-        """These images alone, in this order, with their labels."""
+        """Keep these images alone, in this order, with their labels."""
         self.paths = None if self.paths is None else [self.paths[number] for number in numbers]
         self.inodes = None if self.inodes is None else [self.inodes[number] for number in numbers]
         self.array = None if self.array is None else self.array[numbers]
@@ -36,7 +36,7 @@ class Split:
 
     @property
     def files(self) -> Sequence[str | int]:
-        """What `decode.read_image` takes."""
+        """Return the images as `decode.read_image` takes them."""
         return self.inodes if self.inodes is not None else self.paths or []
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Split:
         return len(present(items, "images of this split"))
 
     def image_name(self, index: int) -> str:
-        """How a message calls the image: its path within the split's folder, or its number."""
+        """Return how a message names the image: its path within the split's folder, or its number."""
         if not self.paths:
             return f"{self.name}[{index}]"
         path = Path(self.paths[index])

@@ -85,7 +85,10 @@ class ChunkReport:
 
 
 def resize_and_crop(image: Image.Image, edge: int) -> Image.Image:
-    """Shorter side to `edge` (bilinear), then the centre square: torchvision's Resize and CenterCrop."""
+    """Resize the shorter side to `edge` (bilinear), then crop the centre square.
+
+    This is torchvision's Resize and CenterCrop.
+    """
     width, height = image.size
     portrait = width <= height
     size = (edge, int(edge * height / width)) if portrait else (int(edge * width / height), edge)
@@ -178,7 +181,7 @@ def _open(source: BinaryIO, largest: int) -> Image.Image:
 
 
 def _reads_heic() -> bool:
-    """Whether the package pillow-heif is there; Pillow then reads HEIC."""
+    """Return whether the package pillow-heif is installed; Pillow then reads HEIC."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
         return True
@@ -194,12 +197,12 @@ def _other_size(found: tuple[int, int], wanted: tuple[int, int]) -> str:
 
 
 def digests_of(images: np.ndarray) -> bytes:
-    """Of the pixels of each of N x H x W x 3 uint8, one after the other: N x DIGEST_BYTES."""
+    """Return the digests of the pixels of each of N x H x W x 3 uint8, one after the other: N x DIGEST_BYTES."""
     return b"".join(hashlib.blake2b(image.data, digest_size=DIGEST_BYTES).digest() for image in images)
 
 
 def summarise(report: ChunkReport, images: np.ndarray) -> None:
-    """Fills in checksum, digests and sums of N x H x W x 3 uint8."""
+    """Fill in the checksum, digests and sums of N x H x W x 3 uint8."""
     report.crc = zlib.crc32(images.data)
     report.digests = digests_of(images)
     counts = [np.bincount(images[..., c].reshape(-1), minlength=256).astype(np.int64) for c in range(3)]
@@ -209,8 +212,10 @@ def summarise(report: ChunkReport, images: np.ndarray) -> None:
 
 
 def decode_chunk(chunk: Chunk) -> ChunkReport:
-    """Decodes a chunk and writes it at its place in the output file, which must exist. Raises UserError where there is
-    no memory for an image."""
+    """Decode a chunk and write it at its place in the output file, which must exist.
+
+    Raises UserError where there is no memory for an image.
+    """
     report = ChunkReport(chunk.index, chunk.first)
     images = np.zeros((len(chunk.files), *chunk.size, 3), np.uint8)
     with SquashfsImage(chunk.image) if chunk.image else contextlib.nullcontext() as packed:
@@ -233,7 +238,7 @@ def decode_chunk(chunk: Chunk) -> ChunkReport:
 
 
 def write_at(path: str, offset: int, images: np.ndarray) -> None:
-    """Writes the bytes of an array at an offset of an existing file."""
+    """Write the bytes of an array at an offset of an existing file."""
     with Path(path).open("r+b") as file:
         file.seek(offset)
         file.write(images.data)

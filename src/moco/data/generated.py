@@ -32,18 +32,18 @@ CHROMA = 0.08  # largest distance of a channel from gray
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
-    """Single precision throughout: half the time of numpy's default."""
+    """Return uniform random numbers in single precision, which takes half the time of numpy's default."""
     return np.asarray(rng.random(shape, dtype=np.float32) * np.float32(high - low) + np.float32(low))
 
 
 def _colour(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Muted colours: any brightness, little chroma, so that colour jitter leaves little to recognise."""
+    """Return muted colours: any brightness, little chroma, so that colour jitter leaves little to recognise."""
     lightness = _uniform(rng, 0.1, 0.9, (*shape[:-1], 1))
     return np.asarray(np.clip(lightness + _uniform(rng, -CHROMA, CHROMA, shape), 0, 1))
 
 
 def _inside(shape: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether (u, v), in units of the object's radius, lies in the shape. shape: B x 1 x 1."""
+    """Return whether (u, v), in units of the object's radius, lies in the shape. shape: B x 1 x 1."""
     triangle = np.maximum(v - 0.5, np.maximum(-0.5 * v + 0.866 * u, -0.5 * v - 0.866 * u) - 0.5)
     arms = np.minimum(np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.38), np.maximum(np.abs(u) - 0.38, np.abs(v) - 1.0))
     distance = np.choose(shape, [np.hypot(u, v) - 0.9, np.maximum(np.abs(u), np.abs(v)) - 0.8, triangle * 0.8, arms])
@@ -51,14 +51,14 @@ def _inside(shape: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _pattern(texture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which of two tones a point has; x and y in periods of the texture. texture: B x 1 x 1."""
+    """Return which of two tones a point has; x and y in periods of the texture. texture: B x 1 x 1."""
     sx, sy = np.sin(2 * np.pi * x), np.sin(2 * np.pi * y)
     dots = np.hypot(x - np.round(x), y - np.round(y)) < 0.3
     return np.asarray(np.choose(texture, [sx > 0, sx * sy > 0, dots]))
 
 
 def _background(rng: np.random.Generator, n: int, grid: np.ndarray) -> np.ndarray:
-    """A slope between two colours and three soft blobs: n x S x S x 3."""
+    """Draw a slope between two colours and three soft blobs: n x S x S x 3."""
     a, b = _colour(rng, (2, n, 1, 1, 3))
     angle = _uniform(rng, 0, 2 * np.pi, (n, 1, 1))
     slope = (np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) * 0.7 + 0.5
@@ -72,7 +72,7 @@ def _background(rng: np.random.Generator, n: int, grid: np.ndarray) -> np.ndarra
 
 
 def draw(rng: np.random.Generator, classes: np.ndarray, size: int) -> np.ndarray:
-    """Images of the given classes: len(classes) x size x size x 3, uint8."""
+    """Draw images of the given classes: len(classes) x size x size x 3, uint8."""
     n = len(classes)
     fine, coarse = _grid(size * OVERSAMPLING), _grid(size)
     shape, texture = (classes // len(TEXTURES))[:, None, None], (classes % len(TEXTURES))[:, None, None]
@@ -100,13 +100,13 @@ def draw(rng: np.random.Generator, classes: np.ndarray, size: int) -> np.ndarray
 
 
 def _grid(size: int) -> np.ndarray:
-    """x and y of the pixel centres, in [-0.5, 0.5]: 2 x size x size."""
+    """Return x and y of the pixel centres, in [-0.5, 0.5]: 2 x size x size."""
     axis = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     return np.stack(np.meshgrid(axis, axis, indexing="xy"))
 
 
 def _shrink(mask: np.ndarray) -> np.ndarray:
-    """B x fine x fine booleans -> B x size x size x 1, the share that is set."""
+    """Shrink B x fine x fine booleans to B x size x size x 1, the share that is set."""
     n, fine, _ = mask.shape
     size = fine // OVERSAMPLING
     parts = mask.reshape(n, size, OVERSAMPLING, size, OVERSAMPLING)
@@ -130,10 +130,10 @@ def generated_place(config: GeneratedConfig, parent: Path) -> Path:
 
 
 def generate(config: GeneratedConfig, parent: Path, say: Say) -> Path:
-    """The folder `dataset` (or, where `pack` is set, a squashfs image holding it) of these settings.
+    """Return the folder `dataset` of these settings, or a squashfs image that holds it, where `pack` is set.
 
-    ViewParameters on the first call, into parent/KEY, and found there by later ones. Raises UserError where the disk
-    is full or mksquashfs is missing.
+    The first call draws the images, into parent/KEY. Later calls find them there. Raises UserError where the disk is
+    full or mksquashfs is missing.
     """
     result = generated_place(config, parent)
     place = result.parent
@@ -175,7 +175,7 @@ def _write_dataset(folder: Path, config: GeneratedConfig) -> None:
 
 
 def pack(dataset: Path, image: Path) -> None:
-    """A squashfs image whose root holds the folder `dataset`. Raises UserError where mksquashfs fails."""
+    """Write a squashfs image whose root holds the folder `dataset`. Raises UserError where mksquashfs fails."""
     done = subprocess.run(
         ["mksquashfs", str(dataset), str(image), "-keep-as-directory", "-noappend", "-quiet",
          "-no-progress", "-all-root"],

@@ -38,27 +38,30 @@ OTHERS = {
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name belongs to the system, not to the dataset."""
+    """Return whether a file or folder of this name belongs to the system, not to the dataset."""
     return name.startswith(".") or name.lower() in LITTER
 
 
 def has_suffix(name: str) -> bool:
-    """Whether a name says what kind of file it is: `a.txt` does, `a`, `17`, `scan.0001` and `Mr. Smith` do not."""
+    """Return whether a name says what kind of file it is.
+
+    `a.txt` does, `a`, `17`, `scan.0001` and `Mr. Smith` do not.
+    """
     return re.search(r"[^.]\.[A-Za-z]\w{0,7}$", name) is not None
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the name has the suffix of an image, of a kind that is read or not."""
+    """Return whether the name has the suffix of an image, of a kind that is read or not."""
     return name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES))
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins so is an image of a kind that is read, HEIC and AVIF included."""
+    """Return whether a file that begins so is an image of a kind that is read, HEIC and AVIF included."""
     return READ.match(head) is not None or is_heic(head) or _brand(head).startswith("avi")
 
 
 def is_heic(head: bytes) -> bool:
-    """Whether a file that begins so is HEIC, as phones write it."""
+    """Return whether a file that begins so is HEIC, as phones write it."""
     return _brand(head) in ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
 
 

@@ -76,7 +76,10 @@ class ClassNames:
         return ", ".join(pairs) + (", …" if len(self.names) > len(pairs) else "")
 
     def _equal(self, form: str) -> str:
-        """The name that is the same number, if it is one alone."""
+        """Return a hint with the class name that is the same number, if exactly one is.
+
+        For a text that is no number, the hint is a similar name.
+        """
         if not (whole := _WHOLE.fullmatch(form)):
             return nearest(form, self.names)
         same = [name for name in self.names if re.fullmatch(r"0*" + re.escape(str(int(whole[1]))), name.strip())]

@@ -75,7 +75,7 @@ def _stem(name: str) -> str:
 
 
 def _counts_as_image(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry that is no folder is an image, or something of which that cannot be known."""
+    """Return whether an entry that is no folder is an image, or something of which that cannot be known."""
     if is_image_name(entry.name):
         return True
     try:
@@ -90,7 +90,10 @@ def _counts_as_image(entry: os.DirEntry[str]) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder at the path. Raises UserError where something else, or something unreachable, is."""
+    """Return whether there is a folder at the path.
+
+    Raises UserError where something else, or something unreachable, is there.
+    """
     try:
         if path.is_dir():
             return True

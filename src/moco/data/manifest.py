@@ -65,8 +65,10 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of the content. Where the content comes from plays no part: a folder and the squashfs
-        image made of it share one decoded cache."""
+        """Return the sha256 of the content.
+
+        Where the content comes from plays no part: a folder and the squashfs image made of it share one decoded cache.
+        """
         content = {"format": FORMAT, "size": [self.height, self.width], "classes": self.classes} | {
             name: [split.count, split.pixels, split.labels] for name, split in self.splits.items()
         }
@@ -74,7 +76,7 @@ class Manifest:
 
     @property
     def pool_size(self) -> int:
-        """Images of the pool in the source, used or not."""
+        """Return the number of images of the pool in the source, used or not."""
         return self.splits["unlabeled"].count + len(self.left_out) + len(self.excluded)
 
     def pool_numbers(self) -> np.ndarray:
@@ -114,6 +116,7 @@ class Manifest:
         return [name for name, count in zip(self.classes, counts, strict=False) if not count]
 
     def to_json(self) -> str:
+        """Return the text of the manifest's file, with its format and digest."""
         return json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=2) + "\n"
 
 
@@ -134,7 +137,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Raises UserError where the file is missing, not a manifest or edited by hand."""
+    """Read a manifest. Raises UserError where the file is missing, not a manifest or edited by hand."""
     try:
         return parse_manifest(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

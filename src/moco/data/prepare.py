@@ -168,7 +168,7 @@ def image_names(config: DataConfig, split: str, rows: Sequence[int]) -> list[str
 
 
 def _holds(config: DataConfig, source: Source, stamp: str, manifest: Manifest, scratch: Path) -> bool:
-    """Whether files of this stamp were read on this node, and were what the manifest describes."""
+    """Return whether files of this stamp were read on this node, and were what the manifest describes."""
     record = source_files.read_record(config, source, scratch)
     try:
         return (
@@ -193,7 +193,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide what the dataset holds."""
+    """Return the settings that decide what the dataset holds."""
     return {
         name: value
         for name, value in flatten(config, "data").items()
@@ -231,7 +231,7 @@ def _stratified(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _check_labels(dataset: Dataset, declared: int | None) -> list[str]:
-    """Names of the classes. Raises UserError for labels out of range, naming split and row."""
+    """Return the names of the classes. Raises UserError for labels out of range, naming split and row."""
     train, val = (present(dataset.splits[name].labels, f"labels of {name}") for name in ("train", "val"))
     for split in dataset.splits.values():
         if not len(split):

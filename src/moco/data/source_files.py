@@ -95,7 +95,7 @@ def reader() -> str:
 
 
 def _sources(config: DataConfig) -> list[Source]:
-    """Those of the settings, the one that is taken first where both are there at first."""
+    """Return the sources of the settings; the first is the one that is used where both are there."""
     path = Path(config.path)
     if config.source == "generated":
         from moco.data.generated import generated_place  # which imports torch; the doctor does without
@@ -123,7 +123,7 @@ def _contract(root: Path, stable: bool = True) -> Source:
 
 
 def _place(config: DataConfig, source: Source, scratch: Path) -> Path:
-    """Another setting, another file: the settings decide what is read from the same files."""
+    """Return the place of the record, another for other settings: they decide what is read from the same files."""
     key = json.dumps([flatten(config, "data"), str(source.root.absolute())], sort_keys=True, default=str)
     return caches(scratch) / f"source-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 

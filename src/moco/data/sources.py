@@ -34,7 +34,7 @@ Folder = Path | SquashfsPath
 
 @contextmanager
 def open_dataset(config: DataConfig, scratch: Path, say: Say) -> Iterator[Dataset]:
-    """Opens the configured source read-only, and undoes mounts and copies at the end.
+    """Open the configured source read-only, and undo mounts and copies at the end.
 
     Raises UserError where the source is missing or its layout is wrong; pixels are checked on decoding.
     """
@@ -93,9 +93,11 @@ def _from_squashfs(stack: ExitStack, image: Path, config: DataConfig, scratch: P
 
 
 def contract_folder(root: Folder, origin: dict[str, Any], say: Say, parent: Folder | None = None) -> Dataset:
-    """The original's layout: unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors.
+    """Return the dataset of a folder in the original's layout.
 
-    parent: where classes.txt may lie as well. Other folders are told. Raises UserError for any other layout."""
+    The layout is unlabeled/, train/, val/ with 0.png, 1.png, … and two label tensors. parent: where classes.txt may lie
+    as well. Other folders are reported. Raises UserError for any other layout.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: dataset folder not found; set data.path (and data.source) in params.yaml")
     others = _other_folders(root)
@@ -132,7 +134,10 @@ def _of_files(name: str, files: list[Folder]) -> Split:
 
 
 def _tell_links(dataset: Dataset, root: Path, say: Say) -> None:
-    """A dataset of links is as good as any, but nobody should train on what he does not know to be there."""
+    """Warn of links that lead out of the dataset.
+
+    A dataset of links is as good as any, but nobody should train on images without knowing that they are there.
+    """
     inside = root.resolve()
     for split in dataset.splits.values():
         files = list(map(Path, split.paths or []))
@@ -170,7 +175,7 @@ def numbered_images(folder: Folder) -> list[Folder]:
 
 
 def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
-    """int64 labels from a tensor file, loaded without unpickling anything but tensors."""
+    """Return int64 labels from a tensor file, loaded without unpickling anything but tensors."""
     if isinstance(path, Path):
         refuse_irregular(path)
     try:
@@ -197,7 +202,7 @@ def read_labels(path: Folder, count: int, split: str) -> np.ndarray:
 
 
 def _class_names(folder: Folder) -> list[str] | None:
-    """Names from the folder's classes.txt, one a line, in the order of the labels."""
+    """Return names from the folder's classes.txt, one a line, in the order of the labels."""
     path = folder / "classes.txt"
     if not path.is_file():
         return None

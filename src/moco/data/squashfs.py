@@ -20,7 +20,7 @@ COPY, MOUNT = "moco-copy-", "moco-squashfs-"  # begin the names of copies and of
 
 
 def check_image(path: Path) -> None:
-    """Raises UserError unless the file looks like a squashfs image."""
+    """Raise UserError unless the file looks like a squashfs image."""
     if not path.is_dir():
         refuse_irregular(path)
     try:
@@ -39,7 +39,7 @@ def check_image(path: Path) -> None:
 
 @contextmanager
 def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
-    """A copy on node-local disk for as long as the context lasts, as the original's jobs made in /tmp."""
+    """Yield a copy on node-local disk, which exists as long as the context, as the original's jobs made in /tmp."""
     scratch.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(scratch).free, path.stat().st_size
     if free < needed:
@@ -57,7 +57,7 @@ def local_copy(path: Path, scratch: Path, say: Say) -> Iterator[Path]:
 
 
 def _run(command: list[str]) -> str | None:
-    """None on success, else the reason."""
+    """Run a command and return None on success, else the reason."""
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not installed"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -67,9 +67,10 @@ def _run(command: list[str]) -> str | None:
 
 @contextmanager
 def opened(image: Path, scratch: Path, say: Say) -> Iterator[Path | SquashfsPath]:
-    """The root of the image: read directly where its compression is known, else as a folder by `open_squashfs`.
+    """Yield the root of the image, read directly where its compression is known, else as a folder by `open_squashfs`.
 
-    Raises UserError where it cannot be opened by any means."""
+    Raises UserError where it cannot be opened by any means.
+    """
     check_image(image)
     try:
         packed = SquashfsImage(image)
@@ -87,7 +88,10 @@ def opened(image: Path, scratch: Path, say: Say) -> Iterator[Path | SquashfsPath
 
 @contextmanager
 def open_squashfs(image: Path, scratch: Path, say: Say) -> Iterator[Path]:
-    """The root of the image as a folder: squashfuse, else the kernel's mount, else unpacked to `scratch`."""
+    """Yield the root of the image as a folder.
+
+    It is opened by squashfuse, else by the kernel's mount, else unpacked to `scratch`.
+    """
     check_image(image)
     scratch.mkdir(parents=True, exist_ok=True)
     for remains in scratch.glob(f"{MOUNT}*"):  # of a process that was killed; one that is in use refuses

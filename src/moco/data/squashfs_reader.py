@@ -44,7 +44,7 @@ Unpack = Callable[[bytes, int], bytes]
 
 
 def _bounded(decompressor: Callable[[], object]) -> Unpack:
-    """Unpacks at most `limit` bytes, whatever the packed ones claim."""
+    """Return a function that unpacks at most `limit` bytes, whatever the packed ones claim."""
 
     def unpack(packed: bytes, limit: int) -> bytes:
         try:
@@ -60,6 +60,10 @@ def _bounded(decompressor: Callable[[], object]) -> Unpack:
 
 
 def unpacking(method: int) -> Unpack:
+    """Return the function that unpacks blocks of a compression method.
+
+    Raises UnknownCompressionError where this Python has no module for the method.
+    """
     if method == 1:
         return _bounded(zlib.decompressobj)
     if method == 4:
@@ -114,6 +118,7 @@ class SquashfsImage:
         self._data = lru_cache(max(8, DATA_KEPT // self._block_size))(self._read_data)
 
     def close(self) -> None:
+        """Close the file and empty the caches of blocks."""
         self._file.close()
         self.metadata.cache_clear()  # else they keep each other alive, as they hold this object
         self._data.cache_clear()
@@ -125,7 +130,10 @@ class SquashfsImage:
         self.close()
 
     def listing(self, folder: int) -> dict[str, tuple[int, int]]:
-        """Name: (kind, inode reference) of what is in a folder; kinds other than FOLDER and FILE are links, devices…"""
+        """Return name: (kind, inode reference) of what is in a folder.
+
+        Kinds other than FOLDER and FILE are links, devices…
+        """
         kind, inode = self._inode(folder)
         if kind == FOLDER:
             block, _, size, offset, _ = struct.unpack("<IIHHI", inode.take(16))
@@ -150,7 +158,7 @@ class SquashfsImage:
         return found
 
     def read(self, file: int) -> bytes:
-        """All bytes of a file."""
+        """Return all bytes of a file."""
         found = self._locate(file)
         parts, place, left = [], found.start, found.size
         for block in found.blocks:
@@ -190,7 +198,7 @@ class SquashfsImage:
         return start, size
 
     def _inode(self, reference: int) -> tuple[int, _Cursor]:
-        """Its kind, and a cursor behind the head that all kinds share."""
+        """Return the inode's kind, and a cursor behind the head that all kinds share."""
         cursor = _Cursor(self, self._inodes + (reference >> 16), reference & 0xFFFF)
         (kind,) = struct.unpack("<H", cursor.take(16)[:2])
         return kind, cursor
@@ -204,7 +212,10 @@ class SquashfsImage:
         return block if head & STORED_METADATA else self._unpack(block, METADATA), place + 2 + size
 
     def _read_data(self, place: int, head: int, length: int | None) -> bytes:
-        """length: bytes that it must have; None for those of shared blocks, which may be shorter than a whole one."""
+        """Return an unpacked data block.
+
+        length: bytes that it must have; None for those of shared blocks, which may be shorter than a whole one.
+        """
         size = head & (STORED_DATA - 1)
         if not 0 < size <= self._block_size:
             raise DamagedImageError("damaged: the size of a data block")
@@ -255,6 +266,7 @@ class SquashfsPath:
 
     @property
     def name(self) -> str:
+        """Return the last part of the path."""
         return self._name.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -265,10 +277,12 @@ class SquashfsPath:
         return SquashfsPath(self.image, f"{self._name}/{name}".lstrip("/"), kind, inode)
 
     def is_dir(self) -> bool:
+        """Return whether this is a folder. Raises DamagedImageError for a link."""
         self._refuse_link()
         return self._kind == FOLDER and self.inode is not None
 
     def is_file(self) -> bool:
+        """Return whether this is a regular file. Raises DamagedImageError for a link."""
         self._refuse_link()
         return self._kind == FILE
 
@@ -277,17 +291,21 @@ class SquashfsPath:
             raise DamagedImageError(f"{self._name} is a link, which is not followed")
 
     def iterdir(self) -> Iterator[SquashfsPath]:
+        """Return an iterator over the entries of this folder."""
         return (self / name for name in self._entries())
 
     def read_bytes(self) -> bytes:
+        """Return all bytes of the file. Raises FileNotFoundError where it does not exist."""
         if self.inode is None:
             raise FileNotFoundError(str(self))
         return self.image.read(self.inode)
 
     def read_text(self, encoding: str) -> str:
+        """Return the file's text, decoded from this encoding."""
         return self.read_bytes().decode(encoding)
 
     def open(self, _mode: str = "rb") -> io.BytesIO:
+        """Return the file's content as a binary stream in memory."""
         return io.BytesIO(self.read_bytes())
 
     def _entries(self) -> dict[str, tuple[int, int]]:

@@ -13,9 +13,9 @@ from moco.out_of_memory import full_memory
 
 
 def load_torchvision_set(name: str, root: Path, download: bool) -> Dataset:
-    """The whole set: CIFAR-10's training images, or STL-10's unlabelled ones, are the pool.
+    """Load the whole set. CIFAR-10's training images, or STL-10's unlabelled ones, are the pool.
 
-    Raises UserError where the files are not there and may not be, or cannot be, downloaded.
+    Raises UserError where the files are missing and the download is not allowed or fails.
     """
     try:
         if name == "cifar10":

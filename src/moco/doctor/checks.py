@@ -35,40 +35,51 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
+        """Return the finding as one line of text, without passwords and keys."""
         text = f"{self.found}; {self.remedy}" if self.remedy else self.found
         return f"{self.status:<5} {self.name:<16} {one_line(' '.join(redact(text).split()))}"
 
 
 def ok(name: str, found: str) -> Finding:
+    """Return a finding of status `ok`."""
     return Finding("ok", name, found)
 
 
 def note(name: str, found: str) -> Finding:
+    """Return a finding of status `note`."""
     return Finding("note", name, found)
 
 
 def warn(name: str, found: str, remedy: str) -> Finding:
+    """Return a finding of status `warn`, with its remedy."""
     return Finding("warn", name, found, remedy)
 
 
 def fail(name: str, found: str, remedy: str) -> Finding:
+    """Return a finding of status `FAIL`, with its remedy."""
     return Finding("FAIL", name, found, remedy)
 
 
 def refused(name: str, error: UserError, remedy: str) -> Finding:
-    """A FAIL with the error's own words. `remedy` is used where the error does not end in one of its own."""
+    """Return a FAIL with the error's own words.
+
+    `remedy` is used where the error does not end in a remedy of its own.
+    """
     found, separator, own = str(error).rpartition("; ")
     return fail(name, found, own) if separator else fail(name, str(error), remedy)
 
 
 def reason(error: BaseException | str) -> str:
-    """The first line of a foreign message, cut to a length that fits a screen; the kind where it says nothing."""
+    """Return the first line of a foreign message, cut to a length that fits a screen.
+
+    Where the message is empty, it is the kind of the error.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0].strip() if lines else type(error).__name__)[:SHOWN]
 
 
 def attempt(name: str, check: Callable[[], Finding]) -> Finding:
-    """What the check found. A check that raises, for whatever reason, has failed; the others go on."""
+    """Return what the check found. A check that raises, for whatever reason, has failed; the other checks go on."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one screen: libraries' remarks on their import are none of the findings
@@ -81,12 +92,12 @@ def attempt(name: str, check: Callable[[], Finding]) -> Finding:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(450, 80, 2) of '450.80.02': versions compare as numbers, not as text."""
+    """Return the numbers of a version: (450, 80, 2) for '450.80.02', since versions compare as numbers, not as text."""
     return tuple(int(part) for part in version.split("."))
 
 
 def command(*arguments: str, timeout: float = 20) -> subprocess.CompletedProcess[str] | None:
-    """Runs a tool with English messages. None where it is not installed."""
+    """Run a tool with English messages. Returns None where it is not installed."""
     try:
         return subprocess.run(
             arguments, capture_output=True, text=True, errors="replace", check=False, timeout=timeout,
@@ -99,7 +110,7 @@ def command(*arguments: str, timeout: float = 20) -> subprocess.CompletedProcess
 
 
 def file_system(path: Path, mounts: Path = MOUNTS) -> str:
-    """Kind of the file system that holds a path: ext4, nfs4, tmpfs, … or `unknown`."""
+    """Return the kind of the file system that holds a path: ext4, nfs4, tmpfs, … or `unknown`."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:  # not Linux, or hidden
@@ -118,12 +129,12 @@ def file_system(path: Path, mounts: Path = MOUNTS) -> str:
 
 
 def over_network(kind: str) -> bool:
-    """Whether a file system of this kind lives on other machines."""
+    """Return whether a file system of this kind lives on other machines."""
     return kind.removeprefix("fuse.") in NETWORK
 
 
 def writing_problem(folder: Path) -> str | None:
-    """None where a file can be made in the folder, else the reason."""
+    """Return None where a file can be made in the folder, else the reason."""
     probe = folder / f".moco-doctor-{os.getpid()}"
     try:
         probe.write_bytes(b"probe")

@@ -13,7 +13,7 @@ from moco.settings.schema import Config
 
 
 def run(params: Path, step: bool, say: Say) -> int:
-    """Says one line per check; `step` adds two steps of training. Returns the exit code: 1 if anything FAILs.
+    """Print one line per check and return the exit code: 1 if anything FAILs. `step` adds two steps of training.
 
     Never raises, whatever state the machine and the project are in.
     """
@@ -43,7 +43,7 @@ def run(params: Path, step: bool, say: Say) -> int:
 
 
 def _project(params: Path, check: Callable[[str, Callable[[], Finding]], None]) -> Config | None:
-    """Checks the project and returns its settings; None where there are none or they are wrong."""
+    """Check the project and return its settings; None where there are none or they are wrong."""
     if _absent(params):
         check("project", lambda: note("project", f"no {params} here: run this in the project's folder to check it too"))
         return None

@@ -20,7 +20,10 @@ STEPS = 2
 
 
 def driver_version(path: Path) -> str | None:
-    """Version of NVIDIA's kernel driver, '' where the file does not say it, None where there is no driver."""
+    """Return the version of NVIDIA's kernel driver.
+
+    It is '' where the file does not name it, and None where there is no driver.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -32,7 +35,7 @@ def driver_version(path: Path) -> str | None:
 
 @functools.cache  # CUDA says once a process why it does not start
 def gpu_visible() -> tuple[bool, str]:
-    """Whether torch can use a GPU, and what CUDA said where it cannot."""
+    """Return whether torch can use a GPU, and what CUDA said where it cannot."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -42,7 +45,10 @@ def gpu_visible() -> tuple[bool, str]:
 
 
 def judge_driver(version: str | None, cuda: str | None, visible: bool) -> Finding:
-    """The driver against the CUDA that torch was built with. visible: whether torch can use a GPU all the same."""
+    """Compare the driver with the CUDA version that torch was built with.
+
+    visible: whether torch can use a GPU all the same.
+    """
     if version is None and visible:  # WSL, AMD's ROCm, some sandboxes
         return note("driver", f"{DRIVER_VERSION} is not there, yet torch can use a GPU")
     if version is None:
@@ -70,14 +76,14 @@ def _old_driver(version: str, told: str, visible: bool) -> Finding:
 
 
 def driver(path: Path = DRIVER_VERSION) -> Finding:
-    """NVIDIA's driver against torch."""
+    """Compare NVIDIA's driver with torch."""
     import torch
 
     return judge_driver(driver_version(path), torch.version.cuda, gpu_visible()[0])
 
 
 def gpu(path: Path = DRIVER_VERSION) -> Finding:
-    """What can compute here, and in which precision; a GPU really computes something."""
+    """Tell which devices can compute here, and in which precision. A GPU is tested with a real computation."""
     import torch
 
     from moco.encoders.split_batch_norm import kernels
@@ -107,7 +113,7 @@ def gpu(path: Path = DRIVER_VERSION) -> Finding:
 
 
 def _unseen(driver_found: str, said: str) -> Finding:
-    """Why torch sees no GPU although there is a driver."""
+    """Tell why torch sees no GPU although there is a driver."""
     import torch
 
     if judge_driver(driver_found, torch.version.cuda, False).status == "FAIL":
@@ -127,7 +133,7 @@ def _unseen(driver_found: str, said: str) -> Finding:
 
 
 def step(wanted: str = "auto") -> Finding:
-    """Two real optimizer steps of momentum contrast on random images, on the device that training would take."""
+    """Take two real optimizer steps of momentum contrast on random images, on the device that training would use."""
     import torch
 
     from moco.encoders.small_resnet import SmallResNet

@@ -30,7 +30,7 @@ UNPACKED = f"{READ} unpacked to scratch, which takes room for all pictures (squa
 
 
 def container_kind(root: Path = Path("/")) -> str | None:
-    """Which container this process runs in, with the image's name where it can be known; None outside of one."""
+    """Return which container this process runs in, with the image's name where it is known; None outside of one."""
     for variable in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"):
         if os.environ.get(variable):
             return f"{variable.partition('_')[0].capitalize()}, image {Path(os.environ[variable]).name}"
@@ -43,12 +43,12 @@ def container_kind(root: Path = Path("/")) -> str | None:
 
 
 def container(root: Path = Path("/")) -> Finding:
-    """Docker, Apptainer or none."""
+    """Tell the container: Docker, Apptainer or none."""
     return ok("container", container_kind(root) or "none")
 
 
 def needed_glibc(libraries: Path) -> str | None:
-    """The newest glibc that the host's driver libraries ask for; None where none are bound."""
+    """Return the newest glibc that the host's driver libraries need; None where none are bound."""
     found: set[bytes] = set()
     for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
         if (libraries / name).is_file():
@@ -57,7 +57,7 @@ def needed_glibc(libraries: Path) -> str | None:
 
 
 def libc(libraries: Path = DRIVER_LIBRARIES) -> Finding:
-    """The C library, and whether it is new enough for the driver libraries that --nv brings in."""
+    """Tell the C library, and whether it is new enough for the driver libraries that --nv brings in."""
     kind, version = platform.libc_ver()
     if kind != "glibc" or not version:
         return note("libc", f"no glibc ({platform.system()} {platform.machine()})")
@@ -74,7 +74,7 @@ def libc(libraries: Path = DRIVER_LIBRARIES) -> Finding:
 
 
 def squashfs(fuse: Path = Path("/dev/fuse")) -> Finding:
-    """By what means a squashfs image can be opened: tried where one can be packed, else judged."""
+    """Tell by what means a squashfs image can be opened: tested where one can be packed, else judged."""
     if shutil.which("mksquashfs"):
         return _open_tiny_image()
     untried = "(not tried, as there is no mksquashfs)"
@@ -116,7 +116,7 @@ def _open_tiny_image() -> Finding:
 
 
 def user_namespaces(root: Path = Path("/")) -> Finding:
-    """Whether an ordinary user may build and overlay with Apptainer."""
+    """Tell whether an ordinary user may build and overlay with Apptainer."""
     name = "user namespaces"
     done = command("unshare", "--user", "--map-root-user", "true")
     if done is None:
@@ -133,7 +133,7 @@ def user_namespaces(root: Path = Path("/")) -> Finding:
 
 
 def slurm() -> Finding:
-    """Slurm's version, and the job that this runs in."""
+    """Tell Slurm's version, and the job that this process runs in."""
     job = os.environ.get("SLURM_JOB_ID")
     within = f", in job {job}, partition {os.environ.get('SLURM_JOB_PARTITION', 'unknown')}" if job else ""
     done = command("sbatch", "--version")
@@ -145,7 +145,7 @@ def slurm() -> Finding:
 
 
 def code() -> Finding:
-    """Whether the moco that runs is the project's own: DVC and the record name that one."""
+    """Tell whether the moco that runs is the project's own: DVC and the record name that one."""
     from moco.runs.identity import SETTINGS, code_of
 
     other = other_checkout()

@@ -47,7 +47,7 @@ except Timeout:
 
 
 def parameters(path: Path, keep: Callable[[Config], None]) -> Finding:
-    """Whether the parameter file is valid; the settings are handed to `keep`."""
+    """Tell whether the parameter file is valid. The settings are passed to `keep`."""
     try:
         keep(params.load(path))
     except UserError as error:
@@ -56,7 +56,7 @@ def parameters(path: Path, keep: Callable[[Config], None]) -> Finding:
 
 
 def dataset(config: DataConfig) -> Finding:
-    """Whether the images are where the settings say. Nothing is decoded."""
+    """Tell whether the images are where the settings say. Nothing is decoded."""
     path, kind = Path(config.path), config.source
     if kind == "generated":
         if config.generated.pack and shutil.which("mksquashfs") is None:
@@ -110,7 +110,7 @@ def _folder(path: Path, kind: str) -> Finding:
 
 
 def lock_problem(folder: Path) -> str | None:
-    """None where a lock in the folder keeps another process out, else what happened."""
+    """Return None where a lock in the folder keeps another process out, else what happened."""
     from filelock import FileLock
 
     try:
@@ -125,9 +125,10 @@ def lock_problem(folder: Path) -> str | None:
 
 
 def cache_bytes(manifest: Path, scratch: Path) -> int | None:
-    """What the decoded cache still needs on this node: 0 where it is there, None where no manifest says how much.
+    """Return how many bytes the decoded cache still needs on this node.
 
-    Raises UserError where the manifest is damaged.
+    It is 0 where the cache is there, and None where no manifest gives the size. Raises UserError where the manifest is
+    damaged.
     """
     if not manifest.exists():
         return None
@@ -140,7 +141,7 @@ def cache_bytes(manifest: Path, scratch: Path) -> int | None:
 
 
 def scratch(config: RuntimeConfig, manifest: Path = MANIFEST, mounts: Path = MOUNTS) -> Finding:
-    """Whether the scratch folder can be written, locked and filled, and whether it is this node's own."""
+    """Tell whether the scratch folder can be written, locked and filled, and whether it is this node's own."""
     name, remedy = "scratch", "set runtime.scratch to a folder of yours on the node's own disk"
     path = scratch_place(config.scratch)
     try:

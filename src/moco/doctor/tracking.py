@@ -39,7 +39,7 @@ LATER = "runs go on all the same, and `moco sync` brings the rest"
 
 
 def dvc() -> Finding:
-    """Whether `dvc repro` can run in this folder."""
+    """Tell whether `dvc repro` can run in this folder."""
     try:
         version = importlib.import_module("dvc").__version__
     except ModuleNotFoundError as error:
@@ -63,7 +63,7 @@ def dvc() -> Finding:
 
 
 def git() -> Finding:
-    """The commit that runs will carry."""
+    """Tell the commit that runs will record."""
     head = command("git", "rev-parse", "--short", "HEAD")
     if head is None:
         return note("git", "not installed: runs carry no commit")
@@ -89,7 +89,7 @@ def _no_commit(said: str) -> Finding:
 
 
 def mlflow(config: TrackingConfig, mounts: Path = MOUNTS) -> Finding:
-    """Whether runs reach their MLflow store from here. No run depends on it, so this never fails."""
+    """Tell whether runs reach their MLflow store from here. No run depends on it, so this never fails."""
     if not available():
         return note("mlflow", "not installed: the metric log is enough, `moco sync` brings it to MLflow elsewhere")
     uri = store_uri(config)
@@ -109,7 +109,7 @@ def mlflow(config: TrackingConfig, mounts: Path = MOUNTS) -> Finding:
 
 
 def old_runs() -> Finding | None:
-    """Of an MLflow that wrote files; None where there are none."""
+    """Tell of the runs of an MLflow that wrote files; None where there are none."""
     found, _, remedy = stray().partition("; ")
     return warn("mlruns", found, remedy) if found else None
 

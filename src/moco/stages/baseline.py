@@ -44,7 +44,10 @@ NETWORK = ("encoder", "stem", "width", "stages", "convolutions")  # of section `
 
 
 def run(config: Config, start: Start | None = None) -> None:
-    """Raises UserError where data and settings do not fit each other; Interrupted after a signal."""
+    """Measure random weights and supervised training, and write the results.
+
+    Raises UserError where data and settings do not fit each other; Interrupted after a signal.
+    """
     with locked_outputs("baseline", say):
         _run(config, (start or Start.of("baseline")).making(config))
 

@@ -14,7 +14,10 @@ from moco.settings.schema import Config
 
 
 def run(config: Config, start: Start | None = None) -> None:
-    """Raises UserError for whatever makes the dataset unusable, and where settings or code change meanwhile."""
+    """Prepare the dataset and write its manifest.
+
+    Raises UserError for whatever makes the dataset unusable, and where settings or code change meanwhile.
+    """
     with locked_outputs("data", say):
         making = (start or Start.of("data")).making(config)
         # DVC runs this each time, also where nobody asked for it and only the decoded cache is there.

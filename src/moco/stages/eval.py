@@ -55,10 +55,13 @@ class Scores:
 
 
 def run(config: Config, classifier: Path = CLASSIFIER, start: Start | None = None) -> None:
-    """Scores the files in folder `classifier`; the reports go to reports/eval, those of another folder than the
-    default to reports/eval-NAME, with a mark of the path where no stage wrote the folder.
+    """Score the files in folder `classifier` and write the reports.
 
-    Raises UserError where the files are missing or do not fit each other or the data."""
+    The reports go to reports/eval. Those of another folder than the default go to reports/eval-NAME, with a mark of the
+    path where no stage wrote the folder.
+
+    Raises UserError where the files are missing or do not fit each other or the data.
+    """
     whole = classifier.resolve()
     maker = next((stage for known, stage in PRODUCED_BY.items() if known.resolve() == whole), None)
     name = whole.name if maker else f"{whole.name}-{hashlib.sha256(bytes(whole)).hexdigest()[:6]}"
@@ -111,7 +114,7 @@ def _run(config: Config, classifier: Path, maker: str | None, report: Path, stag
 
 
 def _draw_mistakes(val: DecodedSplit, scores: Scores, classes: list[str], path: Path) -> None:
-    """The images of which the classifier was surest and wrong."""
+    """Draw the images of which the classifier was surest and wrong."""
     wrong = np.flatnonzero(scores.predicted != scores.labels)
     worst = wrong[np.argsort(-scores.confidence[wrong])][:WORST]
     names = [shown(name) for name in classes]
@@ -145,8 +148,10 @@ def _same(weights: Any, others: Any) -> bool:
 
 
 def load_submission(path: Path, hint: str) -> ModuleType:
-    """Imports submission.py. Raises UserError where it is missing or lacks what the contract asks; `hint` says what
-    to do."""
+    """Import submission.py.
+
+    Raises UserError where it is missing or lacks what the contract asks; `hint` says what to do.
+    """
     spec = importlib.util.spec_from_file_location("submission", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"{path}: not found; {hint}")
@@ -167,7 +172,7 @@ def load_submission(path: Path, hint: str) -> ModuleType:
 
 
 def load_network(submission: ModuleType, path: Path, hint: str) -> nn.Module:
-    """get_model() with the weights of model_sub.pth, in evaluation mode."""
+    """Return get_model() with the weights of model_sub.pth, in evaluation mode."""
     try:
         network: nn.Module = submission.get_model()
     except Exception as error:
@@ -204,8 +209,10 @@ def score(
     network: nn.Module, transform: Callable[[Image.Image], Tensor], split: DecodedSplit, classes: int, batch: int,
     device: torch.device,
 ) -> Scores:  # fmt: skip
-    """Predictions for every image, in order, batch by batch. Raises UserError for another number of classes, for
-    outputs that are no numbers, and where the network fails."""
+    """Return the predictions for every image, in order, batch by batch.
+
+    Raises UserError for another number of classes, for outputs that are no numbers, and where the network fails.
+    """
     parts = []
     with ProgressDisplay("eval").counting(len(split.images)) as advance:
         for first in range(0, len(split.images), batch):
@@ -222,7 +229,7 @@ def score(
 
 
 def calibration(scores: Scores, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, mean confidence, accuracy) per bin of confidence; the bins divide [0, 1] evenly."""
+    """Return (images, mean confidence, accuracy) per bin of confidence; the bins divide [0, 1] evenly."""
     which = np.minimum((scores.confidence * bins).astype(int), bins - 1)
     count = np.bincount(which, minlength=bins)
     correct = scores.predicted == scores.labels
@@ -232,7 +239,7 @@ def calibration(scores: Scores, bins: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def summarise(scores: Scores, classes: int, bins: int) -> dict[str, float]:
-    """Accuracy (top 1, top 5, mean over classes) and expected calibration error (Guo et al. 2017)."""
+    """Return accuracy (top 1, top 5, mean over classes) and expected calibration error (Guo et al. 2017)."""
     correct = scores.predicted == scores.labels
     count, confidence, accuracy = calibration(scores, bins)
     present = np.bincount(scores.labels, minlength=classes)
@@ -268,7 +275,7 @@ def _upstream(best: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(folder: Path, scores: Scores, results: dict[str, float], classes: list[str], bins: int) -> list[Path]:
-    """metrics.json, predictions.csv, classes.csv, and the figures confusion.png and reliability.png."""
+    """Write metrics.json, predictions.csv, classes.csv, and the figures confusion.png and reliability.png."""
     write_text(folder / "metrics.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     rows = [
         {"image": f"{i}", "actual": classes[a], "predicted": classes[p], "confidence": f"{c:.4f}"}

@@ -75,11 +75,11 @@ STRONG, STRONG_CROPS = "v2_no_blur", (0.2, 1.0)  # views of the pool's images th
 
 
 def run(config: Config, resume: Path | None = None, start: Start | None = None) -> None:
-    """Trains, or continues the run of the same settings, data and classifier where one was interrupted.
+    """Train, or continue the run of the same settings, data and classifier where one was interrupted.
 
-    resume: a checkpoint of such a run, whose length and code may differ.
-    Raises UserError where classifier, data and settings do not fit each other, and for divergence; Interrupted after
-    a signal, with the state saved once training is under way.
+    resume: a checkpoint of such a run, whose length and code may differ. Raises UserError where classifier, data and
+    settings do not fit each other, and for divergence; Interrupted after a signal, with the state saved once training
+    is under way.
     """
     with locked_outputs("finetune", say):
         _open(config, resume, (start or Start.of("finetune")).making(config))
@@ -204,14 +204,14 @@ def _source(config: Config) -> Path:
 
 
 def _made(config: Config) -> tuple[Path, str]:
-    """The file of the weights that it starts from, and the stage that makes it."""
+    """Return the file of the weights that fine-tuning starts from, and the stage that makes it."""
     if config.finetune.start == "encoder":
         return ENCODER, "pretrain"
     return _source(config) / WEIGHTS, PRODUCED_BY[_source(config)]
 
 
 def _from_encoder(manifest: Manifest, config: Config) -> TrainedClassifier:
-    """The encoder with a last layer of small random weights (arXiv 1911.05722, section 4.1)."""
+    """Return the encoder with a last layer of small random weights (arXiv 1911.05722, section 4.1)."""
     encoder = load_encoder(ENCODER)
     tell_other_data(ENCODER, encoder.digest, encoder.images, manifest, say)
     architecture = with_features(encoder.architecture, config.train.features)
@@ -245,7 +245,10 @@ def _fit_last_layer(
     network: nn.Module, config: Config, start: TrainedClassifier, manifest: Manifest, parts: list[DecodedSplit],
     known: np.ndarray, kept: np.ndarray, device: torch.device,
 ) -> None:  # fmt: skip
-    """Fits it without the held-out images, in place (see above). known: labels of all images of the parts."""
+    """Fit the last layer without the held-out images, in place (see above).
+
+    known: labels of all images of the parts.
+    """
     layer, network.fc = network.fc, nn.Identity()
     views, precision = linear_views(manifest, device), views_precision(config, device)
     stack = feature_sets(network, parts, views, config.train, device, precision)
@@ -265,7 +268,10 @@ def _write(
     config: Config, found: Classifier, manifest: Manifest, correct: Correct, judged: dict[str, str], record: Run,
     state: LoopState, folder: RunFolder,
 ) -> None:  # fmt: skip
-    """The three files, the reports, and what MLflow gets. judged: the held-out images, for the registry."""
+    """Write the three files and the reports, and log what MLflow gets.
+
+    judged: the held-out images, for the registry.
+    """
     results = found.results
     accuracies = {name: results[name] for name in ("best_held_out_accuracy", "val_accuracy")}
     report = folder.own(REPORTS / "finetune")

@@ -81,6 +81,10 @@ class Monitor:
         return features.describe_holdout(self.train.known_labels, self.held, fraction, "monitor.holdout", self.in_pool)
 
     def __call__(self) -> dict[str, float]:
+        """Measure the features of the query encoder and return the metrics.
+
+        Raises DivergedError where the features collapsed.
+        """
         step, network = self.step, self.step.model.encoder
         head, network.fc = network.fc, nn.Identity()  # features are what enters the head
         try:
@@ -109,7 +113,7 @@ class Monitor:
 
 
 def run(config: Config, resume: Path | None = None, start: Start | None = None) -> None:
-    """Trains, or continues the run of the same settings and data where one was interrupted.
+    """Train, or continue the run of the same settings and data where one was interrupted.
 
     resume: a checkpoint of a run whose settings may differ in length. Raises UserError for bad input, DivergedError
     where checkpoint.max_rollbacks are used up; Interrupted after a signal, with the state saved.
@@ -228,7 +232,7 @@ def _provenance(report: Path, encoder: Path, manifest: Manifest, held: int) -> P
 
 
 def _draw(record: Run, images: np.ndarray, views: Views) -> None:
-    """The curves, and what the network learned to tell apart."""
+    """Draw the curves, and the views that the network learned to tell apart."""
 
     def draw_views(path: Path) -> None:
         some = np.array(images[:SHOWN])
@@ -245,7 +249,7 @@ def _train(
     config: Config, images: np.ndarray, sampler: EpochSampler, step: ContrastStep, state: LoopState,
     monitor: Monitor, save: Callable[[LoopState], None], record: Run | None, processes: DistributedContext,
 ) -> None:  # fmt: skip
-    """Runs the loop to its end. record: of rank 0 alone."""
+    """Run the loop to its end. record: of rank 0 alone."""
     if record is not None:
         precision = str(step.precision).removeprefix("torch.")
         several = f" in {processes.size} processes" if processes.size > 1 else ""
@@ -266,7 +270,7 @@ def _train(
 
 
 def _nothing(*told: object) -> None:
-    """Takes what processes other than rank 0 have to say: the same once more."""
+    """Ignore what processes other than rank 0 report: it only repeats rank 0."""
 
 
 def _speaker(processes: DistributedContext) -> Say:

@@ -8,14 +8,14 @@ from moco.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 def check(section: PretrainConfig, processes: DistributedContext) -> None:
-    """Raises UserError, before anything is computed, for the first keys that do not fit each other."""
+    """Raise UserError, before anything is computed, for the first keys that do not fit each other."""
     if section.batch_norm == "sync" and processes.size == 1:
         raise UserError("pretrain.batch_norm: sync needs several processes (torchrun); use plain or split")
     check_alone(section, processes)
 
 
 def check_alone(section: PretrainConfig, processes: DistributedContext = SINGLE_PROCESS) -> None:
-    """The same, but that a single process may stand for one of several."""
+    """Check the same as `check`, but let a single process stand for one of several."""
     if section.batch_norm == "split" and section.splits * 2 > section.batch_size:
         raise UserError(f"pretrain.splits: {section.splits} parts of {section.batch_size} images are too small")
     if section.accumulate > 1 and section.method == "simclr":
@@ -64,7 +64,10 @@ def _check_resolutions(resolutions: list[float], changes: list[float]) -> None:
 
 
 def check_shares(section: PretrainConfig, batch_size: int, size: int) -> None:
-    """Whether every process can have the same share of each batch, and of its parts for split BatchNorm."""
+    """Check whether every process can have the same share of each batch, and of its parts for split BatchNorm.
+
+    Raises UserError where this is impossible.
+    """
     if section.accumulate > 1 and section.accumulate * size * 2 > batch_size:
         raise UserError(f"pretrain.accumulate: {section.accumulate * size} parts of {batch_size} images are too small")
     if size == 1:

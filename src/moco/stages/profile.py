@@ -46,17 +46,19 @@ class Stopwatch:
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def now(self) -> float:
+        """Return the time in seconds, after the work of a GPU is done."""
         return clock(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds that the context takes to those of a part."""
         began = self.now()
         yield
         self.seconds[name] += self.now() - began
 
 
 def run(config: Config, steps: int, tell: Say) -> None:
-    """Takes `steps` steps after a warm-up and tells where the time went. Raises UserError for bad input."""
+    """Take `steps` steps after a warm-up and tell where the time went. Raises UserError for bad input."""
     section, device = config.pretrain, choose_device(config.runtime.device)
     check_alone(section)
     precision = choose_precision(section.precision, device)
@@ -102,7 +104,7 @@ def run(config: Config, steps: int, tell: Say) -> None:
 
 
 def _seconds(step: ContrastStep, batches: Iterator[Batch], progress: float, steps: int, watch: Stopwatch) -> float:
-    """Of a step, after a warm-up. progress: of the run."""
+    """Return the seconds of a step, after a warm-up. progress: of the run."""
     began = 0.0
     for number in range(WARM_UP + steps):
         if number == WARM_UP:
@@ -112,7 +114,7 @@ def _seconds(step: ContrastStep, batches: Iterator[Batch], progress: float, step
 
 
 def _tell_parts(parts: dict[str, float], each: float, tell: Say) -> None:
-    """parts, each: seconds of a step."""
+    """Tell the share and time of each part of a step. parts, each: seconds of a step."""
     rest = each - sum(parts.values())
     for words, seconds in [*((PARTS[part], seconds) for part, seconds in parts.items()), ("the rest", rest)]:
         tell(f"  {seconds / each:6.1%} {seconds * 1e3:8.1f} ms  {words}")

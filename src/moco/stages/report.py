@@ -42,12 +42,12 @@ class Results:
 
     @property
     def weights(self) -> str | None:
-        """sha256 of the classifier's model_sub.pth."""
+        """Return the sha256 of the classifier's model_sub.pth."""
         return self.provenance.get("weights")
 
     @property
     def encoder(self) -> str | None:
-        """sha256 of the encoder that it was made from."""
+        """Return the sha256 of the encoder that the classifier was made from."""
         return self.provenance.get("encoder")
 
     def correct(self, metric: str) -> np.ndarray | None:
@@ -73,7 +73,7 @@ class Row:
 
 
 def run(console: Console) -> None:
-    """Prints the table. Raises UserError where no stage has left results yet."""
+    """Print the table. Raises UserError where no stage has left results yet."""
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
     found = {stage: _read(stage) for stage in ("baseline", "pretrain", "train", "eval", "train_extra", "finetune")}
@@ -134,7 +134,10 @@ def _is_provenance(found: Any) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    """The file's sha256; None where it is not there, as in a clone without the models, or cannot be read."""
+    """Return the file's sha256.
+
+    It is None where the file is not there, as in a clone without the models, or cannot be read.
+    """
     try:
         return sha256(path) if path.is_file() else None
     except OSError:
@@ -186,7 +189,7 @@ def _pipeline(found: dict[str, Results]) -> Row | None:
 
 
 def _other_settings(one: Results, other: Results) -> bool:
-    """Whether both know the settings of their linear classifiers, and these differ."""
+    """Return whether both know the settings of their linear classifiers, and these differ."""
     settings = [each.provenance.get("train_settings") for each in (one, other)]
     return None not in settings and settings[0] != settings[1]
 
@@ -227,7 +230,10 @@ def _extra(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
 
 
 def _finetuned(found: dict[str, Results], pipeline: Row | None) -> list[Row]:
-    """Its minutes and images are added to those of the pretraining that it needs."""
+    """Return the row of the fine-tuned classifier.
+
+    Its minutes and images are added to those of the pretraining that it needs.
+    """
     tuned = found["finetune"]
     if not tuned:
         return []
@@ -274,7 +280,7 @@ def _print(console: Console, rows: list[Row], pipeline: Row | None) -> None:
 
 
 def _share(results: Results, metric: str, counted: bool) -> str:
-    """'55.4 %' and below it its interval and, where rows differ in it, the number of images."""
+    """Return '55.4 %' and below it its interval and, where rows differ in it, the number of images."""
     correct = results.correct(metric)
     if correct is None or not len(correct):
         return percent(results.metrics[metric]) if metric in results.metrics else "-"
@@ -284,7 +290,10 @@ def _share(results: Results, metric: str, counted: bool) -> str:
 
 
 def _difference(row: Row, pipeline: Row | None) -> str:
-    """'+1.2 points' and below it whether that is more than chance, by McNemar's exact test on the same images."""
+    """Return '+1.2 points' and below it whether that is more than chance.
+
+    McNemar's exact test on the same images decides.
+    """
     if pipeline is None or row is pipeline:
         return "-"
     ours, theirs = row.results.correct(row.accuracy), pipeline.results.correct(pipeline.accuracy)

@@ -124,7 +124,10 @@ def _run(config: Config, making: Making) -> None:
 
 
 def _known(config: Config, inputs: Inputs) -> Known:
-    """Train's and val's, and those of the extra labels, if these are not the answers to this very request."""
+    """Return the images of train and val, and those of the extra labels.
+
+    The extra labels are left out where they are the answers to this very request.
+    """
     train, val = inputs.splits["train"], inputs.splits["val"]
     parts, digests = [train.images], set(map(bytes, train.digests)) | set(map(bytes, val.digests))
     extra = config.train_extra.labels
@@ -139,7 +142,7 @@ def _known(config: Config, inputs: Inputs) -> Known:
 
 
 def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
-    """N booleans: the first of each content in the pool, without those that are known."""
+    """Return N booleans: the first image of each content in the pool, without those that are known."""
     seen, found = set(known.digests), np.zeros(len(pool.images), bool)
     for row, digest in enumerate(map(bytes, pool.digests)):
         found[row] = digest not in seen
@@ -148,7 +151,10 @@ def _candidates(pool: DecodedSplit, known: Known) -> np.ndarray:
 
 
 def _pool(config: Config, inputs: Inputs, known: Known, candidates: np.ndarray) -> tuple[Pool, Probabilities | None]:
-    """What strategies choose from; and, where there is a classifier, what it says of some images of the pool."""
+    """Return what strategies choose from, and the classifier's probabilities.
+
+    The probabilities are a function of images of the pool; None where there is no classifier.
+    """
     section, encoder, device = config.request, inputs.encoder, inputs.device
     layer, sees = _layer(encoder, section.strategy, inputs.manifest.classes)
     network = build_encoder(with_features(encoder.architecture, sees), len(inputs.manifest.classes))
@@ -215,7 +221,11 @@ def pool_losses(config: Config, inputs: Inputs, count: int, seed: int) -> Tensor
 
 
 def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> tuple[nn.Linear | None, str]:
-    """The linear classifier on this encoder for these classes, where `train` has made one; what features it sees."""
+    """Return the linear classifier on this encoder for these classes, and the features that it sees.
+
+    It is None where `train` has made none on this encoder for these classes. Raises UserError where the strategy needs
+    one and it was made on another encoder or for other classes.
+    """
     needed = strategy in NEEDS_CLASSIFIER
     if not needed and not (CLASSIFIER / WEIGHTS).is_file():
         return None, "last"
@@ -237,8 +247,11 @@ def _layer(encoder: EncoderFile, strategy: str, classes: list[str]) -> tuple[nn.
 
 
 def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> tuple[Choice, int]:
-    """The choice, of fewer than the budget where there are no more, and how many near copies were passed over. In their
-    place others are chosen, with the rest as labelled: more than are needed, since those may be near copies again."""
+    """Return the choice, and how many near copies were left out.
+
+    The choice is smaller than the budget where there are no more images. In place of near copies other images are
+    chosen, with the chosen ones as labelled. More are chosen than are needed, since those may be near copies again.
+    """
     section, budget = config.request, config.request.budget
     candidates = pool.candidates.clone()
     before, surplus = known.pictures, SURPLUS
@@ -271,9 +284,12 @@ def _choose(config: Config, pool: Pool, images: DecodedSplit, known: Known) -> t
 def _summary(
     config: Config, pool: Pool, probabilities: Tensor | None, choice: Choice, copies: int, manifest: Manifest
 ) -> dict[str, Any]:
-    """Numbers for the report. probabilities: the classifier's, of what is asked for. coverage: the mean kernel of the
-    pool's images with the nearest labelled one, before the request and once it is answered; expected: labels of each
-    class that the classifier expects."""
+    """Return numbers for the report.
+
+    probabilities: the classifier's, for the images asked for. coverage: the mean kernel of the pool's images with the
+    nearest labelled one, before the request and once it is answered. expected: labels of each class that the classifier
+    expects.
+    """
     rows = choice.rows.to(pool.features.device)
     before, after = coverage(pool.features, pool.labelled, pool.features[rows], config.request.bandwidth)
     found: dict[str, Any] = {

@@ -40,7 +40,7 @@ class Asked:
 
 
 def write_request(asked: Asked, summary: dict[str, Any], record: Run, folder: RunFolder) -> None:
-    """Writes models/request/ and reports/request/ into the run's folder, and what MLflow gets."""
+    """Write models/request/ and reports/request/ into the run's folder, and log what MLflow gets."""
     table: list[Sequence[object]] = [COLUMNS]
     for rank, name in enumerate(asked.names):
         label = asked.labels[rank] if asked.labels else ""
@@ -62,7 +62,7 @@ def write_request(asked: Asked, summary: dict[str, Any], record: Run, folder: Ru
 
 
 def keep_answers(config: Config) -> None:
-    """Copies a form that somebody has filled in, in place, before a new one replaces it."""
+    """Copy a form that somebody has filled in where it lies, before a new form replaces it."""
     if not FORM.is_file() or config.request.answers == "generator":  # which can give them again
         return
     content = FORM.read_bytes()
@@ -76,7 +76,7 @@ def keep_answers(config: Config) -> None:
 
 
 def _page(asked: Asked, ranks: range) -> Any:
-    """Similar images stand together; captions are ranks and names."""
+    """Draw a page on which similar images stand together; captions are ranks and names."""
     order = sorted(ranks, key=lambda rank: (asked.clusters[rank], rank))
     tiles = [pictures.Tile(asked.images[rank], f"{rank + 1}\n{Path(asked.names[rank]).name}") for rank in order]
     return pictures.grid([tiles[first : first + ROW] for first in range(0, len(tiles), ROW)])

@@ -70,14 +70,20 @@ class Inputs:
 
 
 def run(config: Config, start: Start | None = None) -> None:
-    """Raises UserError where encoder, data and settings do not fit each other."""
+    """Train the classifier on the frozen encoder.
+
+    Raises UserError where encoder, data and settings do not fit each other.
+    """
     with locked_outputs("train", say):
         making = (start or Start.of("train")).making(config)
         train_classifier(config, open_inputs(config), "train", CLASSIFIER, {}, {}, making)
 
 
 def open_inputs(config: Config) -> Inputs:
-    """Raises UserError where encoder, data and settings do not fit each other."""
+    """Open what training a classifier starts from.
+
+    Raises UserError where encoder, data and settings do not fit each other.
+    """
     device = choose_device(config.runtime.device)
     set_up(device, config.runtime.threads, config.runtime.deterministic)
     manifest = load_manifest(MANIFEST)
@@ -94,11 +100,11 @@ def train_classifier(
     config: Config, inputs: Inputs, stage: str, folder: Path, settings: dict[str, Any], more: Metrics, making: Making,
     check: Callable[[Tensor], None] = lambda _: None, texts: Mapping[Path, str] = {},
 ) -> None:  # fmt: skip
-    """Fits, measures and writes a classifier to `folder`, its reports to reports/STAGE, unless that is done already.
+    """Fit, measure and write a classifier to `folder`, its reports to reports/STAGE, unless that is done already.
 
     settings: those of the stage beside section `train`. more: its own metrics. check: gets the features of all labelled
-    images before anything is fitted. texts: other outputs of the stage, by place.
-    Raises UserError where the encoder does not fit.
+    images before anything is fitted. texts: other outputs of the stage, by place. Raises UserError where the encoder
+    does not fit.
     """
     section, encoder, manifest, device = config.train, inputs.encoder, inputs.manifest, inputs.device
     architecture = with_features(encoder.architecture, section.features)
@@ -197,19 +203,22 @@ def held_in_pool(splits: dict[str, DecodedSplit], section: TrainConfig) -> int:
 
 
 def linear_views(manifest: Manifest, device: torch.device) -> Views:
-    """Of the images from which features are computed."""
+    """Return the views of the images from which features are computed."""
     return classifier_views(manifest, device, CROP_SCALE)
 
 
 def classifier_views(
     manifest: Manifest, device: torch.device, crop_scale: tuple[float, float], name: str = "crop"
 ) -> Views:
-    """Views of whole size, by a recipe that does not blur."""
+    """Return views of whole size, by a recipe that does not blur."""
     return Views(recipe(name, crop_scale, (0.1, 2.0)), manifest.height, manifest.mean, manifest.std, device)
 
 
 def views_precision(config: Config, device: torch.device) -> torch.dtype:
-    """Of the network for random views: pretraining's, though its fp16 may have been another machine's GPU's."""
+    """Return the precision of the network for random views.
+
+    It is pretraining's. But its fp16 may have been that of another machine's GPU.
+    """
     wanted = config.pretrain.precision
     return choose_precision("auto" if wanted == "fp16" and device.type != "cuda" else wanted, device)
 
@@ -218,10 +227,11 @@ def feature_sets(
     network: nn.Module, parts: list[DecodedSplit], views: Views, section: TrainConfig, device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """V x N x D: features of all images of the parts, as they are and in V - 1 random views (V: train.views).
+    """Return V x N x D features of all images of the parts, as they are and in V - 1 random views (V: train.views).
 
-    precision: of the network for the random views. What images are as they are is computed in fp32, in which the
-    classifier will see them."""
+    precision: of the network for the random views. The images as they are are computed in fp32, in which the classifier
+    will see them.
+    """
     network.to(device).to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(section.seed)
 
@@ -242,8 +252,11 @@ def feature_sets(
 def labelled(
     splits: dict[str, DecodedSplit], holdout: float, seed: int, stage: str
 ) -> tuple[list[DecodedSplit], np.ndarray, np.ndarray, np.ndarray]:
-    """train, and `extra` where it is there; the labels of both, N int64; the rows to train on; those held out, all of
-    train. Raises UserError where none can be held out."""
+    """Return the parts with labels, their labels, the rows to train on and those held out.
+
+    The parts are train, and `extra` where it is there. The labels are those of both, N int64. The held-out rows are all
+    of train. Raises UserError where none can be held out.
+    """
     parts = [splits[name] for name in ("train", "extra") if name in splits]
     known = [part.labels for part in parts if part.labels is not None]
     kept, held = features.stratified_holdout(known[0], holdout, seed)
@@ -259,16 +272,16 @@ def classify(
     classes: int, device: torch.device, log: Log, look: Callable[[Tensor, Tensor], None] | None = None,
     check: Callable[[Tensor], None] = lambda _: None, precision: torch.dtype = torch.float32,
 ) -> tuple[LinearFit, Metrics, Correct]:  # fmt: skip
-    """Fits the linear layer on features of train (and `extra`); returns it with the accuracies, and which images each
-    of them counts as right (of train's held-out images those of the fit before `refit`). look: gets the features
-    of both and those of val (N x D each). check: gets the features of both before anything is fitted. precision: as in
-    `feature_sets`.
+    """Fit the linear layer on features of train (and `extra`), and return it with the accuracies.
+
+    Returned too is which images each accuracy counts as right (of train's held-out images those of the fit before
+    `refit`). look: gets the features of both and those of val (N x D each). check: gets the features of both before
+    anything is fitted. precision: as in `feature_sets`.
 
     Accuracy is measured on a held-out part of train, on which sgd also chooses its epoch; with `refit` the layer is
     then fitted on all labels: by lbfgs to the optimum, by sgd for so many epochs, which are the fewer the more labels
-    `extra` has. val is measured once, at the end, and
-    decides nothing. Images of `extra` are never held out: their labels are not as sure as train's, and so accuracy is
-    measured on the same images with and without them.
+    `extra` has. val is measured once, at the end, and decides nothing. Images of `extra` are never held out: their
+    labels are not as sure as train's, and so accuracy is measured on the same images with and without them.
     """
     val = splits["val"]
     parts, known, kept, held = labelled(splits, section.holdout, section.seed, "train")
@@ -316,7 +329,10 @@ def predictions(fit: LinearFit, found: Tensor) -> np.ndarray:
 
 
 def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """The encoder, its BatchNorm statistics included, is bit for bit what was loaded."""
+    """Check that the encoder, its BatchNorm statistics included, is bit for bit what was loaded.
+
+    Raises RuntimeError where it is not.
+    """
     state = network.state_dict()
     for name, value in weights.items():
         if not torch.equal(state[name].cpu(), value):
@@ -324,7 +340,7 @@ def _assert_frozen(network: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _with_layer(architecture: Architecture, encoder: EncoderFile, classes: int, fit: LinearFit) -> dict[str, Tensor]:
-    """State dict of the whole classifier."""
+    """Return the state dict of the whole classifier."""
     classifier = build_encoder(architecture, classes)
     load_body(classifier, encoder.weights)
     with torch.no_grad():

@@ -77,7 +77,10 @@ def _run(config: Config, making: Making) -> None:
 
 
 def _hand_on(why: str, making: Making) -> None:
-    """The classifier and metrics of `train`. Raises UserError where there are none yet, or they are of two runs."""
+    """Copy the classifier and metrics of `train` where there are no extra labels.
+
+    Raises UserError where there are none yet, or they are of two runs.
+    """
     report = REPORTS / "train"
     metrics, epochs, provenance = (report / name for name in ("metrics.json", "epochs.csv", NAME))
     if not CLASSIFIER.is_dir() or not all(path.is_file() for path in (metrics, epochs, provenance)):
@@ -104,7 +107,7 @@ def _hand_on(why: str, making: Making) -> None:
 
 
 def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor) -> None:
-    """features: of train, then of the extra images."""
+    """Check whether the extra labels belong to their images. features: of train, then of the extra images."""
     train = inputs.splits["train"]
     order = np.argsort(extra.order)  # as the lines stand in the file
     found = check_labels(
@@ -137,7 +140,7 @@ def _check(config: Config, inputs: Inputs, extra: ExtraLabels, features: Tensor)
 
 
 def _table(train: DecodedSplit | None, answers: list[Answer], manifest: Manifest | None) -> str:
-    """All labels and where each is from: train's by number, then every line that was read."""
+    """Return a table of all labels and where each is from: train's by number, then every line that was read."""
     table: list[Sequence[object]] = [["image", "content", "label", "class", "source", "status"]]
     if train is not None and manifest is not None:
         for number, (digest, label) in enumerate(zip(train.digests, train.known_labels.tolist(), strict=True)):

@@ -24,7 +24,7 @@ INVISIBLE = ("Cc", "Cf", "Cs")  # categories of characters that move or hide oth
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Matplotlib's own settings, without formulas in texts, while a figure is made or saved."""
+    """Use Matplotlib's own settings, without formulas in texts, while a figure is made or saved."""
     os.environ["MPLBACKEND"] = "Agg"  # read at the import, which fails where a notebook's backend is not installed
     os.environ.pop("MATPLOTLIBRC", None)
     import matplotlib as mpl

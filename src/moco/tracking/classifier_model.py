@@ -22,6 +22,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-def
     every class in the order of `class_names` in submission.py."""
 
     def load_context(self, context: Any) -> None:
+        """Import submission.py and load the weights."""
         spec = importlib.util.spec_from_file_location("submission", context.artifacts["submission"])
         if spec is None or spec.loader is None:
             raise ImportError(f"{context.artifacts['submission']}: no Python file")
@@ -37,6 +38,7 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-def
         self.network.eval()
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return a row with `label` and `probabilities` for each image."""
         names, rows = self.submission.class_names, []
         for first in range(0, len(model_input), BATCH):
             images = [Image.fromarray(image) for image in model_input[first : first + BATCH].astype(np.uint8)]

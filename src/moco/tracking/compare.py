@@ -56,8 +56,11 @@ class Result:
     made: dict[str, Any]
 
     def fits(self, train: Result | None) -> bool:
-        """Whether it is of the same encoder, and where it scored a classifier of the same weights, as a run of `train`;
-        True where either did not keep its digests."""
+        """Return whether it is of the same encoder and classifier as a run of `train`.
+
+        Where it scored a classifier, the classifier must have the same weights. The answer is True where either did not
+        keep its digests.
+        """
         if train is None or not train.made or not self.made:
             return True
         if self.stage == "eval":
@@ -66,11 +69,14 @@ class Result:
 
 
 def collect(project: Path, problems: list[str] | None = None) -> list[Pipeline]:
-    """Of every pipeline with a run in the project or its sweeps, in the order in which they began. A stage's result is
-    that of every pipeline that has its settings and data, also where it ran once for several. The newest classifier
-    counts, and of the other stages the newest run that is of its encoder and weights: a row mixes no two chains.
+    """Return every pipeline with a run in the project or its sweeps, in the order in which they began.
 
-    problems: takes a line for each log, and one for all folders, that could not be read and are left out."""
+    A stage's result belongs to every pipeline that has its settings and data, also where it ran once for several. The
+    newest classifier counts, and of the other stages the newest run that is of its encoder and weights: a row mixes no
+    two chains.
+
+    problems: takes a line for each log, and one for all folders, that could not be read and are left out.
+    """
     problems = [] if problems is None else problems
     logs = logs_of(project)
     problems += [told] if (told := logs.describe()) else []
@@ -98,7 +104,7 @@ def collect(project: Path, problems: list[str] | None = None) -> list[Pipeline]:
 
 
 def _fill(row: Pipeline, results: list[Result]) -> None:
-    """results: in the order in which they began."""
+    """Fill the row with the results of its stages. results: in the order in which they began."""
     trained = [each for each in results if each.stage == "train"]
     train = max(trained, key=lambda each: (bool(each.made), results.index(each)), default=None)
     for stage in dict.fromkeys(each.stage for each in results):
@@ -123,7 +129,7 @@ def _made(log: Path) -> dict[str, Any]:
 
 
 def show(project: Path, console: Console, params: list[str], metrics: list[str], sort: str | None) -> None:
-    """Prints the table. Raises UserError where nothing ran, and for a name that no pipeline has."""
+    """Print the table. Raises UserError where nothing ran, and for a name that no pipeline has."""
     problems: list[str] = []
     rows = collect(project, problems)
     if not rows and problems:
@@ -172,7 +178,7 @@ def _seen_by_pretraining(row: Pipeline, chosen: list[str]) -> Iterator[str]:
 
 
 def _header(name: str) -> str:
-    """In lines of some 12 letters, broken where the name has its joints."""
+    """Return the name in lines of about 12 letters, broken at its dots and underscores."""
     lines = [""]
     for part in re.findall(r"[^._]+[._]?", name):
         if lines[-1] and len(lines[-1]) + len(part) > 12:
@@ -188,7 +194,7 @@ def _check(option: str, names: list[str], known: set[str]) -> None:
 
 
 def _number(value: float | None, images: int | None = None) -> str:
-    """The value; of an accuracy whose images were counted, its 95 % interval below."""
+    """Return the value. An accuracy whose images were counted has its 95 % interval below."""
     if value is None or not images:
         return "" if value is None else f"{value:.4g}"
     low, high = wilson(round(value * images), images)

@@ -26,7 +26,7 @@ LAST_TRIES = 3  # at the run's end: a busy SQLite file, a server that starts aga
 
 
 def deliver(folder: Path, config: TrackingConfig) -> str:
-    """Until the run has ended; returns what went wrong in the end, or ''."""
+    """Bring the log to its stores until the run has ended; return what went wrong in the end, or ''."""
     places = sinks(folder, config)
     ended, wait = False, 0.0  # at first at once: MLflow takes seconds to import
     while not ended:
@@ -56,7 +56,7 @@ def _ended_within(seconds: float) -> bool:
 
 
 def _line() -> bytes:
-    """The first line, and nothing beyond it, which a buffer would take."""
+    """Return the first line, and read nothing beyond it, which a buffer would take."""
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
         line += byte
@@ -64,6 +64,7 @@ def _line() -> bytes:
 
 
 def main() -> None:
+    """Deliver the log of the run's folder in the first argument, and print what went wrong, if anything."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the run's; this ends with it
     config = TrackingConfig(**json.loads(_line()))

@@ -11,8 +11,10 @@ from moco.tracking.metric_log import metric_history
 
 
 def write_curve(log: Path, path: Path, metric: str, joined: bool = False) -> Path:
-    """A CSV file with a row per step at which `metric` was measured and a column per metric measured with it; `joined`:
-    those that other lines of the log have for the same steps too."""
+    """Write a CSV file with a row per step at which `metric` was measured and a column per metric measured with it.
+
+    joined: include the metrics that other lines of the log have for the same steps.
+    """
     rows: dict[int, dict[str, float]] = {}
     history = metric_history(log)
     measured = {line["step"] for line in history if metric in line["metrics"]}

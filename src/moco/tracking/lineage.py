@@ -165,7 +165,7 @@ def _show_patch(patch: str, say: Say) -> None:
 
 
 def _several(tags: dict[str, str]) -> bool:
-    """Whether one commit began the run and others went on with it."""
+    """Return whether one commit began the run and others went on with it."""
     return len(tags.get("git_commits", "").split()) > 1
 
 

@@ -100,7 +100,10 @@ class MetricLog:
         self.lock = threading.Lock()  # the run's own thread writes, and that which samples the machine
 
     def write(self, event: str, **fields: Any) -> None:
-        """Raises UserError where the disk is full. What MLflow shows as text is written without passwords and keys."""
+        """Write one line. Raises UserError where the disk is full.
+
+        What MLflow shows as text is written without passwords and keys.
+        """
         fields = {name: redact_tree(value) if name in SHOWN else value for name, value in fields.items()}
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str)
         with self.lock:
@@ -113,7 +116,7 @@ class MetricLog:
                 raise UserError(f"{self.path}: cannot be written: the disk is full")
 
     def sync(self) -> None:
-        """Forces what was written onto the disk. Raises UserError where that fails, or the file was removed."""
+        """Force what was written onto the disk. Raises UserError where that fails, or the file was removed."""
         try:
             if not self._is_there():
                 raise UserError(f"{self.path}: was removed while the run was at work, and what it logged with it")
@@ -123,14 +126,14 @@ class MetricLog:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def _is_there(self) -> bool:
-        """Whether the file still has its name."""
+        """Return whether the file still has its name."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """The same, and closes the file."""
+        """Force what was written onto the disk, as `sync` does, and close the file."""
         try:
             self.sync()
         finally:
@@ -182,13 +185,16 @@ def _refused(path: Path, offset: int, problem: str) -> UserError:
 
 
 def identity(path: Path) -> str:
-    """Tells one run from all others, wherever its log lies: a digest of the first line, which never changes."""
+    """Return what tells one run from all others, wherever its log lies.
+
+    It is a digest of the first line, which never changes.
+    """
     with path.open("rb") as file:
         return hashlib.sha256(file.readline()).hexdigest()[:32]
 
 
 def metric_history(path: Path) -> list[dict[str, Any]]:
-    """The valid metric lines in order of their steps; void ones (see `resume`) are left out."""
+    """Return the valid metric lines in order of their steps. Void lines (see `resume`) are left out."""
     kept: list[dict[str, Any]] = []
     for event in read_events(path):
         if event["event"] == "metrics":
@@ -199,7 +205,7 @@ def metric_history(path: Path) -> list[dict[str, Any]]:
 
 
 def last_values(path: Path) -> dict[str, float]:
-    """The last valid value of every metric."""
+    """Return the last valid value of every metric."""
     last: dict[str, float] = {}
     for line in metric_history(path):
         last.update(line["metrics"])
@@ -207,7 +213,7 @@ def last_values(path: Path) -> dict[str, float]:
 
 
 def close_abandoned(path: Path, quiet: float = QUIET) -> None:
-    """Ends the log of a run whose process is gone without a word, by SIGKILL or with its machine: KILLED.
+    """End the log of a run as KILLED, where its process ended without a word, by SIGKILL or with its machine.
 
     quiet: seconds since the last line. A lock alone does not tell, where other machines do not see it.
     """
@@ -224,11 +230,11 @@ def close_abandoned(path: Path, quiet: float = QUIET) -> None:
 
 
 def as_text(value: Any) -> str:
-    """A parameter's value as MLflow keeps it; a tuple as the list that params.yaml has."""
+    """Return a parameter's value as MLflow stores it; a tuple as the list that params.yaml has."""
     text = str(value)
     return f"[{text[1:-1].removesuffix(',')}]" if text.startswith("(") and text.endswith(")") else text
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without NaN and infinity, which JSON does not have."""
+    """Return the metrics without NaN and infinity, which JSON does not have."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

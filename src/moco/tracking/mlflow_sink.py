@@ -104,8 +104,11 @@ class MlflowSink:
             raise TimeoutError("another process is bringing this run there") from None
 
     def _is_wanted(self) -> bool:
-        """Whether the run is to be brought there: not where somebody deleted it, for good or not, unless `again`.
-        Another store may answer at the same address, or an empty one: then all begins anew."""
+        """Return whether the run is to be brought there.
+
+        It is not where somebody deleted it, for good or not, unless `again`. Another store, or an empty one, may answer
+        at the same address: then everything begins anew.
+        """
         run = self._found(self.state.run_id) if self.state.run_id else None
         if self.state.run_id and (run is None or run.data.tags.get(LOG_TAG) != identity(self.log)):
             if not self.again and run is None and self.state.store and self.state.store == store.identity(self.client):
@@ -123,7 +126,7 @@ class MlflowSink:
         return True
 
     def _found(self, run_id: str) -> Any:
-        """The run, deleted or not; None where the store never had it, or has it no more."""
+        """Return the run, deleted or not; None where the store never had it, or has it no more."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -139,6 +142,7 @@ class MlflowSink:
 
     @property
     def run_id(self) -> str:
+        """Return the id of the run in MLflow."""
         return present(self.state.run_id, "a run in MLflow")
 
     def _replay(self) -> None:
@@ -182,7 +186,7 @@ class MlflowSink:
             handler(event)
 
     def _pay(self) -> None:
-        """Tries again what the store did not take before."""
+        """Try again what the store did not take before."""
         self.problem, owed, self.state.owed = None, self.state.owed, []
         for place in owed:
             self._handle(next(read_from(self.log, place))[0], place)
@@ -190,7 +194,7 @@ class MlflowSink:
             self._remember(self.state.offset)
 
     def _send(self, pending: list[Any], steps: dict[str, int], offset: int) -> None:
-        """Sends and empties `pending`. What MLflow has is remembered only when it has taken it."""
+        """Send and empty `pending`. The state records only what MLflow has taken."""
         if pending:
             store.log_metrics(self.client, self.run_id, pending)
             self.state.last_step.update(steps)
@@ -255,7 +259,7 @@ class MlflowSink:
         return run
 
     def _left_pipeline(self) -> bool:
-        """Whether the run was part of a pipeline whose row somebody deleted."""
+        """Return whether the run was part of a pipeline whose row somebody deleted."""
         parent = self.client.get_run(self.run_id).data.tags.get(pipeline_run.PARENT_TAG)
         return bool(parent) and not self.again and not self._is_active(parent)
 
@@ -273,7 +277,10 @@ class MlflowSink:
         return store.experiment(self.client, self.uri, self.config.experiment)
 
     def _metrics(self, event: dict[str, Any], steps: dict[str, int]) -> list[Any]:
-        """The step of what is measured of the machine is its second of the run."""
+        """Return the event's metrics as MLflow takes them.
+
+        The step of a measurement of the machine is its second of the run.
+        """
         from mlflow.entities import Metric
 
         step = int(event["step"] if event["event"] == "metrics" else event["time"] - self.state.began)
@@ -300,7 +307,7 @@ class MlflowSink:
 
 
 def _one_of_many(tags: dict[str, str]) -> dict[str, str]:
-    """What the tags of one process add to those that list all processes of the run."""
+    """Return what the tags of one process add to those that list all processes of the run."""
     commit = tags.get("git_commit", "") + ("-dirty" if tags.get("git_dirty") == "true" else "")
     found = {JOBS_TAG: tags.get("slurm_job_id", ""), COMMITS_TAG: commit if "git_commit" in tags else ""}
     return {tag: value for tag, value in found.items() if value}

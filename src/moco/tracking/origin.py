@@ -58,7 +58,7 @@ UNKNOWN = Origin({}, {}, {}, {})
 
 
 def origin(config: Config, manifest: Manifest, device: torch.device) -> Origin:
-    """What cannot be found out is left out."""
+    """Return what the run is made from. What cannot be found out is left out."""
     tags = {**_code(), **_machine(device), "data_digest": manifest.digest}
     if notes := manifest.notes():  # what a reader of the numbers must know
         tags["data_notes"] = "; ".join(notes)
@@ -117,7 +117,10 @@ def no_commit() -> str:
 
 
 def _patch() -> bytes:
-    """What differs from the commit, new sources included: those are added to a copy of the index, not to the user's."""
+    """Return what differs from the commit, new sources included.
+
+    New sources are added to a copy of the index, not to the user's.
+    """
     place = _git("rev-parse", "--git-path", "index")
     if place is None or not Path(place).is_file():
         return b""
@@ -184,7 +187,10 @@ def _foreign_code() -> dict[str, str]:
 
 @functools.cache
 def _packages() -> str:
-    """A digest of names and versions of all that is installed. Only headers are parsed: descriptions run to pages."""
+    """Return a digest of names and versions of all installed packages.
+
+    Only headers are parsed, since descriptions run to pages.
+    """
     found = []
     for package in importlib.metadata.distributions():
         text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
@@ -206,8 +212,11 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def sif_identity(image: str | None) -> str | None:
-    """The UUID in a SIF's header, new with every build (https://github.com/apptainer/sif, Header.ID): a digest of the
-    whole file would take a minute. slurm/launch does the same where the file cannot be seen from inside."""
+    """Return the UUID in a SIF's header, new with every build (https://github.com/apptainer/sif, Header.ID).
+
+    A digest of the whole file would take a minute. slurm/launch does the same where the file cannot be seen from
+    inside.
+    """
     try:
         with Path(image or "").open("rb") as file:
             header = file.read(64)

@@ -37,7 +37,7 @@ class Tile:
 
 
 def grid(rows: Sequence[Sequence[Tile]]) -> Image.Image:
-    """Framed images in rows, with a caption below each; small ones are enlarged by whole factors."""
+    """Draw framed images in rows, with a caption below each; small ones are enlarged by whole factors."""
     height, width = rows[0][0].image.shape[:2]
     factor = max(1, -(-TILE // max(height, width)))
     size = (width * factor, height * factor)
@@ -64,8 +64,10 @@ def _drawable(line: str, longest: int) -> str:
 
 
 def views(images: np.ndarray, augment: Callable[[Tensor, torch.Generator], Tensor], count: int = 6) -> Image.Image:
-    """Images (uint8 N x H x W x 3), each with `count` of the views that pretraining learns to tell apart. augment:
-    of images in [0, 1], N x 3 x H x W."""
+    """Draw images (uint8 N x H x W x 3), each with `count` of the views that pretraining learns to tell apart.
+
+    augment: of images in [0, 1], N x 3 x H x W.
+    """
     generator = torch.Generator().manual_seed(SEED)
     unit = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     made = [augment(unit, generator).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -86,8 +88,11 @@ def _resized(image: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 def neighbours(
     queries: np.ndarray, actual: Sequence[str], gallery: np.ndarray, labels: Sequence[str], nearest: np.ndarray
 ) -> Image.Image:
-    """Validation images and, beside each, the labelled ones that are nearest in the features: framed green where the
-    class is the same. queries: uint8 Q x H x W x 3; nearest: Q x K, rows of the gallery."""
+    """Draw validation images and, beside each, the labelled ones that are nearest in the features.
+
+    A neighbour is framed green where the class is the same. queries: uint8 Q x H x W x 3; nearest: Q x K, rows of the
+    gallery.
+    """
     rows = []
     for query, own, found in zip(queries, actual, nearest, strict=True):
         tiles = [Tile(gallery[i], labels[i], RIGHT if labels[i] == own else WRONG) for i in found]
@@ -96,14 +101,16 @@ def neighbours(
 
 
 def mistakes(images: np.ndarray, said: Sequence[str], columns: int = 6) -> Image.Image:
-    """Images (uint8 N x H x W x 3) that were classified wrongly, with what was said of each."""
+    """Draw images (uint8 N x H x W x 3) that were classified wrongly, with what was said of each."""
     tiles = [Tile(image, words, WRONG) for image, words in zip(images, said, strict=True)]
     return grid([tiles[first : first + columns] for first in range(0, len(tiles), columns)])
 
 
 def flat_map(features: np.ndarray) -> np.ndarray:
-    """N x 2: t-SNE (van der Maaten and Hinton 2008) of the features N x D, or of few images their first two principal
-    components."""
+    """Return a map N x 2 of the features N x D by t-SNE (van der Maaten and Hinton 2008).
+
+    A few images are shown by their first two principal components.
+    """
     if len(features) < 50:
         centred = features - features.mean(0)
         _, _, directions = np.linalg.svd(centred, full_matrices=False)

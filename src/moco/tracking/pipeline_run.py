@@ -42,8 +42,10 @@ def join(client: Any, experiment: str, run_id: str, pipeline: dict[str, Any], wh
 
 
 def of_pipeline(params: Mapping[str, Any], pipeline: Mapping[str, Any]) -> bool:
-    """Whether a stage of these parameters, those of its whole chain, is one of the pipeline's. A classifier that came
-    from elsewhere has none but those of its evaluation."""
+    """Return whether a stage of these parameters, those of its whole chain, is one of the pipeline's.
+
+    A classifier that came from elsewhere has only the parameters of its evaluation.
+    """
     asked = params.keys() & pipeline.keys()
     return any(name.startswith("pretrain.") for name in params) and all(
         as_text(params[name]) == as_text(pipeline[name]) for name in asked
@@ -96,7 +98,7 @@ def _fill(client: Any, rows: Iterable[Any], stages: list[Any]) -> None:
 
 
 def _own(run: Any) -> dict[str, float]:
-    """A run's metrics without those of the machine and of its checkpoints."""
+    """Return a run's metrics without those of the machine and of its checkpoints."""
     return {
         name: value for name, value in run.data.metrics.items() if not name.startswith(("system/", "checkpoint/"))
         and name not in PROGRESS
@@ -104,7 +106,7 @@ def _own(run: Any) -> dict[str, float]:
 
 
 def _of_pipeline(client: Any, experiment: str, key: str) -> list[Any]:
-    """In the order in which they were made, so that all processes agree on one of several."""
+    """Return the runs in the order in which they were made, so that all processes agree on one of several."""
     found = search(client, experiment, f"tags.`{KEY_TAG}` = '{key}'")
     return sorted(found, key=lambda run: (int(run.data.tags.get(MADE_TAG, 0)), run.info.run_id))
 

@@ -33,7 +33,7 @@ MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what stores 
 
 
 def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, Any]) -> None:
-    """A logged model that says where the file is (it stays on the cluster) and what was measured at its step."""
+    """Log a model that says where the file is (it stays on the cluster) and what was measured at its step."""
     from mlflow.entities import Metric
 
     step, name = int(event["step"]), f"checkpoint-step-{int(event['step'])}"
@@ -55,9 +55,9 @@ def log_checkpoint(client: Any, experiment: str, run_id: str, event: dict[str, A
 def register(
     client: Any, experiment: str, run_id: str, name: str, files: list[Path], event: dict[str, Any], again: bool = False
 ) -> None:
-    """Uploads a classifier as a model that MLflow can load and serve, and makes it a version of the registered model.
+    """Upload a classifier as a model that MLflow can load and serve, and make it a version of the registered model.
 
-    files: model_sub.pth and submission.py. Repeated, it changes nothing, but for files that the store has no more. A
+    files: model_sub.pth and submission.py. A repeated call changes nothing, except for files that the store has lost. A
     version that somebody removed stays away, unless `again`.
     """
     digest = sha256(next(path for path in files if path.name == WEIGHTS))
@@ -129,7 +129,7 @@ def _upload(client: Any, experiment: str, run_id: str, name: str, files: list[Pa
 
 
 def package(target: Path, files: list[Path], needs: dict[str, str], image: list[int], model_id: str | None) -> None:
-    """Writes the model's folder, without a pickle in it. needs: versions by package; image: height and width."""
+    """Write the model's folder, without a pickle in it. needs: versions by package; image: height and width."""
     import mlflow
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
@@ -187,7 +187,7 @@ class Verdict(NamedTuple):
 
 
 def _gate(client: Any, name: str, version: Any) -> None:
-    """Moves `champion` to a version that is better on held-out images, and writes down why, or why not."""
+    """Move `champion` to a version that is better on held-out images, and record why, or why not."""
     champion = _alias(client, name, CHAMPION)
     if champion is not None and champion.version == version.version:  # cut off before the tag was written
         client.set_model_version_tag(name, version.version, GATE, f"moved: {CUT_OFF}")

@@ -56,8 +56,11 @@ class Run:
         self.sampler = SystemSampler(lambda metrics: self.metric_log.write("system", metrics=metrics))
 
     def start(self, params: dict[str, Any], origin: Origin, step: int = -1) -> None:
-        """step: that of the state from which the run goes on, where it does. Metrics of later steps, written by a
-        process that was stopped, are void: they are about to be made again."""
+        """Begin the log, or continue it, and start the delivery.
+
+        step: that of the state from which the run goes on, where it does. Metrics of later steps, written by a process
+        that was stopped, are void: they are about to be made again.
+        """
         again, self.origin, self.started = self.metric_log.continued, origin, True
         self.metric_log.write(
             "start", format=FORMAT, stage=self.stage, name=f"{self.stage}-{self.folder.name}", params=params,
@@ -97,27 +100,29 @@ class Run:
             self.process = None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers that are not finite are left out."""
+        """Log metrics of a step. Numbers that are not finite are left out."""
         known = finite(metrics)
         self.last.update(known)
         self.metric_log.write("metrics", step=step, metrics=known)
 
     def sync(self) -> None:
-        """Forces what was logged onto the disk. Raises UserError where that fails."""
+        """Force what was logged onto the disk. Raises UserError where that fails."""
         self.metric_log.sync()
 
     def checkpoint(self, path: Path, step: int) -> None:
-        """A state was saved: what was measured up to it is on the disk as well."""
+        """Log that a state was saved. What was measured up to it is on the disk as well."""
         self.metric_log.write("checkpoint", step=step, path=str(path), metrics=self.last)
         self.metric_log.sync()
 
     def artifact(self, path: Path) -> None:
-        """A file worth keeping with the run."""
+        """Log a file that is worth keeping with the run."""
         self.metric_log.write("artifact", path=self._keep(path, "artifacts"))
 
     def picture(self, name: str, write: Callable[[Path], object]) -> None:
-        """A PNG for people, named without its ending, unless tracking.pictures is false. What goes wrong with it is a
-        warning: nothing depends on it."""
+        """Draw a PNG for people, unless tracking.pictures is false. name: without its ending.
+
+        An error in it is only a warning: nothing depends on the picture.
+        """
         if not self.config.pictures:
             return
         path = self.folder / "artifacts" / f"{name}.png"
@@ -131,8 +136,11 @@ class Run:
     def model(
         self, files: list[Path], tags: dict[str, str], image: tuple[int, int], held_out: dict[str, str] | None = None
     ) -> None:
-        """A trained classifier, to be registered. image: height and width of what it takes. held_out: what it is judged
-        by (`held_out_record` in moco.tracking.digests)."""
+        """Log a trained classifier, to be registered.
+
+        image: height and width of its input. held_out: what it is judged by (`held_out_record` in
+        moco.tracking.digests).
+        """
         needs = {}
         for name in NEEDS:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -186,7 +194,7 @@ class Run:
             )
 
     def _end_delivery(self, patience: float) -> str:
-        """Lets the process know, and waits a while; it goes on alone where a server is slow."""
+        """Tell the process that the run has ended, and wait a while; it goes on alone where a server is slow."""
         if self.process is None:
             return ""
         try:

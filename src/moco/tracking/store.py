@@ -44,18 +44,20 @@ MIGRATE = (
 
 
 def available() -> bool:
-    """Whether MLflow is installed. GPU machines may lack it; the metric log is enough there."""
+    """Return whether MLflow is installed. GPU machines may lack it; the metric log is enough there."""
     return importlib.util.find_spec("mlflow") is not None
 
 
 def store_uri(config: TrackingConfig) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else params.yaml's. SQLite paths are made absolute."""
+    """Return MLFLOW_TRACKING_URI where it is set, else params.yaml's. SQLite paths are made absolute."""
     return absolute(os.environ.get("MLFLOW_TRACKING_URI", "").strip() or config.uri.strip())
 
 
 def shared_uri(config: TrackingConfig) -> str:
-    """The store's address for workspaces elsewhere, which would take a relative path for their own; '' where
-    params.yaml says enough (and so that no script holds a server's password)."""
+    """Return the store's address for workspaces elsewhere, which would resolve a relative path in their own folder.
+
+    It is '' where params.yaml says enough (and so that no script holds a server's password).
+    """
     uri = store_uri(config)
     if (path := sqlite_file(uri)) and not Path(uri.removeprefix(SQLITE)).is_absolute():
         raise UserError(
@@ -66,7 +68,7 @@ def shared_uri(config: TrackingConfig) -> str:
 
 
 def absolute(uri: str) -> str:
-    """The same store from any folder: a SQLite file's path made absolute, anything else as it is."""
+    """Return the same store for any folder: a SQLite file's path made absolute, anything else as it is."""
     path, (before, question, options) = sqlite_file(uri), uri.partition("?")
     if path is None:
         return uri
@@ -81,12 +83,12 @@ def absolute(uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store; None for any other."""
+    """Return the file of a SQLite store; None for any other."""
     return (home() / uri.removeprefix(SQLITE).partition("?")[0]).absolute() if uri.startswith(SQLITE) else None
 
 
 def file_store(uri: str) -> str:
-    """The folder of a store of the kind that MLflow ended with version 3; '' where `uri` is another."""
+    """Return the folder of a store of the kind that MLflow ended with version 3; '' where `uri` is another."""
     folder = uri.startswith("file:") or not (re.search("[:@]", uri) or _is_databricks(uri))
     return uri.removeprefix("file://") if folder else ""
 
@@ -121,15 +123,17 @@ def check_address(uri: str, experiment: str = "/") -> None:
 
 
 def stray() -> str:
-    """One line about runs in ./mlruns, where an older MLflow wrote when it was told nothing, and which no UI shows
-    beside those of a database; '' where there are none."""
+    """Return one line about runs in ./mlruns; '' where there are none.
+
+    An older MLflow wrote there when it was told nothing, and no UI shows these runs beside those of a database.
+    """
     if next(Path("mlruns").glob("*/meta.yaml"), None) is None:
         return ""
     return f"mlruns has runs of an older MLflow, which are not shown with the others; {MIGRATE.format('mlruns')}"
 
 
 def explain(error: BaseException, uri: str) -> str:
-    """One line for what a store says: what is wrong, and what to do."""
+    """Return one line for what a store says: what is wrong, and what to do."""
     if isinstance(error, UserError):
         return str(error)
     said = redact(" ".join(str(error).split())) or type(error).__name__
@@ -150,7 +154,7 @@ def explain(error: BaseException, uri: str) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """For the artifacts of a SQLite store: a folder beside it. None where the server has its own."""
+    """Return the place of a SQLite store's artifacts: a folder beside it. None where the server has its own."""
     path = sqlite_file(uri)
     return None if path is None else (path.parent / ARTIFACTS).as_uri()
 
@@ -245,7 +249,7 @@ def search(client: Any, experiment: str, condition: str, view: int = 1) -> list[
 
 
 def log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
-    """In as many requests as MLflow's limit of 100 needs. The same values again change nothing."""
+    """Log parameters in as many requests as MLflow's limit of 100 needs. The same values again change nothing."""
     from mlflow.entities import Param
 
     known = [Param(name, as_text(value)) for name, value in params.items()]
@@ -254,17 +258,17 @@ def log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
 
 
 def log_metrics(client: Any, run_id: str, metrics: Sequence[Any]) -> None:
-    """In requests of 1,000, the most that MLflow takes."""
+    """Log metrics in requests of 1,000, the most that MLflow takes."""
     for first in range(0, len(metrics), BATCH):
         client.log_batch(run_id, metrics=metrics[first : first + BATCH])
 
 
 def create(uri: str) -> None:
-    """Makes an empty store if `uri` is a SQLite file that is not there.
+    """Make an empty store if `uri` is a SQLite file that is not there.
 
-    MLflow builds its tables in dozens of migrations, and cannot open a store in which that was interrupted. So they
-    are built on node-local disk, and the finished file appears at its place in one step, unless another process was
-    faster. Raises UserError for what is no address of a store.
+    MLflow builds its tables in dozens of migrations, and cannot open a store in which that was interrupted. So they are
+    built on node-local disk, and the finished file appears at its place in one step, unless another process was faster.
+    Raises UserError for what is no address of a store.
     """
     check_address(uri)
     path = sqlite_file(uri)

@@ -89,8 +89,9 @@ def _look(log: Path, found: FoundLogs) -> None:
 def sync_all(
     project: Path, config: TrackingConfig, say: Callable[[str], None], runs: Sequence[Path] = (), again: bool = False
 ) -> None:
-    """Replay metric logs, oldest first, so that the newest classifier is registered last; what MLflow has already is
-    not sent again. Afterwards every pipeline's row has the values of each of its stages.
+    """Replay metric logs, oldest first, so that the newest classifier is registered last.
+
+    What MLflow has already is not sent again. Afterwards every pipeline's row has the values of each of its stages.
 
     runs: folders of some; otherwise all of the project and of its sweeps. again: also those that somebody deleted.
     Raises UserError where MLflow is missing, no store is set, or a run could not be read or brought there.
@@ -130,8 +131,11 @@ def sync_all(
 
 @contextlib.contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
-    """Look for cycles seldom: MLflow makes some objects for every value, and to look through them again and again takes
-    a quarter of the time (benchmarks/README.md)."""
+    """Look for cycles seldom while the context lasts.
+
+    MLflow makes some objects for every value. To look through them again and again takes a quarter of the time
+    (benchmarks/README.md).
+    """
     before = gc.get_threshold()
     gc.set_threshold(200_000, 50, 50)
     try:

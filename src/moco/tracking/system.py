@@ -25,9 +25,11 @@ class SystemSampler:
         self.thread = threading.Thread(target=self._sample, daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self.thread.start()
 
     def stop(self) -> None:
+        """End the thread, and wait at most 5 seconds for it."""
         self.ended.set()
         if self.thread.ident is not None:
             self.thread.join(5)  # a driver that hangs is not waited for
@@ -87,7 +89,7 @@ def _asked(child: Any, what: str) -> Any:
 
 
 def _gpu() -> dict[str, float]:
-    """Of the devices that this process uses."""
+    """Return the measurements of the devices that this process uses."""
     if not torch.cuda.is_initialized():
         return {}
     found: dict[str, float] = {}

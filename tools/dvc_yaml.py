@@ -21,13 +21,17 @@ SCORED = {"eval": "models/classifier", "eval_extra": "models/classifier_extra"}
 
 def dependencies(stage: str) -> list[str]:
     """Return the inputs of a stage of dvc.yaml, then the files of code, in order."""
-    name = "eval" if stage in SCORED else stage
+    name = _code_name(stage)
     known = identity.modules()
     sections = {each.partition(".")[0] for each in identity.SETTINGS[name]}
     code = identity.code_modules(name, known)
     code |= {each for section in sections for each in identity.closure(f"moco.settings.{section}", known)} - PLAIN
     inputs = [*identity.INPUTS[name], *([SCORED[stage]] if stage in SCORED else [])]
     return inputs + sorted(f"src/{known[each].relative_to(identity.PACKAGE.parent).as_posix()}" for each in code)
+
+
+def _code_name(stage: str) -> str:
+    return "eval" if stage in SCORED else stage
 
 
 def written(text: str) -> str:
@@ -39,7 +43,7 @@ def written(text: str) -> str:
 def _stage(text: str) -> str:
     stage = text.strip().partition(":")[0]
     listed = "".join(f"      - {path}\n" for path in dependencies(stage))
-    listed_settings = ", ".join(identity.SETTINGS["eval" if stage in SCORED else stage])
+    listed_settings = ", ".join(identity.SETTINGS[_code_name(stage)])
     text = re.sub(r"    deps:\n(?:      - .*\n)+", f"    deps:\n{listed}", text)
     return re.sub(r"    params: \[[^\]]*\]\n", _wrapped(f"params: [{listed_settings}]\n"), text)
 

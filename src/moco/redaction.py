@@ -40,10 +40,11 @@ _OPTION = rf"--?(?:[a-z]+-)*{_KEY}"
 _BARE = r"(?=[^\s'\"]*[\d!#$%^&*+=])[^\s'\"{}<>$-][^\s'\"{}]{3,}"  # with a digit or sign, as prose follows options too
 _CURL = r"\bcurl\b[^\n]{0,300}?\s(?:-u|--user|--proxy-user|-U)[ =]*['\"]?[^\s:'\"{}$]+:"
 _LISTED_USER = r"['\"](?:-u|--user|--proxy-user|-U)['\"]\s*,\s*f?['\"][^\s:'\"]+:"
-_LOGIN = (
+_LOGIN_COMMAND = (
     r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b[^\n;|&]{0,60}?\b(?:login|upload))\b"
-    r"[^\n;|&]{0,200}?\s-p\s*"
+    r"[^\n;|&]{0,200}?"
 )
+_LOGIN = rf"{_LOGIN_COMMAND}\s-p\s*"
 _AUTH = r"(?:(?<![a-z])auth\s*=\s*(?:\w+\.)*\w*\(?|\b\w*Auth\w*)\(\s*['\"][^'\"\n]+['\"]\s*,\s*['\"]"
 
 # (what to find, what to put there). The order counts: headers and quoted values before bare ones.
@@ -113,10 +114,7 @@ _LITERALS: tuple[re.Pattern[str], ...] = (
     re.compile(rf"\b[Bb]asic\s+{_BASIC}|\b[Bb]earer\s+(?=\S*\d)[\w.+/=~-]{{12,}}"),
     re.compile(rf"(?:{_AUTH}|\.login\(\s*['\"][^'\"]+['\"]\s*,\s*['\"])[^'\"{{}}\n]{{4,}}['\"]"),
     re.compile(rf"(?:{_CURL}|{_LISTED_USER})[^\s'\"{{}}$]{{3,}}"),
-    re.compile(
-        r"\b(?:mysql\w*|mariadb\w*|sshpass|(?:docker|podman|apptainer|twine)\b[^\n;|&]{0,60}?\b(?:login|upload))\b"
-        r"[^\n;|&]{0,200}?[\s'\"]-p['\",\s]*(?=\S*[^\W_])[^\s'\"{}$-][^\s'\"{}]{3,}"
-    ),
+    re.compile(_LOGIN_COMMAND + r"[\s'\"]-p['\",\s]*(?=\S*[^\W_])[^\s'\"{}$-][^\s'\"{}]{3,}"),
     re.compile(rf"(?i:(?<![\w-]){_OPTION}\s+){_BARE}|(?i:(?<![\w-]){_OPTION}=)[^\s'\"{{}}<$-][^\s'\"{{}}]{{3,}}"),
     re.compile(rf"(?i:[;'\"]\s*(?:pwd|password|{_NAME})=[^;&'\"{{}}\s<$][^;&'\"{{}}\s]{{3,}})"),
     re.compile(rf"(?i:[?&](?:[\w-]*(?:{_NAME}|{_SIGNATURE})|key)=[^&\s'\"{{}}<$.]{{6,}})"),

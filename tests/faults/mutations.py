@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation("resume of the random state", "stages/pretrain.py", 'state = LoopState(**saved["loop"])',
              'state = LoopState(**{**saved["loop"], "step": 0})', "tests/stages/test_interruption.py -k SIGTERM"),
     Mutation("resume of the optimizer", "methods/step.py",
-             '        load_sgd(self.optimizer, state["optimizer"], self.device)\n', "",
+             '        load_training_state(self.optimizer, self.scaler, state, self.device)\n', "",
              "tests/training/test_resume_contrast.py"),
     Mutation("resume in the midst of an epoch", "training/loop.py", "sampler.epoch(state.epoch, state.batch)",
              "sampler.epoch(state.epoch, 0)", "tests/training/test_loop.py -k interrupted"),

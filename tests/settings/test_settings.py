@@ -22,7 +22,7 @@ def test_a_section_needs_none_of_its_settings() -> None:
 def test_config_prints_a_parameter_file_of_all_settings(moco: Moco, project: Path) -> None:
     done = moco("config")
     assert parse(done.stdout, Path("printed")) == load(project / "params.yaml")
-    assert len(yaml.safe_load(done.stdout)["pretrain"]) == len(flatten(PretrainConfig, ""))
+    assert len(yaml.safe_load(done.stdout)["pretrain"]) == len(flatten(PretrainConfig(), ""))
     assert all(doc in done.stdout for doc in docs().values())
 
 
@@ -54,7 +54,7 @@ def test_every_key_that_has_moved_is_named_with_its_new_name(moco: Moco, project
     params[section][key] = 1
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     assert_one_line_error(moco("data"), "params.yaml", f"{old} is now {new} (line ", "E-PARAMS-MOVED")
-    assert new in flatten(Config, "")
+    assert new in flatten(Config(), "")
 
 
 @pytest.fixture

@@ -209,9 +209,10 @@ def _limit_labels(dataset: Dataset, labelled: int | None, classes: list[str], sa
         return
     if labelled > len(train):
         raise UserError(f"data.labelled: {labelled} wanted, train has {len(train)} images")
-    kept = _stratified(present(train.labels, "labels of train"), labelled)
+    labels = present(train.labels, "labels of train")
+    kept = _stratified(labels, labelled)
     train.keep(kept)
-    if missing := len(set(range(len(classes))) - set(present(train.labels, "labels of train").tolist())):
+    if missing := len(set(range(len(classes))) - set(labels[kept].tolist())):
         say(f"warning: data.labelled: {labelled} labels leave {missing} of {len(classes)} classes without one")
 
 

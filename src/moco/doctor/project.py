@@ -28,12 +28,12 @@ from moco.doctor.checks import (
 )
 from moco.errors import UserError
 from moco.files import scratch_place
+from moco.layout import MANIFEST
 from moco.settings import reading as params
 from moco.settings.data import DataConfig
 from moco.settings.runtime import RuntimeConfig
 from moco.settings.schema import Config
 
-MANIFEST = Path("models/manifest.json")
 # Exit code 0 where a lock that another process holds could be taken as well.
 TAKE_LOCK = """
 import sys

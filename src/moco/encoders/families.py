@@ -35,19 +35,17 @@ class Family(Protocol):
         """
 
 
-FAMILIES = (own, resnet, convnext)
+FAMILIES = tuple(cast(Family, module) for module in (own, resnet, convnext))  # own first: it needs no torchvision
 
 
 def encoders() -> tuple[str, ...]:
     """Return the names of all encoders. Imports torchvision, which takes seconds."""
-    return tuple(name for family in FAMILIES for name in cast(Family, family).names())
+    return tuple(name for family in FAMILIES for name in family.names())
 
 
 def family(name: str) -> Family:
     """Return the family of an encoder. Raises ValueError for a name that none has."""
     for each in FAMILIES:
-        if each is own and name == own.SMALL:  # without torchvision
-            return cast(Family, own)
-        if each is not own and name in cast(Family, each).names():
-            return cast(Family, each)
+        if name in each.names():
+            return each
     raise ValueError(f"{name}: no family of encoders has it")

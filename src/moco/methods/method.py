@@ -1,6 +1,6 @@
 """What a method of self-supervision is to the training step, and which methods there are.
 
-To add one: write a file beside this one with a class that has these members, and name it in METHODS.
+To add one: write a file beside this one with a class that has these members, and name it in `methods`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from moco.settings.pretrain import PretrainConfig
 from moco.training.architecture import described
 from moco.training.distributed import SINGLE_PROCESS, Average, DistributedContext
 from moco.training.numerics import autocast
-from moco.training.optimizer import load_sgd, make_sgd
+from moco.training.optimizer import load_training_state, make_sgd, training_state
 from moco.training.schedules import key_momentum, lr_factor, scaled_lr, view_size
 from moco.views.views import Views, recipe
 
@@ -195,18 +195,12 @@ class ContrastStep:
     def state(self) -> dict[str, Any]:
         """Return model (encoders, queue and its cursor), optimizer and loss scale. Random numbers need no saving."""
         self.flush_pending_update()
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        return {"model": self.model.state_dict(), **training_state(self.optimizer, self.scaler)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned. The state may be from another device."""
         self.model.load_state_dict(state["model"])
-        load_sgd(self.optimizer, state["optimizer"], self.device)
-        if state["scaler"]:  # empty where the state is from a device that needed no scaling
-            self.scaler.load_state_dict(state["scaler"])
+        load_training_state(self.optimizer, self.scaler, state, self.device)
 
 
 def pass_flops(step: ContrastStep, size: int, batch: int) -> int:

@@ -52,7 +52,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 }
 
 # These rooms and modules carry values, messages, records and whole files, and decide nothing about a stage's outputs,
-CARRIERS = ("settings", "tracking", "runs", "cli")
+CARRIERS = ("moco.settings.", "moco.tracking.", "moco.runs.", "moco.cli.")
 CARRYING = {
     f"moco.{name}"
     for name in (
@@ -128,7 +128,7 @@ def closure(module: str, known: dict[str, Path]) -> set[str]:
 
 def _decides(module: str, known: dict[str, Path]) -> bool:
     """Return whether a module may decide what a stage makes. The packages' own files are empty."""
-    carries = module in CARRYING or module.split(".")[1:2] in [[room] for room in CARRIERS]
+    carries = module in CARRYING or module.startswith(CARRIERS)
     return known[module].name != "__init__.py" and (module in DECIDING or not carries)
 
 
@@ -150,12 +150,9 @@ def code_of(stage: str) -> dict[str, str]:
 
 def settings_of(stage: str, config: Config) -> dict[str, str]:
     """Return the settings that a stage depends on, by dotted name, as text."""
-    every: dict[str, Any] = {}
-    for section in fields(config):
-        every.update(flatten(getattr(config, section.name), section.name))
     wanted = SETTINGS[stage]
     return {
-        name: str(value) for name, value in every.items()
+        name: str(value) for name, value in flatten(config, "").items()
         if any(name == each or name.startswith(f"{each}.") for each in wanted)
     }  # fmt: skip
 

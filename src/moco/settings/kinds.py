@@ -60,15 +60,10 @@ def setting(default: Any, doc: str, before: Any = MISSING) -> Any:
 
 
 def fields_of(section: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yield dotted name, field and value of every setting of a section, nested ones included.
-
-    section: an instance of a section, or its class, for the defaults.
-    """
+    """Yield dotted name, field and value of every setting of a section, nested ones included."""
     for field in dataclasses.fields(section):
         name = f"{prefix}.{field.name}" if prefix else field.name
-        value = section if isinstance(section, type) else getattr(section, field.name)
-        if isinstance(section, type):
-            value = field.default_factory() if field.default_factory is not MISSING else field.default
+        value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, name)
         else:

@@ -39,8 +39,8 @@ def listed(config: Config, text: str, path: Path, chosen: str = "") -> Iterator[
     for name, field, value in shown:
         yield from _headings(name, open_sections)
         where = f"{path.name}:{given[name]}" if name in given else "default"
-        text = json.dumps(redact_tree({field.name: value})[field.name], ensure_ascii=False)
-        line = f"{'  ' * name.count('.')}{field.name}: {text}"
+        shown_value = json.dumps(redact_tree({field.name: value})[field.name], ensure_ascii=False)
+        line = f"{'  ' * name.count('.')}{field.name}: {shown_value}"
         yield f"{line.ljust(WIDTH)}  # ({where}) {field.metadata['doc']}"
 
 

@@ -55,10 +55,10 @@ MOVED = {
 
 def docs() -> dict[str, str]:
     """Return what every setting is, in a line each, by dotted name."""
-    return {name: field.metadata["doc"] for name, field, _ in fields_of(Config, "")}
+    return {name: field.metadata["doc"] for name, field, _ in fields_of(Config(), "")}
 
 
 def without_setting() -> dict[str, Any]:
     """Return the settings that came later at the values at which all is as it was without them, by dotted name."""
-    later = {name: field.metadata["before"] for name, field, _ in fields_of(Config, "") if "before" in field.metadata}
+    later = {name: field.metadata["before"] for name, field, _ in fields_of(Config(), "") if "before" in field.metadata}
     return {**later, "pretrain.features": "last"}  # which has moved since

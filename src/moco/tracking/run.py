@@ -22,7 +22,7 @@ from moco.redaction import redact
 from moco.settings.tracking import TrackingConfig
 from moco.tracking.metric_log import FORMAT, NAME, MetricLog, finite
 from moco.tracking.origin import UNKNOWN, Origin
-from moco.tracking.sinks import has_mlflow, sinks
+from moco.tracking.sinks import active
 from moco.tracking.store import store_uri
 from moco.tracking.store_check import trouble
 from moco.tracking.system import SystemSampler
@@ -80,9 +80,10 @@ class Run:
             self.say(origin.warning)
 
     def _begin_delivery(self) -> None:
-        if not sinks(self.folder, self.config):
+        names = active(self.config)
+        if not names:
             return
-        if has_mlflow(self.config) and not self.config.offline and (problem := trouble(self.config)):
+        if "mlflow" in names and (problem := trouble(self.config)):
             self.say(f"warning: MLflow: {problem}; the run goes on, and `moco sync` brings it there afterwards")
         try:
             self.process = subprocess.Popen(
@@ -187,7 +188,9 @@ class Run:
         finally:
             problem_there = self._end_delivery(HASTE if killed else PATIENCE)
         if problem_there:
-            place = f"MLflow at {redact(store_uri(self.config))}" if has_mlflow(self.config) else "the run's table"
+            place = (
+                f"MLflow at {redact(store_uri(self.config))}" if "mlflow" in active(self.config) else "the run's table"
+            )
             self.say(
                 f"warning: {place} does not have everything yet ({problem_there}); "
                 f"nothing is lost: it is in {self.path}, and `moco sync` brings it there"

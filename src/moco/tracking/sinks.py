@@ -24,19 +24,20 @@ class Sink(Protocol):
         """Return one line for what went wrong there, with what to do."""
 
 
+def active(config: TrackingConfig) -> list[str]:
+    """Return the names of the sinks that a run has while it goes on: of those that are set, those that can work."""
+    mlflow = bool(store_uri(config)) and not config.offline and available()
+    return [name for name in config.sinks if name != "mlflow" or mlflow]
+
+
 def sinks(folder: Path, config: TrackingConfig) -> list[Sink]:
     """Return those that a run in this folder has while it goes on."""
     found: list[Sink] = []
-    if has_mlflow(config) and not config.offline:
+    if "mlflow" in active(config):
         from moco.tracking.mlflow_sink import MlflowSink
 
         found.append(MlflowSink(folder, config))
     return found + other_sinks(folder, config)
-
-
-def has_mlflow(config: TrackingConfig) -> bool:
-    """Return whether runs are to go to MLflow, and can."""
-    return "mlflow" in config.sinks and bool(store_uri(config)) and available()
 
 
 def other_sinks(folder: Path, config: TrackingConfig) -> list[Sink]:

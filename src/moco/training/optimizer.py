@@ -40,3 +40,17 @@ def load_sgd(optimizer: torch.optim.SGD, state: dict[str, Any], device: torch.de
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group["fused"] = device.type in FUSED
+
+
+def training_state(optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """Return the states of optimizer and loss scale, for a checkpoint."""
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+
+
+def load_training_state(
+    optimizer: torch.optim.SGD, scaler: torch.amp.GradScaler, state: dict[str, Any], device: torch.device
+) -> None:
+    """Restore what `training_state` returned, also on another device."""
+    load_sgd(optimizer, state["optimizer"], device)
+    if state["scaler"]:  # empty where the state is from a device that needed no scaling
+        scaler.load_state_dict(state["scaler"])

@@ -17,7 +17,7 @@ from moco.training import features
 from moco.training.interrupt import watch_signals
 from moco.training.loop import Hooks, Length, Log, LoopState, run_loop
 from moco.training.numerics import autocast
-from moco.training.optimizer import load_sgd, make_sgd
+from moco.training.optimizer import load_training_state, make_sgd, training_state
 from moco.training.pool_batches import PoolBatches, pseudo_label_loss
 from moco.training.progress import ProgressDisplay
 from moco.training.schedules import lr_factor, scaled_lr
@@ -144,18 +144,12 @@ class SupervisedStep:
 
     def state(self) -> dict[str, Any]:
         """Return network, optimizer and loss scale. Random numbers need no saving."""
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        return {"network": self.network.state_dict(), **training_state(self.optimizer, self.scaler)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.network.load_state_dict(state["network"])
-        load_sgd(self.optimizer, state["optimizer"], self.device)
-        if state["scaler"]:  # empty where the state is from a device that needed no scaling
-            self.scaler.load_state_dict(state["scaler"])
+        load_training_state(self.optimizer, self.scaler, state, self.device)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """Return the fraction of correct predictions; see `correct`."""
